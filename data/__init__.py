@@ -1,0 +1,1 @@
+"""Data: from a JSON file and a folder of videos to the model's inputs."""

@@ -1,0 +1,196 @@
+"""Read a JSON or JSONL file of conversations about videos, and check all of it before anything is loaded.
+
+    {"id": "s1", "video": ["a.mp4", "b.mp4"],
+     "conversations": [{"from": "human", "value": "<video>\\n<video>\\nWhat is the EF?"},
+                       {"from": "gpt", "value": "55%"}]}
+
+The last turn is the answer, all before it the prompt. Each `<video>` tag in a human turn stands for one video, in
+order; without any tag the videos come first. Whatever is wrong is an InputError of one line, before training starts.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+
+VIDEO_TAG = "<video>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class InputError(Exception):
+    """What the user gave is wrong; str() is the one line to print: what, where and how to mend it."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its videos and its true answer."""
+
+    id: str
+    videos: tuple[str, ...]  # M paths that exist, in the order of their tags
+    turns: tuple[tuple[str, str], ...]  # (role, text); M tags over the user turns; the last turn is a user's
+    answer: str
+
+
+def load_samples(data_path: str, image_folder: str = "") -> list[Sample]:
+    """Read and check every sample of a file.
+
+    A video path is used as it is if that file exists, else joined to `image_folder`. Raises InputError.
+    """
+    samples, seen, missing = [], set(), {}
+    entries = _read_entries(data_path)
+    if not entries:
+        raise InputError(f"{data_path!r} holds no samples: give a file with at least one")
+    for position, entry in enumerate(entries, start=1):
+        sample = _read_sample(entry, f"{data_path!r}: entry #{position}", data_path, f"#{position}", image_folder)
+        if sample.id in seen:
+            raise InputError(f"{data_path!r}: the id {sample.id!r} occurs twice: give every sample its own")
+        seen.add(sample.id)
+        samples.append(sample)
+        for path in sample.videos:
+            if not os.path.isfile(path):
+                missing.setdefault(path, sample.id)
+    if missing:
+        first = ", ".join(f"{path!r} (sample {sample_id!r})" for path, sample_id in list(missing.items())[:3])
+        raise InputError(
+            f"{data_path!r}: {len(missing)} video file(s) missing: {first}{', ...' if len(missing) > 3 else ''}: "
+            f"set --image_folder (now {image_folder!r}) to the folder that holds them, or mend the paths"
+        )
+    return samples
+
+
+def _read_entries(data_path: str) -> list:
+    """Parse the file as a JSON list, or as JSONL when its name or its first line says so."""
+    if os.path.isdir(data_path):
+        raise InputError(f"{data_path!r} is a directory: --data_path takes a JSON or JSONL file")
+    try:
+        with open(data_path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except OSError as error:
+        raise InputError(f"cannot read {data_path!r} ({error.strerror}): check --data_path") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{data_path!r} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    if not text.strip():
+        return []
+    if not text.lstrip().startswith("[") and (data_path.endswith(".jsonl") or _is_object(text.lstrip().split("\n")[0])):
+        # Not splitlines(): that also splits at characters which may stand inside a JSON string.
+        lines = enumerate(text.split("\n"), start=1)
+        return [_parse_json(line, data_path, number) for number, line in lines if line.strip()]
+    entries = _parse_json(text, data_path)
+    if not isinstance(entries, list):
+        raise InputError(f"{data_path!r} holds no list: write the samples as [{{...}}, {{...}}], or one a line (JSONL)")
+    return entries
+
+
+def _is_object(line: str) -> bool:
+    """Say whether a line by itself is a JSON object, as the first line of a JSONL file is."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parse_json(text: str, data_path: str, first_line: int = 1):
+    """Parse JSON that begins on line `first_line` of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {first_line + error.lineno - 1}, column {error.colno}"
+        raise InputError(f"{data_path!r}: malformed JSON at {where} ({error.msg}): mend it there") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
+        raise InputError(f"{data_path!r}: unreadable JSON from line {first_line} on ({error}): mend it") from error
+
+
+def _read_sample(entry, where: str, data_path: str, default_id: str, image_folder: str) -> Sample:
+    """Check one entry of the file and make a Sample of it; `where` begins the line of every error."""
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} is {_kind(entry)}, not an object: write it as {{...}}")
+    sample_id = default_id if entry.get("id") is None else entry["id"]
+    if isinstance(sample_id, bool) or not isinstance(sample_id, str | int) or sample_id == "":
+        raise InputError(f"{where}: 'id' is {_kind(sample_id)}: give a string or a whole number")
+    sample_id = str(sample_id)
+    where = f"{data_path!r}: sample {sample_id!r}"
+
+    videos = _read_videos(entry, where)
+    *prompt, (_, answer) = _read_turns(entry, where)
+    tags = sum(text.count(VIDEO_TAG) for _, text in prompt)
+    if tags == 0:
+        first_user = [role for role, _ in prompt].index("user")
+        prompt[first_user] = ("user", f"{VIDEO_TAG}\n" * len(videos) + prompt[first_user][1])
+    elif tags != len(videos):
+        raise InputError(
+            f"{where}: {tags} {VIDEO_TAG} tag(s) in the human turns but {len(videos)} in 'video': "
+            "make them equal, or leave out all tags"
+        )
+    return Sample(sample_id, tuple(_resolve(path, image_folder) for path in videos), tuple(prompt), answer)
+
+
+def _read_videos(entry: dict, where: str) -> list[str]:
+    """Return the video paths as they are written."""
+    videos = entry.get("video")
+    if isinstance(videos, str):
+        videos = [videos]
+    if videos is None or videos == []:
+        raise InputError(f"{where} has no video: list at least one path under 'video'")
+    if not isinstance(videos, list):
+        raise InputError(f"{where}: 'video' is {_kind(videos)}: give a path or a list of paths")
+    for path in videos:
+        if not isinstance(path, str) or not path.strip():
+            raise InputError(f"{where}: 'video' holds {_kind(path)}: every entry must be a path")
+    return videos
+
+
+def _resolve(path: str, image_folder: str) -> str:
+    """Use a path as it is if that file exists, else look in `image_folder`."""
+    return path if os.path.isfile(path) else os.path.join(image_folder, path)
+
+
+def _read_turns(entry: dict, where: str) -> list[tuple[str, str]]:
+    """Return all turns as (role, text): a prompt that ends with a user's turn, then the answer."""
+    conversations = entry.get("conversations")
+    if not isinstance(conversations, list) or not conversations:
+        raise InputError(f"{where} has no 'conversations': give a list of turns, the last one from 'gpt'")
+    turns = [_read_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(conversations, start=1)]
+    roles = [role for role, _ in turns]
+    if "user" not in roles:
+        raise InputError(f"{where} has no human turn: put the question in a turn from 'human'")
+    if "assistant" not in roles:
+        raise InputError(f"{where} has no gpt turn: put the answer in a last turn from 'gpt'")
+    if roles[-1] != "assistant":
+        raise InputError(f"{where} does not end with a gpt turn: the last turn must be the answer")
+    if roles[-2] != "user":
+        raise InputError(f"{where}: the turn before the answer is not human: the question must stand right before it")
+    if not turns[-1][1].strip():
+        raise InputError(f"{where} has an empty answer: fill the last gpt turn")
+    return turns
+
+
+def _read_turn(turn, where: str) -> tuple[str, str]:
+    """Return one turn as (role, text)."""
+    if not isinstance(turn, dict):
+        raise InputError(f"{where} is {_kind(turn)}: write it as {{'from': ..., 'value': ...}}")
+    for key in ("from", "value"):
+        if not isinstance(turn.get(key), str):
+            problem = f"is {_kind(turn[key])}" if key in turn else "is missing"
+            raise InputError(f"{where}: {key!r} {problem}: give a string")
+    speaker, text = turn["from"], turn["value"]
+    if speaker not in ROLES:
+        raise InputError(f"{where}: unknown 'from' {speaker!r}: use 'human', 'gpt' or 'system'")
+    if ROLES[speaker] != "user" and VIDEO_TAG in text:
+        raise InputError(f"{where}: {VIDEO_TAG} in a turn from {speaker!r}: only human turns may hold videos")
+    try:
+        text.encode()  # JSON can spell lone surrogates, which no tokenizer reads
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: 'value' holds half a character (a lone surrogate): write it anew") from error
+    return ROLES[speaker], text
+
+
+def _kind(value) -> str:
+    """Name a JSON value's kind for an error."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "a string" if value.strip() else "an empty string"
+    return "a list" if isinstance(value, list) else "an object"

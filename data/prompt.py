@@ -1,0 +1,120 @@
+"""Conversation -> prompt ids and their mRoPE positions.
+
+The tokenizer's chat template writes one <|video_pad|> for each video; it is repeated as often as the video has tokens.
+Positions have three axes (time, height, width), Qwen2.5-VL's multimodal RoPE (https://arxiv.org/abs/2502.13923,
+section 2.1.2): on text all three count up together, inside a video they are its grid's coordinates, time in units of
+1 / tokens_per_second seconds.
+
+P prompt tokens with the videos expanded, M videos.
+"""
+
+import re
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+VIDEO_TAG = re.compile(r"\n?<video>\n?")  # one newline on either side belongs to the tag
+VIDEO_PLACEHOLDER = "<|video_pad|>"
+MERGE_SIZE = 2  # the vision tower merges 2 x 2 patches into one token
+
+# In a text they would add placeholders without a video, or turns that nobody took.
+RESERVED = re.compile(r"<\|(?:video_pad|image_pad|vision_pad|vision_start|vision_end|im_start|im_end|endoftext)\|>")
+
+
+def encode_prompt(
+    turns: tuple[tuple[str, str], ...],
+    tokenizer: PreTrainedTokenizerBase,
+    video_grid_thw: torch.Tensor,
+    second_per_grid_ts: torch.Tensor,
+    tokens_per_second: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return prompt_ids (P,) and position_ids (3, P) of a conversation, ready for the assistant's answer.
+
+    turns: (role, text) with the roles system, user and assistant; the k-th `<video>` tag of the user texts stands for
+    the k-th row of video_grid_thw (M, 3), in patches. second_per_grid_ts: (M,) seconds. tokens_per_second: the vision
+    config's. Raises ValueError when tags and videos differ in number, or a text contains special tokens.
+    """
+    messages = []
+    for role, text in turns:
+        if special := RESERVED.search(text):
+            raise ValueError(f"the {role} text contains the special token {special.group()}")
+        messages.append({"role": role, "content": split_at_videos(text) if role == "user" else [text_part(text)]})
+    num_tags = sum(part["type"] == "video" for message in messages for part in message["content"])
+    if num_tags != len(video_grid_thw):
+        raise ValueError(f"the text has {num_tags} <video> tags for {len(video_grid_thw)} videos")
+
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = torch.tensor(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    video_token_id = tokenizer.convert_tokens_to_ids(VIDEO_PLACEHOLDER)
+    is_video = ids == video_token_id
+    if int(is_video.sum()) != num_tags:
+        raise ValueError(f"the chat template wrote {int(is_video.sum())} {VIDEO_PLACEHOLDER} for {num_tags} videos")
+    # A special token is always a token of its own, so repeating its id equals tokenizing the repeated text.
+    repeats = torch.ones_like(ids)
+    repeats[is_video] = video_lengths(video_grid_thw)
+    prompt_ids = ids.repeat_interleave(repeats)  # (P,)
+    position_ids = mrope_positions(
+        prompt_ids, video_grid_thw, second_per_grid_ts, video_token_id, tokens_per_second
+    )  # (3, P)
+    return prompt_ids, position_ids
+
+
+def text_part(text: str) -> dict[str, str]:
+    """Return text as a part of a chat message's content."""
+    return {"type": "text", "text": text}
+
+
+def split_at_videos(text: str) -> list[dict[str, str]]:
+    """Split text at its `<video>` tags into the content of a chat message."""
+    before, *others = VIDEO_TAG.split(text)
+    content = [text_part(before)]
+    for after in others:
+        content += [{"type": "video"}, text_part(after)]
+    return content
+
+
+def video_lengths(video_grid_thw: torch.Tensor) -> torch.Tensor:
+    """Return how many tokens each video becomes: (M, 3) patches -> (M,)."""
+    return video_grid_thw.prod(dim=-1) // MERGE_SIZE**2
+
+
+def mrope_positions(
+    prompt_ids: torch.Tensor,
+    video_grid_thw: torch.Tensor,
+    second_per_grid_ts: torch.Tensor,
+    video_token_id: int,
+    tokens_per_second: int,
+) -> torch.Tensor:
+    """Return the position of every prompt token on the three axes: (3, P).
+
+    prompt_ids: (P,) with the videos expanded; video_grid_thw: (M, 3) patches; second_per_grid_ts: (M,) seconds.
+    Equals get_rope_index of HF's Qwen2.5-VL, also in this: text after a video goes on at its first position plus the
+    longer side of its grid, however long it lasts. Raises ValueError when placeholders and grids differ in number.
+    """
+    lengths = video_lengths(video_grid_thw).tolist()
+    placeholders = (prompt_ids == video_token_id).nonzero().flatten()
+    if len(placeholders) != sum(lengths):
+        raise ValueError(
+            f"the prompt has {len(placeholders)} {VIDEO_PLACEHOLDER} tokens for {sum(lengths)} video tokens"
+        )
+    # float32 as in HF: in float64 a step such as 2 * 0.35 could fall on the other side of a whole number
+    steps = tokens_per_second * torch.as_tensor(second_per_grid_ts, dtype=torch.float32)  # (M,)
+
+    spans = []
+    done = 0  # prompt tokens that have a position
+    position = 0  # of the next token
+    seen = 0  # placeholders among the tokens that are done
+    for (t, h, w), length, step in zip(video_grid_thw.tolist(), lengths, steps, strict=True):
+        num_text = int(placeholders[seen]) - done
+        spans.append((torch.arange(num_text) + position).expand(3, -1))
+        position += num_text
+
+        h, w = h // MERGE_SIZE, w // MERGE_SIZE
+        time = (torch.arange(t) * step).long()
+        grid = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")  # 3 x (t, h/2, w/2)
+        spans.append(torch.stack(grid).flatten(1) + position)
+        position += max(h, w)
+        done += num_text + length
+        seen += length
+    spans.append((torch.arange(len(prompt_ids) - done) + position).expand(3, -1))
+    return torch.cat(spans, dim=1)  # (3, P)

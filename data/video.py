@@ -1,0 +1,205 @@
+"""mp4 file -> patches for Qwen2.5-VL's vision tower, in plain torch.
+
+decord reads only the frames that are needed; they are resized as uint8 pixels (bicubic, antialiased), normalised with
+CLIP's mean and standard deviation and cut into patches. Which frames and which size follow qwen-vl-utils
+(https://github.com/QwenLM/Qwen2.5-VL, qwen-vl-utils/src/qwen_vl_utils/vision_process.py), the order of the patches
+follows HF's Qwen2VLVideoProcessor; neither is a dependency, since both need torchvision.
+
+T frames, H x W pixels, S = t·h·w patches of one video with t = T / 2, h = H / 14, w = W / 14.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch  # before decord, whose bundled libraries otherwise clash with torch's on some machines
+import torch.nn.functional as F  # noqa: N812
+from decord import DECORDError, VideoReader
+
+PATCH_SIZE = 14
+MERGE_SIZE = 2  # the tower merges 2 x 2 patches into one token
+TEMPORAL_PATCH_SIZE = 2  # frames in a patch
+SIZE_FACTOR = PATCH_SIZE * MERGE_SIZE  # height and width are multiples of 28 pixels
+PIXELS_PER_TOKEN = SIZE_FACTOR**2
+
+DEFAULT_FPS = 2.0
+MIN_FRAMES, MAX_FRAMES = 4, 768
+MAX_FRAME_PIXELS = 768 * PIXELS_PER_TOKEN
+MAX_VIDEO_PIXELS = 128000 * PIXELS_PER_TOKEN * 0.9  # 90% of the tokens that the model's context holds
+MAX_ASPECT_RATIO = 200
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class BadVideo(Exception):
+    """A file that exists but gives no usable frames; the message is one line with its path and the reason."""
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """Say which frames of a video to take and how large to make them.
+
+    fps: frames per second of video to take, 2.0 if neither it nor nframes is given. nframes: that many frames of each
+    video. resized_width, resized_height: pixels, rounded to multiples of 28 (64 x 64 means 56 x 56); without them the
+    video keeps its proportions at min_pixels to max_pixels pixels per frame, in which max_pixels is also bounded as in
+    qwen-vl-utils: 768·28·28, and less for videos of more than 300 frames.
+    Raises ValueError for a contradiction.
+    """
+
+    fps: float | None = None
+    nframes: int | None = None
+    resized_width: int | None = None
+    resized_height: int | None = None
+    min_pixels: int = 128 * PIXELS_PER_TOKEN
+    max_pixels: int = 768 * PIXELS_PER_TOKEN
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and self.nframes is not None:
+            raise ValueError("give --fps or --nframes, not both")
+        if (self.resized_width is None) != (self.resized_height is None):
+            raise ValueError("give --video_resized_width and --video_resized_height together")
+        for name in ("fps", "nframes", "resized_width", "resized_height", "min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.resized_width is None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"--video_min_pixels {self.min_pixels} is more than --video_max_pixels {self.max_pixels}")
+        if self.resized_width is None and self.max_pixels > max(MAX_FRAME_PIXELS, int(self.min_pixels * 1.05)):
+            warnings.warn(
+                f"--video_max_pixels {self.max_pixels} is cut to {MAX_FRAME_PIXELS}, as in qwen-vl-utils",
+                stacklevel=3,
+            )
+
+
+def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) -> list[int]:
+    """Choose which frames to read, evenly from the first to the last.
+
+    Their number is even: nframes rounded to even, or what fps asks for, rounded down to even after it has been held
+    between 4 and 768 and within the video. Equals qwen-vl-utils' smart_nframes and linspace.
+    Raises ValueError when the video has too few frames.
+    """
+    if options.nframes is not None:
+        count = round(options.nframes / 2) * 2
+        wish = f"--nframes asks for {options.nframes}"
+    else:
+        most = min(MAX_FRAMES, total_frames)
+        wanted = total_frames / video_fps * (DEFAULT_FPS if options.fps is None else options.fps)
+        count = math.floor(min(max(wanted, MIN_FRAMES), most) / 2) * 2
+        wish = "at least 2 are needed"
+    if not 2 <= count <= total_frames:
+        raise ValueError(f"has {total_frames} frame{'s' * (total_frames != 1)}, {wish}")
+    return torch.linspace(0, total_frames - 1, count).round().long().tolist()
+
+
+def smart_resize(height: int, width: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:
+    """Return the size (height, width) nearest to the given one: multiples of 28, min_pixels to max_pixels in all.
+
+    Equals qwen-vl-utils' smart_resize, except that an extremely narrow frame keeps 28 pixels where that gives 0.
+    Raises ValueError for a frame more than 200 times as long as wide.
+    """
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ValueError(f"has frames of {width}x{height} pixels, more than {MAX_ASPECT_RATIO} times as long as wide")
+    new_height = max(SIZE_FACTOR, round(height / SIZE_FACTOR) * SIZE_FACTOR)
+    new_width = max(SIZE_FACTOR, round(width / SIZE_FACTOR) * SIZE_FACTOR)
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(SIZE_FACTOR, math.floor(height / shrink / SIZE_FACTOR) * SIZE_FACTOR)
+        new_width = max(SIZE_FACTOR, math.floor(width / shrink / SIZE_FACTOR) * SIZE_FACTOR)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / SIZE_FACTOR) * SIZE_FACTOR
+        new_width = math.ceil(width * grow / SIZE_FACTOR) * SIZE_FACTOR
+    return new_height, new_width
+
+
+def target_size(height: int, width: int, num_frames: int, options: VideoOptions) -> tuple[int, int]:
+    """Return the size (height, width) that a video of num_frames frames of height x width pixels is resized to."""
+    if options.resized_height is not None and options.resized_width is not None:
+        # qwen-vl-utils holds an explicit size within its bounds for images: 4 to 16384 tokens
+        bounds = 4 * PIXELS_PER_TOKEN, 16384 * PIXELS_PER_TOKEN
+        return smart_resize(options.resized_height, options.resized_width, *bounds)
+    share = MAX_VIDEO_PIXELS / num_frames * TEMPORAL_PATCH_SIZE  # a long video shares the model's context
+    bound = max(min(MAX_FRAME_PIXELS, share), int(options.min_pixels * 1.05))
+    return smart_resize(height, width, options.min_pixels, min(options.max_pixels, bound))
+
+
+def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize uint8 frames (T, 3, H, W) to uint8 (T, 3, height, width), bicubic with antialiasing.
+
+    On uint8 directly, as HF's processor does: like PIL it also rounds between its two passes, which shows (by up to
+    10 levels) beside very hard edges only, and takes a tenth of the time of float32.
+    """
+    if frames.shape[-2:] == (height, width):
+        return frames
+    return F.interpolate(frames, (height, width), mode="bicubic", antialias=True)
+
+
+def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """Normalise frames and cut them into patches in the order in which the vision tower reads them.
+
+    frames: (T, 3, H, W) uint8, H and W multiples of 28; an odd T repeats the last frame.
+    Returns pixel_values (S, 1176) float32, in which the four patches that become one token are neighbours and a patch
+    is laid out (3, 2, 14, 14), and the grid (t, h, w) of patches.
+    """
+    if frames.shape[0] % TEMPORAL_PATCH_SIZE:
+        frames = torch.cat([frames, frames[-1:]])
+    num_frames, channels, height, width = frames.shape
+    t, h, w = num_frames // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE
+    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD).view(3, 1, 1)
+    pixels = (frames.float() / 255).sub_(mean).div_(std)  # (T, 3, H, W)
+    patches = pixels.reshape(
+        *(t, TEMPORAL_PATCH_SIZE, channels),
+        *(h // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE),
+        *(w // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE),
+    )  # (t, 2, 3, h/2, 2, 14, w/2, 2, 14)
+    patches = patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
+    return patches.reshape(t * h * w, -1), (t, h, w)  # (S, 1176)
+
+
+def read_frames(path: str | Path, options: VideoOptions) -> tuple[torch.Tensor, float]:
+    """Decode the frames that the options ask for: uint8 (T, 3, H, W), and how many of them are in a second of video.
+
+    Raises FileNotFoundError when there is no file, BadVideo when it gives no such frames.
+    """
+    path = str(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no video at {path!r}")
+    try:
+        reader = VideoReader(path, num_threads=1)  # the data workers are the parallelism
+        total_frames, video_fps = len(reader), reader.get_avg_fps()
+    except (DECORDError, RuntimeError) as error:
+        raise BadVideo(f"{path!r} is not a video that decord can open") from error
+    if total_frames < 1:
+        raise BadVideo(f"{path!r} has no frames")
+    if not 0 < video_fps < math.inf:  # nor nan
+        raise BadVideo(f"{path!r} has no frame rate (decord reads {video_fps})")
+    try:
+        indices = frame_indices(total_frames, video_fps, options)
+    except ValueError as error:
+        raise BadVideo(f"{path!r} {error}") from error
+    try:
+        frames = torch.from_numpy(reader.get_batch(indices).asnumpy())  # (T, H, W, 3)
+    except (DECORDError, RuntimeError, IndexError) as error:
+        raise BadVideo(f"{path!r} is damaged: its frames cannot be decoded") from error
+    if len(frames) != len(indices):
+        raise BadVideo(f"{path!r} is damaged: it gives {len(frames)} of {len(indices)} frames")
+    return frames.permute(0, 3, 1, 2), len(indices) / total_frames * video_fps  # (T, 3, H, W)
+
+
+def load_video(path: str | Path, options: VideoOptions) -> tuple[torch.Tensor, tuple[int, int, int], float]:
+    """Read a video file as input of the vision tower.
+
+    Returns pixel_values_videos (S, 1176) float32, its grid (t, h, w), and second_per_grid_t: the seconds of video
+    between two steps of the grid's time axis.
+    Raises FileNotFoundError when there is no file, BadVideo when it gives no usable frames.
+    """
+    frames, sampled_fps = read_frames(path, options)
+    try:
+        height, width = target_size(frames.shape[2], frames.shape[3], len(frames), options)
+    except ValueError as error:
+        raise BadVideo(f"{str(path)!r} {error}") from error
+    pixel_values, grid_thw = patchify(resize(frames, height, width))
+    return pixel_values, grid_thw, TEMPORAL_PATCH_SIZE / sampled_fps

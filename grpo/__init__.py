@@ -1,0 +1,1 @@
+"""The parts of the GRPO algorithm; `train.py` at the top level puts them together."""

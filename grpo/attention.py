@@ -1,0 +1,118 @@
+"""Shared-prefix attention: a prompt and its G completions in one packed row, the prompt computed once.
+
+A group shares its prompt, and with 30 videos the prompt is nearly all of the work. So one row
+`[prompt | c1 | … | cG]` of P + G·C tokens goes through the stock Hugging Face model, and only attention has to know:
+
+    prompt tokens      attend causally to the prompt;
+    completion tokens  attend to the prompt and causally to their own completion, never to another one.
+
+That equals G separate rows `[prompt | ci]` (proved in `tests/test_packed.py`) at about 1/G of the cost. While sampling,
+the same split lets G completions read one copy of the prompt's keys and values.
+
+How it is plugged in: the model's attention layers call `attend` with their query, key and value; which tokens see which
+is decided by the function that the caller passes down through the model's keyword arguments.
+
+| P | prompt tokens | G | completions | C | completion tokens | H | query heads | K | key heads | D | head size |
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+# (query (N, H, L, D), key (N, K, L, D), value (N, K, L, D), layer index) -> (N, H, L, D)
+AttendFn = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> Tensor:
+    """Attend causally within each row: an ordinary language model."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def packed(prompt_length: int, num_completions: int) -> AttendFn:
+    """Return the attention of one packed row `[prompt | c1 | … | cG]`: two SDPA calls, no (P + G·C)² mask."""
+    P, G = prompt_length, num_completions
+
+    def attend_packed(query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> Tensor:
+        H, K, D = query.shape[1], key.shape[1], query.shape[3]
+        C = (query.shape[2] - P) // G
+
+        def completions(x: Tensor) -> Tensor:
+            return x[0, :, P:].unflatten(1, (G, C)).transpose(0, 1)  # (1, heads, P + G·C, D) -> (G, heads, C, D)
+
+        prompt_out = causal(query[:, :, :P], key[:, :, :P], value[:, :, :P])  # (1, H, P, D)
+        keys = torch.cat([key[:, :, :P].expand(G, -1, -1, -1), completions(key)], dim=2)  # (G, K, P + C, D)
+        values = torch.cat([value[:, :, :P].expand(G, -1, -1, -1), completions(value)], dim=2)
+        # The H / K query heads of a key head become rows of one query, so that keys and values need no repeating.
+        queries = completions(query).reshape(G, K, H // K * C, D)
+        own = torch.ones(C, C, dtype=torch.bool, device=query.device).tril()
+        mask = torch.cat([own.new_ones(C, P), own], dim=1).repeat(H // K, 1)  # (H / K · C, P + C), True: is seen
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        out = out.reshape(G, H, C, D).transpose(0, 1).reshape(1, H, G * C, D)
+        return torch.cat([prompt_out, out], dim=2)  # (1, H, P + G·C, D)
+
+    return attend_packed
+
+
+class GroupCache:
+    """Keys and values of one prompt (one copy) and of its G completions (C slots each), for every layer."""
+
+    def __init__(self, num_completions: int, max_completion_length: int):
+        self.G, self.C = num_completions, max_completion_length
+        self.prompt: list[tuple[Tensor, Tensor]] = []  # per layer: keys, values (K, P, D)
+        self.own: list[tuple[Tensor, Tensor]] = []  # per layer: keys, values (G, K, C, D)
+        self.length = 0  # completion tokens held
+
+    def prefill(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+        """Attend causally over the prompt, (1, H, P, D), and keep its keys and values."""
+        self.prompt.append((key[0], value[0]))
+        shape = (self.G, key.shape[1], self.C, key.shape[3])
+        self.own.append((key.new_empty(shape), value.new_empty(shape)))
+        return causal(query, key, value)
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+        """Attend from one new token of each completion, (G, H, 1, D), to the prompt and to what precedes it."""
+        (prompt_keys, prompt_values), (own_keys, own_values) = self.prompt[layer], self.own[layer]
+        G, H, _, D = query.shape
+        K, P = prompt_keys.shape[:2]
+        own_keys[:, :, self.length] = key[:, :, 0]
+        own_values[:, :, self.length] = value[:, :, 0]
+        own_keys, own_values = own_keys[:, :, : self.length + 1], own_values[:, :, : self.length + 1]  # (G, K, c, D)
+
+        # All G·H/K queries of a key head read the prompt in one matrix product; no per-completion copy of it exists.
+        query = query.reshape(G, K, H // K, D) * D**-0.5
+        grouped = query.transpose(0, 1).reshape(K, G * (H // K), D)
+        prompt_scores = (grouped @ prompt_keys.transpose(1, 2)).unflatten(1, (G, -1)).transpose(0, 1)  # (G, K, H/K, P)
+        own_scores = query @ own_keys.transpose(2, 3)  # (G, K, H / K, c)
+        weights = torch.cat([prompt_scores, own_scores], dim=3).softmax(dim=3, dtype=torch.float32).to(value.dtype)
+        out = (weights[..., :P].transpose(0, 1).reshape(K, -1, P) @ prompt_values).unflatten(1, (G, -1)).transpose(0, 1)
+        return (out + weights[..., P:] @ own_values).reshape(G, H, 1, D)
+
+
+def attend(module, query, key, value, attention_mask, attend_fn: AttendFn = causal, **kwargs):
+    """Language model attention for Hugging Face's interface: hand over to the caller's `attend_fn`."""
+    return attend_fn(query, key, value, module.layer_idx).transpose(1, 2), None  # (N, L, H, D)
+
+
+def attend_segments(module, query, key, value, attention_mask, cu_seq_lens_q: Tensor, **kwargs):
+    """Vision tower attention: every segment (a window or a frame) attends to itself, equal lengths in one SDPA call.
+
+    Frames of a study have equal sizes, so that this is one call where Hugging Face loops over hundreds of windows.
+
+    query, key, value: (1, H, S, D); cu_seq_lens_q: (segments + 1,) where segments begin and the last one ends.
+    """
+    starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff().long()
+    out = torch.empty_like(query.transpose(1, 2))  # (1, S, H, D)
+    for length in lengths.unique().tolist():
+        rows = starts[lengths == length, None] + torch.arange(length, device=query.device)  # (n, length)
+        q, k, v = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))  # (n, H, length, D)
+        out[0, rows] = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return out, None
+
+
+# Hugging Face hands whole sequences with their segment boundaries only to an attention with "flash" in its name;
+# to any other it hands one segment at a time.
+AttentionInterface.register("shared_prefix", attend)
+AttentionInterface.register("segments_like_flash", attend_segments)

@@ -1,0 +1,183 @@
+"""Every flag of `train.py`, each with its meaning; nothing else decides how a run goes."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import HfArgumentParser
+
+from data.dataset import InputError
+from data.video import VideoOptions
+
+
+def flag(default, help: str):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """The flags. Names and defaults are those of TRL and of the original system where they have one."""
+
+    # what to train on what
+    model_id: str = flag("", "Qwen2.5-VL: a local folder or a hub name")
+    data_path: str = flag("", "JSON or JSONL file of samples (README, 'Data')")
+    image_folder: str = flag("", "folder of the videos whose path in the JSON does not exist as it is")
+    output_dir: str = flag("", "new folder for curves, flags and trained models")
+    demo: bool = flag(False, "make synthetic beating hearts and a small model, train on them, show before and after")
+
+    # videos
+    max_videos: int = flag(5, "videos kept per sample, a memory setting; 0: all of them")
+    fps: float | None = flag(None, "frames per second read from a video (2 if --nframes is not given either)")
+    nframes: int | None = flag(None, "frames read from every video, instead of --fps")
+    video_resized_width: int | None = flag(None, "width of the frames in pixels, rounded to a multiple of 28")
+    video_resized_height: int | None = flag(None, "height of the frames in pixels, rounded to a multiple of 28")
+    video_min_pixels: int = flag(128 * 28 * 28, "least pixels per frame, where width and height are not given")
+    video_max_pixels: int = flag(768 * 28 * 28, "most pixels per frame, where width and height are not given")
+    on_bad_video: Literal["error", "skip"] = flag("error", "a video without readable frames: stop, or leave it out")
+    dataloader_num_workers: int = flag(2, "processes per rank that decode videos ahead; 0: decode in the loop")
+
+    # group sampling
+    num_generations: int = flag(8, "completions sampled per prompt (G)")
+    max_completion_length: int = flag(512, "tokens after which a completion is cut")
+    temperature: float = flag(0.7, "sampling temperature, also that of the trained log-probabilities")
+
+    # the objective
+    epsilon: float = flag(0.05, "lower clipping: the ratio counts down to 1 - epsilon")
+    epsilon_high: float = flag(0.1, "upper clipping: the ratio counts up to 1 + epsilon_high")
+    num_iterations: int = flag(1, "updates per batch of rollouts")
+
+    # batches, counted in prompts; any one may be left out
+    global_batch_size: int | None = flag(None, "prompts per step on all ranks (1 per rank if no size is given)")
+    per_device_train_batch_size: int | None = flag(None, "prompts per rank and accumulation step; each is one pass")
+    gradient_accumulation_steps: int | None = flag(None, "global / (per device x ranks)")
+    num_train_epochs: float = flag(1.0, "passes over the samples")
+    max_steps: int = flag(0, "steps, in place of --num_train_epochs; 0: whole epochs")
+
+    # the optimizer
+    learning_rate: float = flag(1e-6, "peak learning rate of AdamW, reached after warm-up, then a cosine to 0")
+    weight_decay: float = flag(0.0, "decay of the weight matrices")
+    warmup_ratio: float = flag(0.03, "share of the steps in which the learning rate rises")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
+    gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
+
+    # the run
+    logging_steps: int = flag(1, "steps between points of the curves")
+    log_completions: int = flag(4, "completions shown in TensorBoard at a logging step")
+    save_steps: int = flag(0, "steps between saved models; 0: only at the end")
+    seed: int = flag(0, "seed of the data order and of the sampling")
+
+
+DEMO_DEFAULTS = {
+    "output_dir": "output/demo",
+    "nframes": 8,
+    "video_resized_width": 56,
+    "video_resized_height": 56,
+    "max_completion_length": 16,
+    "global_batch_size": 8,
+    "max_steps": 150,
+    "learning_rate": 3e-4,
+    "temperature": 1.0,
+    "num_generations": 12,
+}
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Read the flags; raise InputError, one line, for an unknown flag or a value that cannot be."""
+    parser = HfArgumentParser(Config, prog="train.py", allow_abbrev=False)
+    parser.error = _fail
+    if "--demo" in argv:  # other defaults, which flags beside it override
+        parser.set_defaults(**DEMO_DEFAULTS)
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        raise InputError(f"unknown flag {unknown[0]!r}: python train.py --help lists the flags")
+    _check(config)
+    return config
+
+
+def _fail(message: str):
+    raise InputError(f"{message}: python train.py --help explains the flags")
+
+
+def _check(config: Config) -> None:
+    c = config
+    if c.demo:
+        for name in ("model_id", "data_path", "image_folder"):
+            if getattr(c, name):
+                raise InputError(f"--demo makes its own model and data: leave out --{name}, or --demo")
+    else:
+        for name in ("model_id", "data_path", "output_dir"):
+            if not getattr(c, name):
+                raise InputError(f"--{name} is missing (or try: python train.py --demo)")
+    if c.num_generations < 2:
+        raise InputError(
+            f"--num_generations {c.num_generations}: a group needs at least 2 completions, since advantages are "
+            "differences within the group"
+        )
+    try:
+        video_options(c)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    positive = "max_completion_length temperature epsilon_high num_iterations global_batch_size learning_rate "
+    positive += "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_grad_norm logging_steps"
+    for name in positive.split():
+        if getattr(c, name) is not None and not 0 < getattr(c, name) < math.inf:
+            raise InputError(f"--{name} {getattr(c, name)}: must be above 0")
+    for name in [
+        "max_videos",
+        "dataloader_num_workers",
+        "max_steps",
+        "weight_decay",
+        "log_completions",
+        "save_steps",
+        "seed",
+    ]:
+        if not 0 <= getattr(c, name) < math.inf:
+            raise InputError(f"--{name} {getattr(c, name)}: must be 0 or more")
+    for name in ("epsilon", "warmup_ratio"):
+        if not 0 <= getattr(c, name) <= 1:
+            raise InputError(f"--{name} {getattr(c, name)}: must lie between 0 and 1")
+
+
+def video_options(config: Config) -> VideoOptions:
+    """Pick the flags that say which frames are read and how large; raise ValueError for a contradiction."""
+    return VideoOptions(
+        fps=config.fps,
+        nframes=config.nframes,
+        resized_width=config.video_resized_width,
+        resized_height=config.video_resized_height,
+        min_pixels=config.video_min_pixels,
+        max_pixels=config.video_max_pixels,
+    )
+
+
+def resolve_batch_sizes(config: Config, world_size: int) -> Config:
+    """Fill in the batch sizes that were left out: global = per device x ranks x accumulation.
+
+    Raise InputError that says the arithmetic when the given ones contradict each other.
+    """
+    total, device, accumulation = (
+        config.global_batch_size,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+    )
+    if total is None:
+        device, accumulation = device or 1, accumulation or 1
+        total = device * world_size * accumulation
+    elif device is None:
+        accumulation = accumulation or 1
+        device = total // (world_size * accumulation)
+    elif accumulation is None:
+        accumulation = total // (world_size * device)
+    if total != device * world_size * accumulation or total == 0:
+        product = f"{device} x {world_size} ranks x --gradient_accumulation_steps {accumulation}"
+        raise InputError(
+            f"--global_batch_size {total} is not --per_device_train_batch_size {product} = "
+            f"{device * world_size * accumulation}: change or leave out one of them"
+        )
+    return dataclasses.replace(
+        config,
+        global_batch_size=total,
+        per_device_train_batch_size=device,
+        gradient_accumulation_steps=accumulation,
+    )

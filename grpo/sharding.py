@@ -1,0 +1,90 @@
+"""Processes and sharding: the same code on one CPU, one GPU, or many nodes.
+
+FSDP2 (`fully_shard`) splits float32 master weights, gradients and optimizer states over the ranks and computes in
+bfloat16 on GPUs. Sampling wants whole weights, thousands of times in a row; `WholeWeights` gathers them once per step.
+"""
+
+import copy
+import os
+import types
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from data.dataset import InputError
+from grpo.logprobs import completion_logprobs
+
+
+def start_processes() -> torch.device:
+    """Join the process group that torchrun describes, or make one of a single process; return this rank's device."""
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def raise_together(items: list) -> None:
+    """Raise on every rank the first InputError that any rank holds among `items`, so that none waits for another."""
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, next((str(item) for item in items if isinstance(item, InputError)), None))
+    for error in errors:
+        if error is not None:
+            raise InputError(error)
+
+
+def device_mesh(device: torch.device) -> DeviceMesh:
+    """Lay out the ranks: shard within a node, where links are fast, and replicate across nodes."""
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    if local < world:
+        return init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs, float32 on CPUs."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def shard(model, device: torch.device):
+    """Shard each decoder layer, each vision block and the rest, in place; make `model.completion_logprobs` callable."""
+    mesh = device_mesh(device)
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
+    for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+    model.completion_logprobs = types.MethodType(completion_logprobs, model)
+    register_fsdp_forward_method(model, "completion_logprobs")  # the root gathers its weights around this call
+    return model
+
+
+class WholeWeights:
+    """The model with whole weights in compute precision, for sampling, evaluating and saving.
+
+    `module` is an ordinary Hugging Face model. `refresh` is collective; between refreshes nothing here communicates.
+    On a single CPU process the weights are whole already and are shared, not copied.
+    """
+
+    def __init__(self, model):
+        """Make the twin before `model` is sharded: the same modules around (for now) the same weights."""
+        self.module = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
+        self.module.eval()
+
+    @torch.no_grad()
+    def refresh(self, model) -> None:
+        """Bring in the present weights of the sharded `model`."""
+        device = next(model.parameters()).device
+        dtype = compute_dtype(device)
+        for whole, sharded in zip(self.module.parameters(), model.parameters(), strict=True):
+            if dist.get_world_size() == 1:
+                whole.data = sharded.to_local().to(dtype)
+            else:
+                whole.data = sharded.to(dtype).full_tensor()
+        self.module.to(device)  # buffers

@@ -1,0 +1,169 @@
+"""What a run shows: TensorBoard curves and completions, the progress bar, and the numbers behind them.
+
+Every rank hands in its own records; the metrics are computed from all of them together, so that they are exact whatever
+the ranks and prompts are, never averages of averages.
+"""
+
+import dataclasses
+import html
+import json
+import os
+import resource
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from grpo.config import Config
+from grpo.rollout import Rollout
+
+
+def gather_groups(rollouts: list[Rollout], by_function: dict[str, Tensor], rewards: Tensor) -> list[dict]:
+    """Collect one record per group from all ranks; rewards: (B, G), and the same per reward function."""
+    own = [
+        {
+            "counts": rollout.prompt.counts,
+            "bad_video": rollout.prompt.bad_video,
+            "rewards": rewards[b],  # (G,)
+            "by_function": {name: values[b] for name, values in by_function.items()},
+            "lengths": rollout.completion_mask.sum(dim=1).cpu(),  # (G,)
+            "is_stopped": rollout.is_stopped.cpu(),  # (G,)
+        }
+        for b, rollout in enumerate(rollouts)
+    ]
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, own)
+    return [group for groups in of_ranks for group in groups]
+
+
+def rollout_metrics(groups: list[dict]) -> dict[str, float]:
+    """Summarise the groups that count; empty if none does."""
+    groups = [group for group in groups if group["counts"]]
+    if not groups:
+        return {}
+    rewards = torch.stack([group["rewards"] for group in groups])  # (groups, G)
+    lengths = torch.cat([group["lengths"] for group in groups]).float()
+    metrics = {
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(dim=1).mean(),
+        "frac_reward_zero_std": (rewards == rewards[:, :1]).all(dim=1).float().mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": 1 - torch.cat([group["is_stopped"] for group in groups]).float().mean(),
+    }
+    for name in groups[0]["by_function"]:
+        values = torch.stack([group["by_function"][name] for group in groups])
+        metrics |= {f"rewards/{name}/mean": values.mean(), f"rewards/{name}/std": values.std()}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def update_metrics(sums: Tensor, difference_max: Tensor, num_tokens: int, num_iterations: int) -> dict[str, float]:
+    """Turn what the passes of every rank summed up into means over all tokens of all ranks.
+
+    sums: (5,), of loss, entropy, tokens clipped low and high, and |sampled - trained log-probability|, the last from
+    the first of the `num_iterations` updates alone, where both come from the same weights.
+    """
+    dist.all_reduce(sums)
+    dist.all_reduce(difference_max, op=dist.ReduceOp.MAX)
+    loss, entropy, low, high, difference = (sums / num_tokens).tolist()
+    return {
+        "loss": loss / num_iterations,
+        "entropy": entropy / num_iterations,
+        "clip_ratio/low_mean": low / num_iterations,
+        "clip_ratio/high_mean": high / num_iterations,
+        "clip_ratio/region_mean": (low + high) / num_iterations,
+        "sampling/sampling_logp_difference/mean": difference,
+        "sampling/sampling_logp_difference/max": difference_max.item(),
+    }
+
+
+class Clock:
+    """Seconds since the last lap, by name; a step is the sum of its laps."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under `name`."""
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+
+
+class Tracker:
+    """The records of a run in `output_dir`, written by rank 0: `config.json`, TensorBoard's files, the progress bar."""
+
+    def __init__(self, config: Config, total_steps: int):
+        self.config, self.num_skipped, self.is_main = config, 0, dist.get_rank() == 0
+        if self.is_main:
+            os.makedirs(config.output_dir, exist_ok=True)
+            with open(os.path.join(config.output_dir, "config.json"), "w") as file:
+                json.dump(dataclasses.asdict(config), file, indent=2)
+            self.writer = SummaryWriter(os.path.join(config.output_dir, "tensorboard"))
+        self.bar = tqdm(total=total_steps, unit="step", disable=not self.is_main)
+
+    def say(self, line: str) -> None:
+        """Print a line, once and not through the bar."""
+        if self.is_main:
+            tqdm.write(line)
+
+    def log(self, step: int, groups: list[dict], metrics: dict[str, float], clock: Clock) -> bool:
+        """Count the finished step; at a logging step add a point to every curve and return True.
+
+        groups: the records of all ranks.
+        """
+        for group in groups:
+            if group["bad_video"]:
+                self.num_skipped += 1
+                self.say(f"left out: {group['bad_video']}")
+        seconds = sum(clock.seconds.values())
+        metrics = rollout_metrics(groups) | metrics
+        metrics |= {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/step": seconds}
+        metrics["tokens_per_second"] = sum(int(g["lengths"].sum()) for g in groups if g["counts"]) / seconds
+        metrics["memory/peak_gb"] = peak_memory_gb()
+        metrics["data/skipped_samples"] = self.num_skipped
+        reward = metrics.get("reward", float("nan"))
+        self.bar.set_postfix_str(f"reward {reward:.3f}, {seconds:.2f} s/step", refresh=False)
+        self.bar.update()
+        if step % self.config.logging_steps:
+            return False
+        if self.is_main:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+        return True
+
+    def show_completions(self, step: int, rollouts: list[Rollout], texts: list[str], rewards, advantages) -> None:
+        """Show the first completions of rank 0 as a table; texts: B·G, rewards and advantages: (B, G)."""
+        if not self.is_main or not self.config.log_completions:
+            return
+        lines = ["| prompt | truth | completion | reward | advantage |", "|---|---|---|---|---|"]
+        values = zip(texts, rewards.flatten().tolist(), advantages.flatten().tolist(), strict=True)
+        for i, (text, reward, advantage) in zip(range(self.config.log_completions), values, strict=False):
+            sample = rollouts[i // rewards.shape[1]].prompt.sample
+            cells = " | ".join(table_cell(cell) for cell in (sample.turns[-1][1], sample.answer, text))
+            lines.append(f"| {cells} | {reward:.3f} | {advantage:+.3f} |")
+        self.writer.add_text("completions", "\n".join(lines), step)
+
+    def close(self, line: str) -> None:
+        """End the bar and the files, and print a last line."""
+        self.bar.close()
+        self.say(line)
+        if self.is_main:
+            self.writer.close()
+
+
+def table_cell(text: str) -> str:
+    """Keep sampled text within its table cell: no markup, no line breaks, no control characters."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return html.escape(text).replace("|", "&#124;").replace("`", "&#96;")
+
+
+def peak_memory_gb() -> float:
+    """Most memory this process has held: of its GPU, or of the host where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

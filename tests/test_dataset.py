@@ -1,0 +1,233 @@
+import json
+
+import pytest
+
+from data.dataset import InputError, Sample, load_samples
+
+HUMAN = {"from": "human", "value": "What is the EF?"}
+GPT = {"from": "gpt", "value": "55%"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def entry(**changes):
+    return {"id": "s1", "video": ["a.mp4", "b.mp4"], "conversations": [HUMAN, GPT]} | changes
+
+
+def write(folder, content, name="train.json"):
+    path = folder / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def error_of(folder, content, name="train.json", **kwargs):
+    path = write(folder, content, name)
+    with pytest.raises(InputError) as caught:
+        load_samples(path, **({"image_folder": str(folder)} | kwargs))
+    line = str(caught.value)
+    assert len(line.splitlines()) == 1 and line.isprintable()
+    assert repr(path) in line
+    return line
+
+
+def test_a_sample_holds_its_videos_prompt_and_answer(folder):
+    turns = [
+        {"from": "system", "value": "You read echos."},
+        {"from": "human", "value": "<video>\nWhich view?"},
+        {"from": "gpt", "value": "Apical."},
+        {"from": "user", "value": "And <video> the EF?"},
+        {"from": "assistant", "value": "The EF is 55%"},
+    ]
+    (sample,) = load_samples(write(folder, [entry(conversations=turns)]), str(folder))
+    assert sample == Sample(
+        id="s1",
+        videos=(str(folder / "a.mp4"), str(folder / "b.mp4")),
+        turns=(
+            ("system", "You read echos."),
+            ("user", "<video>\nWhich view?"),
+            ("assistant", "Apical."),
+            ("user", "And <video> the EF?"),
+        ),
+        answer="The EF is 55%",
+    )
+
+
+def test_videos_come_before_the_first_question_when_there_are_no_tags(folder):
+    turns = [{"from": "system", "value": "S"}, HUMAN, GPT, {"from": "human", "value": "Sure?"}, GPT]
+    (sample,) = load_samples(write(folder, [entry(conversations=turns)]), str(folder))
+    assert sample.turns == (
+        ("system", "S"),
+        ("user", "<video>\n<video>\nWhat is the EF?"),
+        ("assistant", "55%"),
+        ("user", "Sure?"),
+    )
+
+
+def test_one_video_may_be_a_plain_string(folder):
+    (sample,) = load_samples(write(folder, [entry(video="a.mp4")]), str(folder))
+    assert sample.videos == (str(folder / "a.mp4"),)
+
+
+def test_a_path_that_exists_is_used_as_it_is(folder, monkeypatch):
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("a.mp4", "c.mp4"):
+        (elsewhere / name).touch()
+    monkeypatch.chdir(elsewhere)
+    (elsewhere / "b.mp4").mkdir()  # a folder of that name is no video
+    videos = ["a.mp4", "b.mp4", str(folder / "c.mp4")]
+    (sample,) = load_samples(write(folder, [entry(video=videos)]), str(folder))
+    assert sample.videos == ("a.mp4", str(folder / "b.mp4"), str(folder / "c.mp4"))
+
+
+def test_ids_are_strings_and_a_missing_one_is_the_position(folder):
+    entries = [entry(id="x"), entry(id=7), entry(id=None), entry()]
+    del entries[3]["id"]
+    assert [sample.id for sample in load_samples(write(folder, entries), str(folder))] == ["x", "7", "#3", "#4"]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_jsonl_is_read_by_its_name_or_by_its_content(folder, name):
+    text = f"{json.dumps(entry())}\r\n\n{json.dumps(entry(id='s2'))}\n"
+    assert [sample.id for sample in load_samples(write(folder, text, name), str(folder))] == ["s1", "s2"]
+
+
+def test_a_jsonl_line_may_hold_unicode_line_separators(folder):
+    turns = [{"from": "human", "value": "a\u2028b"}, GPT]
+    text = json.dumps(entry(conversations=turns), ensure_ascii=False)
+    (sample,) = load_samples(write(folder, text.encode(), "train.jsonl"), str(folder))
+    assert sample.turns == (("user", "<video>\n<video>\na\u2028b"),)
+
+
+def test_a_list_is_read_whatever_the_name_and_with_a_byte_order_mark(folder):
+    content = b"\xef\xbb\xbf" + json.dumps([entry()], indent=2).encode()
+    assert load_samples(write(folder, content, "train.jsonl"), str(folder))[0].id == "s1"
+
+
+def test_a_missing_file_or_a_directory_is_named(folder):
+    for path, problem in ((folder / "none.json", "No such file"), (folder, "is a directory")):
+        with pytest.raises(InputError) as caught:
+            load_samples(str(path))
+        assert all(part in str(caught.value) for part in (repr(str(path)), problem, "--data_path"))
+
+
+def test_malformed_json_is_named_with_line_and_column(folder):
+    assert "line 2, column 4" in error_of(folder, '[\n{} {}]')  # fmt: skip
+    assert "line 3, column 6" in error_of(folder, '{"id": 1}\n\n{"a" 1}', "train.jsonl")
+    assert "line 2, column 5" in error_of(folder, '{\n"a" 1}')
+    assert "line 1, column" in error_of(folder, f'{{"id": 1,\n{json.dumps(entry())}', "train.jsonl")
+
+
+def test_json_that_no_parser_takes_is_an_input_error(folder):
+    for opening in ("[", '{"a":'):
+        assert "line 1" in error_of(folder, opening * 100_000)
+    assert "line 2" in error_of(folder, "{}\n" + '{"id": ' + "9" * 5000 + "}", "train.jsonl")
+    assert "byte 2" in error_of(folder, b'["\xff"]')
+
+
+@pytest.mark.parametrize("content", ["", " \n", "[]"])
+def test_a_file_without_samples_is_an_error(folder, content):
+    assert "no samples" in error_of(folder, content)
+
+
+@pytest.mark.parametrize("content", ['{\n"id": 1}', "3", '"a"', "null"])
+def test_a_file_that_is_no_list_is_an_error(folder, content):
+    assert "holds no list" in error_of(folder, content)
+
+
+@pytest.mark.parametrize("wrong", [[], "a", 3, None])
+def test_an_entry_that_is_no_object_is_named_by_its_position(folder, wrong):
+    assert "entry #2 is" in error_of(folder, [entry(), wrong])
+
+
+@pytest.mark.parametrize("wrong", [True, 1.5, [], {}, ""])
+def test_an_id_of_the_wrong_type_is_an_error(folder, wrong):
+    assert "entry #1: 'id' is" in error_of(folder, [entry(id=wrong)])
+
+
+def test_an_id_that_occurs_twice_is_named(folder):
+    assert "the id '7' occurs twice: give" in error_of(folder, [entry(id=7), entry(), entry(id="7")])
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (None, "no 'conversations'"),
+        ([], "no 'conversations'"),
+        ("hello", "no 'conversations'"),
+        ([HUMAN, "x"], "turn 2 is a string"),
+        ([{"value": "x"}, GPT], "turn 1: 'from' is missing"),
+        ([HUMAN, {"from": "gpt"}], "turn 2: 'value' is missing"),
+        ([HUMAN, {"from": "gpt", "value": 55}], "turn 2: 'value' is a number"),
+        ([{"from": None, "value": "x"}, GPT], "turn 1: 'from' is null"),
+        ([HUMAN, {"from": "bot\n", "value": "x"}], "unknown 'from' 'bot\\n'"),
+        ([{"from": "system", "value": "x"}, GPT], "no human turn"),
+        ([GPT], "no human turn"),
+        ([HUMAN], "no gpt turn"),
+        ([HUMAN, GPT, HUMAN], "does not end with a gpt turn"),
+        ([HUMAN, GPT, GPT], "the turn before the answer is not human"),
+        ([HUMAN, {"from": "system", "value": "x"}, GPT], "the turn before the answer is not human"),
+        ([HUMAN, {"from": "gpt", "value": " \n"}], "empty answer"),
+        ([HUMAN, {"from": "gpt", "value": "<video>5%"}], "turn 2: <video> in a turn from 'gpt'"),
+        ([{"from": "system", "value": "<video>"}, HUMAN, GPT], "turn 1: <video> in a turn from 'system'"),
+        ([{"from": "human", "value": "\ud800"}, GPT], "turn 1: 'value' holds half a character"),
+        ([{"from": "human", "value": "<video>"}, GPT], "1 <video> tag(s) in the human turns but 2 in 'video'"),
+        ([{"from": "human", "value": "<video>" * 3}, GPT], "3 <video> tag(s) in the human turns but 2 in 'video'"),
+        ([{"from": "human", "value": "<video>" * 2}, GPT] * 2, "4 <video> tag(s) in the human turns but 2 in 'video'"),
+    ],
+)
+def test_a_wrong_conversation_is_an_error_that_names_the_sample(folder, turns, message):
+    line = error_of(folder, [entry(id="ok"), entry(conversations=turns)])
+    assert message in line and "sample 's1'" in line
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (None, "has no video"),
+        ([], "has no video"),
+        ("", "'video' holds an empty string"),
+        (["a.mp4", " "], "'video' holds an empty string"),
+        (["a.mp4", 3], "'video' holds a number"),
+        ({"a": 1}, "'video' is an object"),
+        (3, "'video' is a number"),
+    ],
+)
+def test_a_wrong_video_is_an_error_that_names_the_sample(folder, video, message):
+    line = error_of(folder, [entry(id="ok"), entry(video=video)])
+    assert message in line and "sample 's1'" in line
+
+
+def test_a_key_that_is_not_there_is_an_error(folder):
+    for key, message in (("video", "has no video"), ("conversations", "has no 'conversations'")):
+        incomplete = entry()
+        del incomplete[key]
+        assert f"sample 's1' {message}" in error_of(folder, [incomplete])
+
+
+def test_all_missing_videos_are_counted_and_three_are_named(folder):
+    (folder / "gone.mp4").mkdir()  # a folder is no video
+    entries = [entry(id=i, video=["a.mp4", f"gone{i}.mp4", "gone.mp4"]) for i in range(4)]
+    line = error_of(folder, entries)
+    assert "5 video file(s) missing" in line and "--image_folder" in line
+    named = ", ".join(f"{str(folder / name)!r} (sample {i!r})" for name, i in (("gone0.mp4", "0"), ("gone.mp4", "0")))
+    assert f"missing: {named}, {str(folder / 'gone1.mp4')!r} (sample '1'), ...: set" in line
+
+
+def test_other_errors_come_before_missing_videos(folder):
+    assert "occurs twice" in error_of(folder, [entry(video="gone.mp4"), entry()])
+
+
+def test_control_characters_do_not_break_the_line(folder):
+    line = error_of(folder, [entry(id="a\nb\x1b", video=["x\ny.mp4", "\x00", "\ud800.mp4"])], image_folder="f\n")
+    assert r"'f\n/x\ny.mp4' (sample 'a\nb\x1b')" in line and "3 video file(s) missing" in line
+    with pytest.raises(InputError, match=r"gone\\n\.json"):
+        load_samples(str(folder / "gone\n.json"))

@@ -1,0 +1,66 @@
+import pytest
+
+from data.dataset import VIDEO_TAG, InputError, Sample
+from data.video_cap import cap_all, cap_videos
+
+
+def sample_of(*turns, videos=("a", "b", "c")):
+    return Sample(id="s", videos=tuple(videos), turns=tuple(turns), answer="55%")
+
+
+def test_videos_and_tags_are_cut_together():
+    sample = sample_of(("user", "<video>\n<video>\n<video>\nWhat is the EF?"))
+    assert cap_videos(sample, 2) == sample_of(("user", "<video>\n<video>\nWhat is the EF?"), videos="ab")
+    assert cap_videos(sample, 1) == sample_of(("user", "<video>\nWhat is the EF?"), videos="a")
+
+
+def test_only_the_newline_right_after_a_dropped_tag_is_dropped():
+    sample = sample_of(("user", "One <video>\n\ntwo\n<video>\n\nthree <video> end"))
+    assert cap_videos(sample, 1).turns == (("user", "One <video>\n\ntwo\n\nthree  end"),)
+
+
+def test_tags_are_counted_across_user_turns_in_order():
+    sample = sample_of(
+        ("system", "Watch."),
+        ("user", "<video>\nView?"),
+        ("assistant", "Apical."),
+        ("user", "<video>\n<video>\nEF?"),
+    )
+    assert cap_videos(sample, 2) == sample_of(
+        ("system", "Watch."),
+        ("user", "<video>\nView?"),
+        ("assistant", "Apical."),
+        ("user", "<video>\nEF?"),
+        videos="ab",
+    )
+    assert cap_videos(sample, 1).turns[3] == ("user", "EF?")
+
+
+def test_a_sample_within_the_cap_is_left_alone():
+    sample = sample_of(("user", "<video>\n<video>\n<video>\nEF?"))
+    assert cap_videos(sample, 3) == cap_videos(sample, 5) == sample
+
+
+def test_zero_means_no_cap():
+    sample = sample_of(("user", "<video>\n" * 40 + "EF?"), videos=[str(i) for i in range(40)])
+    assert cap_videos(sample, 0) == sample
+
+
+def test_a_negative_cap_is_an_input_error():
+    with pytest.raises(InputError, match="--max_videos is -1"):
+        cap_videos(sample_of(("user", "<video>" * 3)), -1)
+
+
+def test_tags_and_videos_agree_after_every_cap():
+    sample = sample_of(("user", "<video>" * 4), ("assistant", "x"), ("user", "<video>\n" * 3), videos="abcdefg")
+    for cap in range(1, 9):
+        capped = cap_videos(sample, cap)
+        assert sum(text.count(VIDEO_TAG) for _, text in capped.turns) == len(capped.videos) == min(cap, 7)
+
+
+def test_all_samples_are_capped_in_order_and_the_cut_ones_counted():
+    long, short = sample_of(("user", "<video>" * 3)), sample_of(("user", "<video>"), videos="z")
+    samples, cut = cap_all(iter([long, short, long]), 2)
+    assert [sample.videos for sample in samples] == [("a", "b"), ("z",), ("a", "b")]
+    assert cut == 2
+    assert cap_all([long, short], 0) == ([long, short], 0)

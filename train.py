@@ -1,0 +1,213 @@
+"""GRPO for Qwen2.5-VL on samples with many videos and a numerical answer. The algorithm, top to bottom.
+
+    python train.py --demo                                        a whole run on this machine, nothing needed
+    torchrun --nproc_per_node 8 train.py --model_id … --data_path … --output_dir …
+
+One step, for a batch of prompts:
+
+    sample G completions per prompt         grpo/rollout.py         videos encoded once, prompt prefilled once
+    score them                              reward/numerical.py
+    advantage: the reward, normalised       grpo/loss.py            within its group
+    log-probabilities of the completions    grpo/logprobs.py        one packed pass per prompt
+    clipped loss, backward                  grpo/loss.py            divided by the tokens of all ranks
+    clip the gradient, step
+
+Each rank samples the whole groups of its own prompts. What is sampled is a function of the weights and of (seed, step,
+place in the batch): neither the number of ranks nor what a rank did before changes it.
+"""
+
+import hashlib
+import math
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import get_cosine_schedule_with_warmup
+
+from data.dataset import InputError, load_samples
+from data.loader import PromptDataset, prompt_batches, rank_slots
+from data.video_cap import cap_all
+from grpo import demo
+from grpo.config import Config, parse_config, resolve_batch_sizes, video_options
+from grpo.loss import clipped_policy_loss, group_advantages
+from grpo.model import SpecialTokens, load_model, load_tokenizer, save_model, special_tokens
+from grpo.rollout import Rollout, generate
+from grpo.sharding import WholeWeights, raise_together, shard, start_processes
+from grpo.tracking import Clock, Tracker, gather_groups, update_metrics
+from reward.numerical import numerical_video_reward
+
+REWARD_FUNCTIONS = [numerical_video_reward]  # a completion's reward is their sum
+
+
+def rollout_phase(model, prompts: list, tokens: SpecialTokens, config: Config, step: int) -> list[Rollout]:
+    """Sample a group for every prompt of this rank, with whole weights and without waiting for other ranks."""
+    rollouts = []
+    for prompt in prompts:
+        digest = hashlib.sha256(f"{config.seed} {step} {prompt.slot}".encode()).digest()
+        generator = torch.Generator(tokens.stop_ids.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        rollouts.append(
+            generate(
+                model,
+                prompt.to(tokens.stop_ids.device),
+                config.num_generations,
+                config.max_completion_length,
+                config.temperature,
+                tokens.stop_ids,
+                tokens.banned_ids,
+                generator,
+            )
+        )
+    return rollouts
+
+
+def score(rollouts: list[Rollout], texts: list[str], step: int) -> dict[str, Tensor]:
+    """Apply every reward function to all completions of this rank; texts: B·G. Returns {function name: (B, G)}."""
+    B, G = len(rollouts), len(texts) // len(rollouts)
+    samples = [rollout.prompt.sample for rollout in rollouts for _ in range(G)]
+    arguments = {
+        "prompts": [[{"role": role, "content": text} for role, text in sample.turns] for sample in samples],
+        "completions": [[{"role": "assistant", "content": text}] for text in texts],
+        "assistant": [{"role": "assistant", "content": sample.answer} for sample in samples],
+        "sample_id": [sample.id for sample in samples],
+        "step": step,
+    }
+    return {function.__name__: torch.tensor(function(**arguments)).view(B, G) for function in REWARD_FUNCTIONS}
+
+
+def update_phase(
+    model, optimizer, rollouts: list[Rollout], advantages: Tensor, num_tokens: int, banned_ids: Tensor, config: Config
+) -> dict[str, float]:
+    """Improve the policy on one batch of rollouts; advantages: (B, G). Returns the metrics of all ranks."""
+    sums, difference_max = advantages.new_zeros(5), advantages.new_zeros(())
+    old_logprobs = []  # per rollout: (G, C)
+    for iteration in range(config.num_iterations):
+        optimizer.zero_grad()
+        for b, rollout in enumerate(rollouts):
+            logprobs, entropy = model.completion_logprobs(
+                rollout.prompt, rollout.completion_ids, rollout.completion_mask, config.temperature, banned_ids
+            )
+            if iteration == 0:  # the weights are those that sampled, so the ratio is exactly 1 here
+                old_logprobs.append(logprobs.detach())
+            mask = rollout.completion_mask & rollout.prompt.counts
+            loss, clipped = clipped_policy_loss(
+                logprobs, old_logprobs[b], advantages[b], mask, config.epsilon, config.epsilon_high
+            )
+            # FSDP takes the mean of the ranks' gradients; the loss is their sum over the tokens of all of them.
+            (loss / num_tokens * dist.get_world_size()).backward()
+
+            difference = (rollout.logprobs - old_logprobs[b]).abs() * mask * (iteration == 0)
+            sums += torch.stack(
+                [loss.detach(), (entropy * mask).sum(), clipped["low"], clipped["high"], difference.sum()]
+            )
+            difference_max = torch.maximum(difference_max, difference.max())
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+    metrics = update_metrics(sums, difference_max, num_tokens, config.num_iterations)
+    return metrics | {"grad_norm": grad_norm.full_tensor().item()}
+
+
+def make_optimizer(model, config: Config, total_steps: int):
+    """AdamW, weight decay on matrices alone; warm-up, then a cosine to 0."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+    return optimizer, get_cosine_schedule_with_warmup(
+        optimizer, math.ceil(config.warmup_ratio * total_steps), total_steps
+    )
+
+
+def train(config: Config, device: torch.device) -> None:
+    """Train as the flags say; raise InputError for what the user can mend."""
+    config = resolve_batch_sizes(config, dist.get_world_size())
+    if os.path.exists(os.path.join(config.output_dir, "config.json")):
+        raise InputError(f"--output_dir {config.output_dir!r} holds another run: name a new folder")
+    samples, num_cut = cap_all(load_samples(config.data_path, config.image_folder), config.max_videos)
+    tokenizer = load_tokenizer(config.model_id)
+    model = load_model(config.model_id)
+    if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens = special_tokens(model, tokenizer, device)
+    whole = WholeWeights(model)  # for sampling
+    shard(model, device)
+
+    steps_per_epoch = math.ceil(len(samples) / config.global_batch_size)
+    total_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
+    optimizer, schedule = make_optimizer(model, config, total_steps)
+    pace = model.config.vision_config.tokens_per_second
+    dataset = PromptDataset(samples, tokenizer, pace, video_options(config), config.on_bad_video)
+    slots = rank_slots(
+        len(samples), config.global_batch_size, total_steps, config.seed, dist.get_rank(), dist.get_world_size()
+    )
+    tracker = Tracker(config, total_steps)
+    tracker.say(f"{len(samples)} samples, {total_steps} steps of {config.global_batch_size} prompts")
+    if num_cut:
+        tracker.say(f"{num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out")
+
+    def save(name: str) -> None:
+        whole.refresh(model)
+        if dist.get_rank() == 0:
+            save_model(whole.module, tokenizer, config.model_id, os.path.join(config.output_dir, name))
+        dist.barrier()
+
+    clock = Clock()
+    for step, prompts in enumerate(prompt_batches(dataset, slots, config.dataloader_num_workers), start=1):
+        raise_together(prompts)
+        clock.lap("data")
+
+        whole.refresh(model)
+        rollouts = rollout_phase(whole.module, prompts, tokens, config, step)
+        clock.lap("rollout")
+
+        texts = [text for r in rollouts for text in tokenizer.batch_decode(r.completion_ids, skip_special_tokens=True)]
+        by_function = score(rollouts, texts, step)
+        rewards = sum(by_function.values())  # (B, G)
+        advantages = group_advantages(rewards)  # (B, G)
+        clock.lap("reward")
+
+        groups = gather_groups(rollouts, by_function, rewards)  # of all ranks
+        num_tokens = sum(int(group["lengths"].sum()) for group in groups if group["counts"])  # the one denominator
+        metrics = update_phase(
+            model, optimizer, rollouts, advantages.to(device), max(num_tokens, 1), tokens.banned_ids, config
+        )
+        metrics["learning_rate"] = schedule.get_last_lr()[0]
+        schedule.step()
+        clock.lap("update")
+
+        if tracker.log(step, groups, metrics, clock):
+            tracker.show_completions(step, rollouts, texts, rewards, advantages)
+        if config.save_steps and step % config.save_steps == 0 and step < total_steps:
+            save(f"checkpoint-{step}")
+    save("final")
+    tracker.close(f"done: the trained model is in {os.path.join(config.output_dir, 'final')}")
+
+
+def main(argv: list[str]) -> int:
+    """Run; return 2, with one line, for what the user can mend."""
+    began = time.time()
+    try:
+        config = parse_config(argv)
+        device = start_processes()
+        if config.demo:
+            config = demo.prepare(config)
+            train(config, device)
+            demo.report(config, began)
+        else:
+            train(config, device)
+    except InputError as error:  # the same on all ranks
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
