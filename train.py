@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from data.dataset import InputError, load_samples
-from data.loader import PromptDataset, prompt_batches, rank_slots
+from data.loader import Prompt, PromptDataset, prompt_batches, rank_slots
 from data.video_cap import cap_all
 from grpo import demo
 from grpo.config import Config, parse_config, resolve_batch_sizes, video_options
@@ -42,23 +43,28 @@ from reward.numerical import numerical_video_reward
 REWARD_FUNCTIONS = [numerical_video_reward]  # a completion's reward is their sum
 
 
-def rollout_phase(model, prompts: list, tokens: SpecialTokens, config: Config, step: int) -> list[Rollout]:
+def batched(items: list, size: int) -> Iterator[list]:
+    """Cut a list into pieces of `size`; `--per_device_train_batch_size` prompts pass through the model at a time."""
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: Config, step: int) -> list[Rollout]:
     """Sample a group for every prompt of this rank, with whole weights and without waiting for other ranks."""
     rollouts = []
-    for prompt in prompts:
-        digest = hashlib.sha256(f"{config.seed} {step} {prompt.slot}".encode()).digest()
-        generator = torch.Generator(tokens.stop_ids.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        rollouts.append(
-            generate(
-                model,
-                prompt.to(tokens.stop_ids.device),
-                config.num_generations,
-                config.max_completion_length,
-                config.temperature,
-                tokens.stop_ids,
-                tokens.banned_ids,
-                generator,
-            )
+    for batch in batched(prompts, config.per_device_train_batch_size):
+        generators = []
+        for prompt in batch:
+            digest = hashlib.sha256(f"{config.seed} {step} {prompt.slot}".encode()).digest()
+            generators.append(torch.Generator(tokens.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1))
+        rollouts += generate(
+            model,
+            [prompt.to(tokens.device) for prompt in batch],
+            config.num_generations,
+            config.max_completion_length,
+            config.temperature,
+            tokens.stop_ids,
+            tokens.banned_ids,
+            generators,
         )
     return rollouts
 
@@ -85,24 +91,31 @@ def update_phase(
     old_logprobs = []  # per rollout: (G, C)
     for iteration in range(config.num_iterations):
         optimizer.zero_grad()
-        for b, rollout in enumerate(rollouts):
-            logprobs, entropy = model.completion_logprobs(
-                rollout.prompt, rollout.completion_ids, rollout.completion_mask, config.temperature, banned_ids
+        for indices in batched(range(len(rollouts)), config.per_device_train_batch_size):
+            batch = [rollouts[b] for b in indices]
+            results = model.completion_logprobs(
+                [rollout.prompt for rollout in batch],
+                [rollout.completion_ids for rollout in batch],
+                [rollout.completion_mask for rollout in batch],
+                config.temperature,
+                banned_ids,
             )
-            if iteration == 0:  # the weights are those that sampled, so the ratio is exactly 1 here
-                old_logprobs.append(logprobs.detach())
-            mask = rollout.completion_mask & rollout.prompt.counts
-            loss, clipped = clipped_policy_loss(
-                logprobs, old_logprobs[b], advantages[b], mask, config.epsilon, config.epsilon_high
-            )
+            loss_sum = 0.0
+            for b, rollout, (logprobs, entropy) in zip(indices, batch, results, strict=True):
+                if iteration == 0:  # the weights are those that sampled, so the ratio is exactly 1 here
+                    old_logprobs.append(logprobs.detach())
+                mask = rollout.completion_mask & rollout.prompt.counts
+                loss, clipped = clipped_policy_loss(
+                    logprobs, old_logprobs[b], advantages[b], mask, config.epsilon, config.epsilon_high
+                )
+                loss_sum = loss_sum + loss
+                difference = (rollout.logprobs - old_logprobs[b]).abs() * mask * (iteration == 0)
+                sums += torch.stack(
+                    [loss.detach(), (entropy * mask).sum(), clipped["low"], clipped["high"], difference.sum()]
+                )
+                difference_max = torch.maximum(difference_max, difference.max())
             # FSDP takes the mean of the ranks' gradients; the loss is their sum over the tokens of all of them.
-            (loss / num_tokens * dist.get_world_size()).backward()
-
-            difference = (rollout.logprobs - old_logprobs[b]).abs() * mask * (iteration == 0)
-            sums += torch.stack(
-                [loss.detach(), (entropy * mask).sum(), clipped["low"], clipped["high"], difference.sum()]
-            )
-            difference_max = torch.maximum(difference_max, difference.max())
+            (loss_sum / num_tokens * dist.get_world_size()).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
     metrics = update_metrics(sums, difference_max, num_tokens, config.num_iterations)

@@ -6,13 +6,15 @@ A group shares its prompt, and with 30 videos the prompt is nearly all of the wo
     prompt tokens      attend causally to the prompt;
     completion tokens  attend to the prompt and causally to their own completion, never to another one.
 
-That equals G separate rows `[prompt | ci]` (proved in `tests/test_packed.py`) at about 1/G of the cost. While sampling,
-the same split lets G completions read one copy of the prompt's keys and values.
+That equals G separate rows `[prompt | ci]` (proved in `tests/test_packed.py`) at about 1/G of the cost. Several groups
+may follow each other in a row. While sampling, the same split lets G completions read one copy of the prompt's keys
+and values.
 
 How it is plugged in: the model's attention layers call `attend` with their query, key and value; which tokens see which
 is decided by the function that the caller passes down through the model's keyword arguments.
 
-| P | prompt tokens | G | completions | C | completion tokens | H | query heads | K | key heads | D | head size |
+| B | prompts | P | prompt tokens | G | completions of a prompt | C | completion tokens |
+| H | query heads | K | key heads | D | head size | L | tokens of a row |
 """
 
 from collections.abc import Callable
@@ -31,64 +33,79 @@ def causal(query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def packed(prompt_length: int, num_completions: int) -> AttendFn:
-    """Return the attention of one packed row `[prompt | c1 | … | cG]`: two SDPA calls, no (P + G·C)² mask."""
-    P, G = prompt_length, num_completions
+def group_attention(query: Tensor, key: Tensor, value: Tensor, P: int, G: int) -> Tensor:
+    """Attend within one group `[prompt | c1 | … | cG]`: two SDPA calls, no (P + G·C)² mask.
 
-    def attend_packed(query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> Tensor:
-        H, K, D = query.shape[1], key.shape[1], query.shape[3]
-        C = (query.shape[2] - P) // G
+    query: (1, H, P + G·C, D); key, value: (1, K, P + G·C, D). Returns the shape of query.
+    """
+    H, K, D = query.shape[1], key.shape[1], query.shape[3]
+    C = (query.shape[2] - P) // G
 
-        def completions(x: Tensor) -> Tensor:
-            return x[0, :, P:].unflatten(1, (G, C)).transpose(0, 1)  # (1, heads, P + G·C, D) -> (G, heads, C, D)
+    def completions(x: Tensor) -> Tensor:
+        return x[0, :, P:].unflatten(1, (G, C)).transpose(0, 1)  # (1, heads, P + G·C, D) -> (G, heads, C, D)
 
-        prompt_out = causal(query[:, :, :P], key[:, :, :P], value[:, :, :P])  # (1, H, P, D)
-        keys = torch.cat([key[:, :, :P].expand(G, -1, -1, -1), completions(key)], dim=2)  # (G, K, P + C, D)
-        values = torch.cat([value[:, :, :P].expand(G, -1, -1, -1), completions(value)], dim=2)
-        # The H / K query heads of a key head become rows of one query, so that keys and values need no repeating.
-        queries = completions(query).reshape(G, K, H // K * C, D)
-        own = torch.ones(C, C, dtype=torch.bool, device=query.device).tril()
-        mask = torch.cat([own.new_ones(C, P), own], dim=1).repeat(H // K, 1)  # (H / K · C, P + C), True: is seen
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        out = out.reshape(G, H, C, D).transpose(0, 1).reshape(1, H, G * C, D)
-        return torch.cat([prompt_out, out], dim=2)  # (1, H, P + G·C, D)
+    prompt_out = causal(query[:, :, :P], key[:, :, :P], value[:, :, :P])  # (1, H, P, D)
+    keys = torch.cat([key[:, :, :P].expand(G, -1, -1, -1), completions(key)], dim=2)  # (G, K, P + C, D)
+    values = torch.cat([value[:, :, :P].expand(G, -1, -1, -1), completions(value)], dim=2)
+    # The H / K query heads of a key head become rows of one query, so that keys and values need no repeating.
+    queries = completions(query).reshape(G, K, H // K * C, D)
+    own = torch.ones(C, C, dtype=torch.bool, device=query.device).tril()
+    mask = torch.cat([own.new_ones(C, P), own], dim=1).repeat(H // K, 1)  # (H / K · C, P + C), True: is seen
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    out = out.reshape(G, H, C, D).transpose(0, 1).reshape(1, H, G * C, D)
+    return torch.cat([prompt_out, out], dim=2)
+
+
+def packed(prompt_lengths: list[int], group_lengths: list[int], num_completions: int) -> AttendFn:
+    """Return the attention of a row of groups; of each its P and its P + G·C are given."""
+
+    def attend_packed(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+        groups = zip(*(x.split(group_lengths, dim=2) for x in (query, key, value)), prompt_lengths, strict=True)
+        return torch.cat([group_attention(q, k, v, P, num_completions) for q, k, v, P in groups], dim=2)
 
     return attend_packed
 
 
 class GroupCache:
-    """Keys and values of one prompt (one copy) and of its G completions (C slots each), for every layer."""
+    """Keys and values of B prompts, one copy each, and of their G completions with room for C tokens, by layer."""
 
-    def __init__(self, num_completions: int, max_completion_length: int):
-        self.G, self.C = num_completions, max_completion_length
-        self.prompt: list[tuple[Tensor, Tensor]] = []  # per layer: keys, values (K, P, D)
-        self.own: list[tuple[Tensor, Tensor]] = []  # per layer: keys, values (G, K, C, D)
+    def __init__(self, prompt_lengths: list[int], num_completions: int, max_completion_length: int):
+        self.prompt_lengths, self.G, self.C = prompt_lengths, num_completions, max_completion_length
+        self.prompts: list[tuple[Tensor, Tensor]] = []  # per layer: keys, values (B, K, P, D), padded to the longest P
+        self.own: list[tuple[Tensor, Tensor]] = []  # per layer: keys, values (B, G, K, C, D)
         self.length = 0  # completion tokens held
+        self.is_padding = torch.arange(max(prompt_lengths)) >= torch.tensor(prompt_lengths)[:, None]  # (B, P)
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-        """Attend causally over the prompt, (1, H, P, D), and keep its keys and values."""
-        self.prompt.append((key[0], value[0]))
-        shape = (self.G, key.shape[1], self.C, key.shape[3])
-        self.own.append((key.new_empty(shape), value.new_empty(shape)))
-        return causal(query, key, value)
+        """Attend causally within each prompt of the row `[p1 | … | pB]`, (1, H, L, D); keep keys and values."""
+        prompts = list(zip(*(x.split(self.prompt_lengths, dim=2) for x in (query, key, value)), strict=True))
+        pad = torch.nn.utils.rnn.pad_sequence
+        self.prompts.append(
+            tuple(pad([p[i][0].transpose(0, 1) for p in prompts], True).transpose(1, 2) for i in (1, 2))
+        )
+        room = (len(prompts), self.G, key.shape[1], self.C, key.shape[3])
+        self.own.append((key.new_empty(room), value.new_empty(room)))
+        self.is_padding = self.is_padding.to(key.device)
+        return torch.cat([causal(*prompt) for prompt in prompts], dim=2)
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-        """Attend from one new token of each completion, (G, H, 1, D), to the prompt and to what precedes it."""
-        (prompt_keys, prompt_values), (own_keys, own_values) = self.prompt[layer], self.own[layer]
-        G, H, _, D = query.shape
-        K, P = prompt_keys.shape[:2]
-        own_keys[:, :, self.length] = key[:, :, 0]
-        own_values[:, :, self.length] = value[:, :, 0]
-        own_keys, own_values = own_keys[:, :, : self.length + 1], own_values[:, :, : self.length + 1]  # (G, K, c, D)
+        """Attend from one new token of each completion, (B·G, H, 1, D), to its prompt and to what precedes it."""
+        (prompt_keys, prompt_values), (own_keys, own_values) = self.prompts[layer], self.own[layer]
+        B, G, K, C, D = own_keys.shape
+        H, P, end = query.shape[1], prompt_keys.shape[2], self.length + 1
+        own_keys[:, :, :, self.length] = key.view(B, G, K, D)
+        own_values[:, :, :, self.length] = value.view(B, G, K, D)
 
         # All G·H/K queries of a key head read the prompt in one matrix product; no per-completion copy of it exists.
-        query = query.reshape(G, K, H // K, D) * D**-0.5
-        grouped = query.transpose(0, 1).reshape(K, G * (H // K), D)
-        prompt_scores = (grouped @ prompt_keys.transpose(1, 2)).unflatten(1, (G, -1)).transpose(0, 1)  # (G, K, H/K, P)
-        own_scores = query @ own_keys.transpose(2, 3)  # (G, K, H / K, c)
-        weights = torch.cat([prompt_scores, own_scores], dim=3).softmax(dim=3, dtype=torch.float32).to(value.dtype)
-        out = (weights[..., :P].transpose(0, 1).reshape(K, -1, P) @ prompt_values).unflatten(1, (G, -1)).transpose(0, 1)
-        return (out + weights[..., P:] @ own_values).reshape(G, H, 1, D)
+        query = query.reshape(B, G, K, H // K, D) * D**-0.5
+        grouped = query.transpose(1, 2).reshape(B, K, G * (H // K), D)
+        prompt_scores = (grouped @ prompt_keys.transpose(2, 3)).masked_fill(self.is_padding[:, None, None], -torch.inf)
+        prompt_scores = prompt_scores.unflatten(2, (G, H // K)).transpose(1, 2)  # (B, G, K, H / K, P)
+        own_scores = query @ own_keys[:, :, :, :end].transpose(3, 4)  # (B, G, K, H / K, end)
+        weights = torch.cat([prompt_scores, own_scores], dim=4).softmax(dim=4, dtype=torch.float32).to(value.dtype)
+        grouped = weights[..., :P].transpose(1, 2).reshape(B, K, G * (H // K), P)
+        out = (grouped @ prompt_values).unflatten(2, (G, H // K)).transpose(1, 2)  # (B, G, K, H / K, D)
+        return (out + weights[..., P:] @ own_values[:, :, :, :end]).reshape(B * G, H, 1, D)
 
 
 def attend(module, query, key, value, attention_mask, attend_fn: AttendFn = causal, **kwargs):

@@ -78,7 +78,6 @@ DEMO_DEFAULTS = {
     "max_steps": 150,
     "learning_rate": 3e-4,
     "temperature": 1.0,
-    "num_generations": 12,
 }
 
 

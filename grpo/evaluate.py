@@ -18,8 +18,8 @@ def evaluate(model, tokenizer, prompts: list[Prompt], max_completion_length: int
     tokens = special_tokens(model, tokenizer, device)
     rewards, errors, parsed = [], [], []
     for prompt in prompts:
-        rollout = generate(
-            model, prompt.to(device), 1, max_completion_length, 1.0, tokens.stop_ids, tokens.banned_ids, generator=None
+        (rollout,) = generate(
+            model, [prompt.to(device)], 1, max_completion_length, 1.0, tokens.stop_ids, tokens.banned_ids, None
         )
         text = tokenizer.decode(rollout.completion_ids[0], skip_special_tokens=True)
         answer = prompt.sample.answer

@@ -1,6 +1,7 @@
-"""Per-token log-probabilities of a group's completions, from one packed forward pass.
+"""Per-token log-probabilities of completions, from one packed forward pass.
 
-| P | prompt tokens | G | completions | C | completion tokens, padded | V | vocabulary | E | hidden size |
+| P | prompt tokens | G | completions of a prompt | C | completion tokens, padded to the group's longest |
+| L | tokens of a packed row | V | vocabulary | E | hidden size |
 """
 
 import torch
@@ -31,42 +32,63 @@ def _chosen_logprobs(hidden, ids, lm_head, temperature, banned_ids) -> tuple[Ten
     return logprobs.gather(1, ids[:, None])[:, 0], entropy
 
 
-def embed_prompt(model, prompt: Prompt) -> Tensor:
-    """Embed the prompt's tokens and put the encoded videos in their places: (1, P, E)."""
-    embeddings = model.get_input_embeddings()(prompt.prompt_ids[None])
-    features = model.model.get_video_features(prompt.pixel_values_videos, prompt.video_grid_thw).pooler_output
-    is_video = (prompt.prompt_ids == model.config.video_token_id)[None, :, None]
+def embed(model, token_ids: Tensor, prompts: list[Prompt]) -> Tensor:
+    """Embed a row of tokens, (L,), and put the encoded videos of the prompts in it into their places: (1, L, E)."""
+    embeddings = model.get_input_embeddings()(token_ids[None])
+    features = model.model.get_video_features(
+        torch.cat([prompt.pixel_values_videos for prompt in prompts]),
+        torch.cat([prompt.video_grid_thw for prompt in prompts]),
+    ).pooler_output
+    is_video = (token_ids == model.config.video_token_id)[None, :, None]
     return embeddings.masked_scatter(is_video, torch.cat(features).to(embeddings.dtype))
 
 
 def completion_logprobs(
-    model, prompt: Prompt, completion_ids: Tensor, completion_mask: Tensor, temperature: float, banned_ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute the log-probability and the entropy at every trained token of a group.
+    model,
+    prompts: list[Prompt],
+    completion_ids: list[Tensor],
+    completion_mask: list[Tensor],
+    temperature: float,
+    banned_ids: Tensor,
+) -> list[tuple[Tensor, Tensor]]:
+    """Compute the log-probability and the entropy at every trained token of the groups of some prompts.
 
-    completion_ids, completion_mask: (G, C). Returns two (G, C), float32, 0 where the mask is False. The videos are
-    encoded once and the prompt passes once, whatever G is. Only the log-probabilities carry gradients.
+    completion_ids, completion_mask: per prompt (G, C), each with its own C. Returns per prompt two (G, C), float32, 0
+    where the mask is False; the log-probabilities alone carry gradients. All groups pass in one row; the videos are
+    encoded once and the prompts pass once, whatever G is.
     """
-    G, C = completion_ids.shape
-    P = len(prompt.prompt_ids)
-    tokens = model.get_input_embeddings()(completion_ids.reshape(1, G * C))
-    embeddings = torch.cat([embed_prompt(model, prompt), tokens], dim=1)  # (1, P + G·C, E)
-    # Every completion continues the prompt, so each one's positions begin anew behind the prompt's.
-    own = prompt.position_ids.max() + 1 + torch.arange(C, device=completion_ids.device)
-    position_ids = torch.cat([prompt.position_ids, own.repeat(G).expand(3, -1)], dim=1)[:, None]  # (3, 1, P + G·C)
+    G = len(completion_ids[0])
+    tokens, positions = [], []
+    for prompt, ids in zip(prompts, completion_ids, strict=True):
+        tokens += [prompt.prompt_ids, ids.flatten()]
+        # Every completion continues the prompt, so each one's positions begin anew behind the prompt's.
+        own = prompt.position_ids.max() + 1 + torch.arange(ids.shape[1], device=ids.device)
+        positions += [prompt.position_ids, own.repeat(G).expand(3, -1)]
+    prompt_lengths = [len(prompt.prompt_ids) for prompt in prompts]
+    group_lengths = [P + ids.numel() for P, ids in zip(prompt_lengths, completion_ids, strict=True)]
     hidden = model.model.language_model(
-        inputs_embeds=embeddings, position_ids=position_ids, use_cache=False, attend_fn=packed(P, G)
-    ).last_hidden_state[0]  # (P + G·C, E)
+        inputs_embeds=embed(model, torch.cat(tokens), prompts),
+        position_ids=torch.cat(positions, dim=1)[:, None],  # (3, 1, L)
+        use_cache=False,
+        attend_fn=packed(prompt_lengths, group_lengths, G),
+    ).last_hidden_state[0]  # (L, E)
 
     # A token is predicted from the one before it, the first of each completion from the last prompt token.
-    first, rest = hidden[P - 1].expand(G, 1, -1), hidden[P:].unflatten(0, (G, C))[:, :-1]
-    predictors = torch.cat([first, rest], dim=1)[completion_mask]  # (tokens, E)
-    chosen = completion_ids[completion_mask]
-    # Recomputing the logits of a chunk in the backward pass keeps memory free of (G · C, V).
+    predictors = []
+    for row, P, mask in zip(hidden.split(group_lengths), prompt_lengths, completion_mask, strict=True):
+        first, rest = row[P - 1].expand(G, 1, -1), row[P:].unflatten(0, mask.shape)[:, :-1]
+        predictors.append(torch.cat([first, rest], dim=1)[mask])  # (tokens, E)
+    chosen = [ids[mask] for ids, mask in zip(completion_ids, completion_mask, strict=True)]  # (tokens,)
+    # Recomputing the logits of a chunk in the backward pass keeps memory free of (tokens, V).
     chunks = [
-        checkpoint(_chosen_logprobs, h, i, model.lm_head.weight, temperature, banned_ids, use_reentrant=False)
-        for h, i in zip(predictors.split(TOKENS_PER_CHUNK), chosen.split(TOKENS_PER_CHUNK), strict=True)
+        checkpoint(_chosen_logprobs, h, ids, model.lm_head.weight, temperature, banned_ids, use_reentrant=False)
+        for h, ids in zip(
+            torch.cat(predictors).split(TOKENS_PER_CHUNK), torch.cat(chosen).split(TOKENS_PER_CHUNK), strict=True
+        )
     ]
-    zeros = torch.zeros(G, C, device=hidden.device)
-    logprobs, entropy = (zeros.masked_scatter(completion_mask, torch.cat(part)) for part in zip(*chunks, strict=True))
-    return logprobs, entropy
+    num_tokens = [len(ids) for ids in chosen]
+    logprobs, entropy = (torch.cat(parts).split(num_tokens) for parts in zip(*chunks, strict=True))
+    return [
+        tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values) for values in pair)
+        for mask, *pair in zip(completion_mask, logprobs, entropy, strict=True)
+    ]

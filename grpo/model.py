@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 import grpo.attention  # noqa: F401  registers the attention functions named below
 from data.dataset import InputError
+
+logging.disable_progress_bar()  # of loading and saving; the run has a bar of its own
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 # What else an inference server wants to find beside weights, config and tokenizer.
@@ -24,6 +26,10 @@ class SpecialTokens:
 
     stop_ids: Tensor  # a completion ends with one of these
     banned_ids: Tensor  # never sampled: a placeholder in a completion would ask the model for a video
+
+    @property
+    def device(self) -> torch.device:
+        return self.stop_ids.device
 
 
 def load_tokenizer(model_id: str):

@@ -1,6 +1,7 @@
-"""Sample G completions of one prompt: encode its videos once, prefill its tokens once, decode the group together.
+"""Sample G completions per prompt: encode the videos once, prefill the prompts once, decode all completions together.
 
-| P | prompt tokens | G | completions | C | completion tokens, padded | V | vocabulary | E | hidden size |
+| B | prompts | P | prompt tokens | G | completions of a prompt | C | completion tokens, padded to the group's longest |
+| V | vocabulary | E | hidden size |
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from data.loader import Prompt
 from grpo.attention import GroupCache
-from grpo.logprobs import embed_prompt, sampling_logprobs
+from grpo.logprobs import embed, sampling_logprobs
 
 
 @dataclass
@@ -20,69 +21,78 @@ class Rollout:
     prompt: Prompt
     completion_ids: Tensor  # (G, C)
     completion_mask: Tensor  # (G, C), True for the tokens that were sampled, the stop token included
-    logprobs: Tensor  # (G, C) float32, as recorded while sampling
+    logprobs: Tensor  # (G, C) float32, as recorded while sampling; 0 where the mask is False
     is_stopped: Tensor  # (G,), False where a completion was cut at the length limit
 
 
-def prefill(model, prompt: Prompt, cache: GroupCache) -> Tensor:
-    """Pass the prompt through the model, keep its keys and values, return the last hidden state: (1, E)."""
-    return model.model.language_model(
-        inputs_embeds=embed_prompt(model, prompt),
-        position_ids=prompt.position_ids[:, None],
+def prefill(model, prompts: list[Prompt], cache: GroupCache) -> Tensor:
+    """Pass the prompts through the model, keep their keys and values, return their last hidden states: (B, E)."""
+    hidden = model.model.language_model(
+        inputs_embeds=embed(model, torch.cat([prompt.prompt_ids for prompt in prompts]), prompts),
+        position_ids=torch.cat([prompt.position_ids for prompt in prompts], dim=1)[:, None],
         use_cache=False,
         attend_fn=cache.prefill,
-    ).last_hidden_state[:, -1]
+    ).last_hidden_state[0]
+    return torch.stack([row[-1] for row in hidden.split(cache.prompt_lengths)])
 
 
-def decode_one_token(model, token_ids: Tensor, position: Tensor, cache: GroupCache) -> Tensor:
-    """Pass one further token of each completion, (G,), at mRoPE position `position`; return hidden states (G, E)."""
+def decode_one_token(model, token_ids: Tensor, positions: Tensor, cache: GroupCache) -> Tensor:
+    """Pass one further token of each completion, (B·G,), at its mRoPE position, (B·G,); return (B·G, E)."""
     hidden = model.model.language_model(
         inputs_embeds=model.get_input_embeddings()(token_ids[:, None]),
-        position_ids=position.expand(3, len(token_ids), 1),
+        position_ids=positions.expand(3, -1)[:, :, None],
         use_cache=False,
         attend_fn=cache.decode,
-    ).last_hidden_state[:, -1]
+    ).last_hidden_state[:, 0]
     cache.length += 1
     return hidden
 
 
-def sample(logprobs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw one token per row, (G, V) -> (G,); the most probable one without a generator."""
-    if generator is None:
+def sample(logprobs: Tensor, generators: list[torch.Generator] | None) -> Tensor:
+    """Draw a token per row, (B·G, V) -> (B·G,), with a generator per prompt; the most probable one without."""
+    if generators is None:
         return logprobs.argmax(dim=1)
-    return torch.multinomial(logprobs.exp(), num_samples=1, generator=generator)[:, 0]
+    groups = logprobs.exp().chunk(len(generators))  # B times (G, V)
+    return torch.cat([torch.multinomial(p, 1, generator=g)[:, 0] for p, g in zip(groups, generators, strict=True)])
 
 
 @torch.no_grad()
 def generate(
     model,
-    prompt: Prompt,
+    prompts: list[Prompt],
     num_generations: int,
     max_completion_length: int,
     temperature: float,
     stop_ids: Tensor,
     banned_ids: Tensor,
-    generator: torch.Generator | None,
-) -> Rollout:
-    """Sample a group of completions, each to its stop token or to the length limit; greedily without a generator.
+    generators: list[torch.Generator] | None,
+) -> list[Rollout]:
+    """Sample a group per prompt, each completion to its stop token or the length limit; greedily without generators.
 
     Touches this process alone: ranks decode different numbers of tokens without waiting for each other.
     """
-    cache = GroupCache(num_generations, max_completion_length)
-    hidden = prefill(model, prompt, cache).expand(num_generations, -1)  # (G, E)
-    position = prompt.position_ids.max() + 1
-    running = torch.ones(num_generations, dtype=torch.bool, device=hidden.device)  # (G,)
-    ids, mask, logprobs = [], [], []  # C times (G,)
+    B, G = len(prompts), num_generations
+    cache = GroupCache([len(prompt.prompt_ids) for prompt in prompts], G, max_completion_length)
+    hidden = prefill(model, prompts, cache).repeat_interleave(G, dim=0)  # (B·G, E)
+    positions = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts]).repeat_interleave(G)  # (B·G,)
+    running = torch.ones(B * G, dtype=torch.bool, device=hidden.device)
+    ids, mask, logprobs = [], [], []  # one (B·G,) per token
     while True:
-        distribution = sampling_logprobs(hidden, model.lm_head.weight, temperature, banned_ids)  # (G, V)
-        ids.append(sample(distribution, generator))
+        distribution = sampling_logprobs(hidden, model.lm_head.weight, temperature, banned_ids)  # (B·G, V)
+        ids.append(sample(distribution, generators))
         mask.append(running)
-        logprobs.append(torch.where(running, distribution.gather(1, ids[-1][:, None])[:, 0], 0.0))
+        logprobs.append(distribution.gather(1, ids[-1][:, None])[:, 0])
         running = running & ~torch.isin(ids[-1], stop_ids)
         if len(ids) == max_completion_length or not running.any():
             break
-        hidden = decode_one_token(model, ids[-1], position, cache)
-        position = position + 1
-    ids, mask, logprobs = (torch.stack(rows, dim=1) for rows in (ids, mask, logprobs))  # (G, C)
-    # What is drawn behind a stop token is not part of the completion.
-    return Rollout(prompt, torch.where(mask, ids, stop_ids[0]), mask, logprobs, is_stopped=~running)
+        hidden = decode_one_token(model, ids[-1], positions, cache)
+        positions = positions + 1
+    groups = zip(prompts, *(torch.stack(rows, dim=1).split(G) for rows in (ids, mask, logprobs)), strict=True)
+    rollouts = []
+    for (prompt, ids, mask, logprobs), is_running in zip(groups, running.split(G), strict=True):
+        C = int(mask.sum(dim=1).max())  # other groups may have gone on for longer
+        ids, mask, logprobs = ids[:, :C], mask[:, :C], logprobs[:, :C]
+        # What is drawn behind a stop token is no part of the completion.
+        ids, logprobs = torch.where(mask, ids, stop_ids[0]), torch.where(mask, logprobs, 0.0)
+        rollouts.append(Rollout(prompt, ids, mask, logprobs, is_stopped=~is_running))
+    return rollouts

@@ -1,0 +1,104 @@
+"""A small Qwen2.5-VL of the real class, a real tokenizer, and samples with real mp4 files."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nothing waits for a network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
+
+from data.dataset import load_samples  # noqa: E402
+from data.loader import Prompt, load_prompt  # noqa: E402
+from data.mp4 import write_mp4  # noqa: E402
+from data.tiny_tokenizer import build_tokenizer  # noqa: E402
+from data.video import VideoOptions  # noqa: E402
+from grpo.demo import CHAT_WORDS, build_model  # noqa: E402
+from grpo.model import special_tokens  # noqa: E402
+
+OPTIONS = VideoOptions(nframes=4, resized_width=56, resized_height=56)
+FLAGS = "--nframes 4 --video_resized_width 56 --video_resized_height 56 --max_completion_length 6".split()
+
+
+multiprocessing.set_forkserver_preload(["train"])  # ranks start from a process that has imported everything
+
+
+@dataclass
+class Tiny:
+    """What most tests begin with."""
+
+    folder: Path  # with model/, data.json and videos/
+    model: torch.nn.Module
+    tokenizer: object
+    prompts: list[Prompt]
+    stop_ids: torch.Tensor
+    banned_ids: torch.Tensor
+
+
+def make_tiny(folder: Path, num_videos=(1, 3, 2, 1), size=56) -> Tiny:
+    """Write a sample per entry of `num_videos`, with noise for videos, and a random model with no zeros in it."""
+    rng = np.random.default_rng(0)
+    (folder / "videos").mkdir(parents=True)
+    samples = []
+    for i, count in enumerate(num_videos):
+        videos = [f"{i}_{clip}.mp4" for clip in range(count)]
+        for clip, video in enumerate(videos):
+            frames = rng.integers(0, 256, size=(4 + 2 * clip, size, size, 3), dtype=np.uint8)
+            write_mp4(folder / "videos" / video, frames, fps=4)
+        question = "<video>\n" * count + "What is the ejection fraction" + " of this patient" * i + "?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"The ejection fraction is {40 + i}%."}]
+        samples.append({"id": f"s{i}", "video": videos, "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(samples))
+    tokenizer = build_tokenizer(
+        [CHAT_WORDS, "What is the ejection fraction of this patient?", "The ejection fraction is"]
+    )
+    model = build_model(tokenizer, seed=1, hidden_size=64, layers=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    loaded = load_samples(str(folder / "data.json"), str(folder / "videos"))
+    prompts = [load_prompt(sample, tokenizer, 2, OPTIONS) for sample in loaded]
+    tokens = special_tokens(model, tokenizer, torch.device("cpu"))
+    return Tiny(folder, model, tokenizer, prompts, tokens.stop_ids, tokens.banned_ids)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _as_rank(rank: int, function, world_size: int, local_world_size: int, port: int, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % local_world_size),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    function(*arguments)
+
+
+def run_ranks(function, world_size: int, *arguments, local_world_size: int | None = None) -> None:
+    """Call a module-level function in `world_size` new processes that find each other as under torchrun."""
+    local = local_world_size or world_size
+    arguments = (function, world_size, local, free_port(), arguments)
+    mp.start_processes(_as_rank, arguments, nprocs=world_size, start_method="forkserver")

@@ -1,0 +1,100 @@
+"""The order of the data, the slots of each rank, and samples that cannot be read."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from data.dataset import InputError, load_samples
+from data.loader import PromptDataset, Slot, epoch_order, prompt_batches, rank_slots
+from tests.conftest import OPTIONS, make_tiny
+
+
+def all_slots(num_samples, batch, steps, world_size, seed=0):
+    """Per step the slots of all ranks."""
+    ranks = [list(rank_slots(num_samples, batch, steps, seed, rank, world_size)) for rank in range(world_size)]
+    return [[slot for rank in step for slot in rank] for step in zip(*ranks, strict=True)]
+
+
+def test_an_epoch_visits_every_sample_once_the_smaller_last_batch_included():
+    steps = all_slots(10, 4, 6, world_size=2)
+    assert [sum(slot.counts for slot in step) for step in steps] == [4, 4, 2, 4, 4, 2]
+    for epoch in (steps[:3], steps[3:]):
+        assert sorted(slot.index for step in epoch for slot in step if slot.counts) == list(range(10))
+    orders = [[slot.index for step in epoch for slot in step] for epoch in (steps[:3], steps[3:])]
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_samples_and_places_of_a_step_do_not_depend_on_the_ranks(world_size):
+    one = all_slots(10, 4, 3, world_size=1)
+    many = all_slots(10, 4, 3, world_size)
+    for a, b in zip(one, many, strict=True):
+        assert sorted((s.position, s.index) for s in a) == sorted((s.position, s.index) for s in b if s.counts)
+
+
+@pytest.mark.parametrize(("num_samples", "world_size"), [(5, 4), (1, 4), (7, 3), (3, 8)])
+def test_ranks_always_have_equally_many_slots_and_extra_ones_do_not_count(num_samples, world_size):
+    for rank in range(world_size):
+        for step, slots in enumerate(rank_slots(num_samples, 8, 2, 0, rank, world_size)):
+            assert len(slots) == -(-num_samples // world_size), (rank, step)
+    for step in all_slots(num_samples, 8, 2, world_size):
+        assert sorted(slot.index for slot in step if slot.counts) == list(range(num_samples))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    assert epoch_order(50, 1, 2) == epoch_order(50, 1, 2)
+    assert len({tuple(epoch_order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A dataset whose sample s1 has an unreadable second video."""
+    tiny = make_tiny(tmp_path / "broken", num_videos=(1, 2, 1))
+    (tiny.folder / "videos" / "1_1.mp4").write_bytes(b"no video")
+    return tiny, load_samples(str(tiny.folder / "data.json"), str(tiny.folder / "videos"))
+
+
+def test_a_bad_video_stops_the_run_with_its_path(broken):
+    tiny, samples = broken
+    item = PromptDataset(samples, tiny.tokenizer, 2, OPTIONS, "error")[Slot(0, 1, True)]
+    assert isinstance(item, InputError)
+    assert "'s1'" in str(item) and "1_1.mp4" in str(item) and "\n" not in str(item)
+
+
+def test_a_bad_video_is_left_out_and_the_slot_filled_with_what_does_not_count(broken):
+    tiny, samples = broken
+    dataset = PromptDataset(samples, tiny.tokenizer, 2, OPTIONS, "skip")
+    prompt = dataset[Slot(5, 1, True)]
+    assert (prompt.sample.id, prompt.slot, prompt.counts) == ("s2", 5, False)
+    assert "1_1.mp4" in prompt.bad_video
+    good = dataset[Slot(0, 0, True)]
+    assert (good.sample.id, good.counts, good.bad_video) == ("s0", True, "")
+
+
+def test_when_no_sample_can_be_read_the_run_stops(broken):
+    tiny, samples = broken
+    for path in (tiny.folder / "videos").iterdir():
+        path.write_bytes(b"no video")
+    item = PromptDataset(samples, tiny.tokenizer, 2, OPTIONS, "skip")[Slot(0, 1, True)]
+    assert isinstance(item, InputError) and "no sample has readable videos" in str(item)
+
+
+def test_a_question_with_special_tokens_stops_the_run_with_the_sample(tiny):
+    sample = dataclasses.replace(tiny.prompts[0].sample, turns=(("user", "<video>\n<|image_pad|>"),))
+    item = PromptDataset([sample], tiny.tokenizer, 2, OPTIONS, "error")[Slot(0, 0, True)]
+    assert isinstance(item, InputError) and "'s0'" in str(item) and "<|image_pad|>" in str(item)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_hand_over_the_prompts_of_each_step_in_order(tiny, num_workers):
+    samples = [prompt.sample for prompt in tiny.prompts]
+    dataset = PromptDataset(samples, tiny.tokenizer, 2, OPTIONS, "error")
+    slots = list(rank_slots(4, 3, 5, 0, 0, 1))
+    batches = list(prompt_batches(dataset, iter(slots), num_workers))
+    assert [[p.sample.id for p in batch] for batch in batches] == [[f"s{s.index}" for s in step] for step in slots]
+    for batch in batches:
+        for prompt in batch:
+            original = tiny.prompts[int(prompt.sample.id[1:])]
+            for name in ("prompt_ids", "position_ids", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
+                assert torch.equal(getattr(prompt, name), getattr(original, name)), name

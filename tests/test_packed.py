@@ -1,0 +1,183 @@
+"""The packed pass equals G separate rows through Hugging Face's own model, vision tower and gradients included."""
+
+import copy
+
+import pytest
+import torch
+
+from grpo.attention import attend_segments
+from grpo.logprobs import completion_logprobs, sampling_logprobs
+from tests.conftest import make_tiny
+
+T = 0.7
+
+
+def completions_for(prompts, G, C, vocabulary, banned_ids):
+    """Random completions of unequal lengths; everything behind a completion's end is noise that must not matter."""
+    generator = torch.Generator().manual_seed(3)
+    allowed = [i for i in range(vocabulary) if i not in banned_ids.tolist()]
+    ids, masks = [], []
+    for n in range(len(prompts)):
+        draw = torch.randint(len(allowed), (G, C + n), generator=generator)
+        lengths = torch.randint(1, C + n + 1, (G,), generator=generator)
+        lengths[0] = C + n
+        ids.append(torch.tensor(allowed)[draw])
+        masks.append(torch.arange(C + n) < lengths[:, None])
+    return ids, masks
+
+
+def separate_rows(model, prompt, ids, mask, banned_ids):
+    """Log-probabilities from G rows `[prompt | completion]`, each with its own copy of the videos: plain HF."""
+    rows = []
+    for completion, row_mask in zip(ids, mask, strict=True):
+        completion = completion[: int(row_mask.sum())]
+        full = torch.cat([prompt.prompt_ids, completion])[None]
+        positions, _ = model.model.get_rope_index(
+            full,
+            mm_token_type_ids=2 * (full == model.config.video_token_id).int(),
+            video_grid_thw=prompt.video_grid_thw,
+            second_per_grid_ts=prompt.second_per_grid_ts,
+        )
+        P = len(prompt.prompt_ids)
+        # Generation goes on behind the largest position of the prompt, as HF's rope_deltas have it.
+        positions[:, :, P:] = prompt.position_ids.max() + 1 + torch.arange(len(completion))
+        out = model(
+            input_ids=full,
+            position_ids=positions,
+            pixel_values_videos=prompt.pixel_values_videos,
+            video_grid_thw=prompt.video_grid_thw,
+            use_cache=False,
+        ).logits[0, P - 1 : -1]
+        logprobs = torch.log_softmax((out / T).index_fill(1, banned_ids, -torch.inf), dim=1)
+        rows.append(logprobs.gather(1, completion[:, None])[:, 0])
+    return rows
+
+
+def hf_twin(model):
+    """The same weights with Hugging Face's own attention."""
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("sdpa")
+    return twin
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one prompt a row", "all prompts in one row"])
+def test_packed_logprobs_and_gradients_equal_separate_rows(tiny, together):
+    ids, masks = completions_for(tiny.prompts, 3, 5, len(tiny.tokenizer), tiny.banned_ids)
+    model, twin = copy.deepcopy(tiny.model), hf_twin(tiny.model)
+    batches = [range(len(ids))] if together else [[n] for n in range(len(ids))]
+    packed = []
+    for batch in batches:
+        packed += completion_logprobs(
+            model,
+            [tiny.prompts[n] for n in batch],
+            [ids[n] for n in batch],
+            [masks[n] for n in batch],
+            T,
+            tiny.banned_ids,
+        )
+    weights = [torch.randn(mask.shape, generator=torch.Generator().manual_seed(n)) for n, mask in enumerate(masks)]
+    sum((logprobs * w).sum() for (logprobs, _), w in zip(packed, weights, strict=True)).backward()
+    loss = 0.0
+    for prompt, i, mask, w, (logprobs, _) in zip(tiny.prompts, ids, masks, weights, packed, strict=True):
+        rows = separate_rows(twin, prompt, i, mask, tiny.banned_ids)
+        for g, row in enumerate(rows):
+            assert (logprobs[g, : len(row)] - row).abs().max() < 1e-5
+            assert (logprobs[g, len(row) :] == 0).all()
+            loss = loss + (row * w[g, : len(row)]).sum()
+    loss.backward()
+    names = [name for name, _ in model.named_parameters()]
+    assert any("visual" in name for name in names)
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert relative(ours.grad, theirs.grad) < 1e-4, name
+
+
+def test_packed_logprobs_equal_separate_rows_in_float64(tiny):
+    ids, masks = completions_for(tiny.prompts[1:2], 3, 5, len(tiny.tokenizer), tiny.banned_ids)
+    model = copy.deepcopy(tiny.model).double()
+    # The log-probabilities are float32 by design, so compare the hidden states' effect in float32 but tightly.
+    ((logprobs, _),) = completion_logprobs(model, tiny.prompts[1:2], ids, masks, T, tiny.banned_ids)
+    rows = separate_rows(hf_twin(model), tiny.prompts[1], ids[0], masks[0], tiny.banned_ids)
+    for g, row in enumerate(rows):
+        assert (logprobs[g, : len(row)] - row).abs().max() < 2e-6
+
+
+def test_changing_one_completion_leaves_the_others_bit_identical(tiny):
+    ids, masks = completions_for(tiny.prompts[1:3], 3, 5, len(tiny.tokenizer), tiny.banned_ids)
+    before = completion_logprobs(tiny.model, tiny.prompts[1:3], ids, masks, T, tiny.banned_ids)
+    changed = [ids[0].clone(), ids[1]]
+    changed[0][1] = (changed[0][1] + 1) % 200
+    after = completion_logprobs(tiny.model, tiny.prompts[1:3], changed, masks, T, tiny.banned_ids)
+    assert torch.equal(before[0][0][[0, 2]], after[0][0][[0, 2]])
+    assert torch.equal(before[1][0], after[1][0])
+    assert not torch.equal(before[0][0][1], after[0][0][1])
+
+
+def test_what_stands_behind_a_completions_end_changes_nothing(tiny):
+    ids, masks = completions_for(tiny.prompts[:1], 3, 5, len(tiny.tokenizer), tiny.banned_ids)
+    before = completion_logprobs(tiny.model, tiny.prompts[:1], ids, masks, T, tiny.banned_ids)
+    noise = [torch.where(masks[0], ids[0], 7)]
+    after = completion_logprobs(tiny.model, tiny.prompts[:1], noise, masks, T, tiny.banned_ids)
+    assert torch.equal(before[0][0], after[0][0])
+
+
+def test_the_videos_and_their_order_reach_the_logprobs(tiny):
+    prompt = tiny.prompts[1]  # three videos, of 4, 6 and 8 frames but 4 each are read: equal grids
+    ids, masks = completions_for([prompt], 2, 4, len(tiny.tokenizer), tiny.banned_ids)
+    swapped = copy.copy(prompt)
+    first, second, third = prompt.pixel_values_videos.chunk(3)
+    swapped.pixel_values_videos = torch.cat([second, first, third])
+    ((one, _),) = completion_logprobs(tiny.model, [prompt], ids, masks, T, tiny.banned_ids)
+    ((other, _),) = completion_logprobs(tiny.model, [swapped], ids, masks, T, tiny.banned_ids)
+    assert (one - other).abs().max() > 1e-3
+
+
+def test_logits_in_chunks_equal_logits_at_once(tiny, monkeypatch):
+    ids, masks = completions_for(tiny.prompts[:2], 3, 5, len(tiny.tokenizer), tiny.banned_ids)
+    gradients = []
+    for tokens_per_chunk in (1024, 4):
+        monkeypatch.setattr("grpo.logprobs.TOKENS_PER_CHUNK", tokens_per_chunk)
+        model = copy.deepcopy(tiny.model)
+        results = completion_logprobs(model, tiny.prompts[:2], ids, masks, T, tiny.banned_ids)
+        sum(logprobs.sum() for logprobs, _ in results).backward()
+        gradients.append(model.lm_head.weight.grad)
+    assert relative(gradients[0], gradients[1]) < 1e-6
+
+
+def test_log_probabilities_sum_to_one_over_the_tokens_that_are_not_banned():
+    hidden, lm_head = torch.randn(3, 8), torch.randn(11, 8)
+    logprobs = sampling_logprobs(hidden, lm_head, 0.5, torch.tensor([2, 7]))
+    assert torch.isinf(logprobs[:, [2, 7]]).all()
+    assert torch.allclose(logprobs.exp().sum(dim=1), torch.ones(3))
+    by_hand = torch.log_softmax((hidden @ lm_head.T / 0.5)[:, [0, 1, 3]], dim=1)
+    assert torch.allclose((logprobs[:, [0]] - logprobs[:, [3]]), by_hand[:, [0]] - by_hand[:, [2]], atol=1e-5)
+
+
+def test_entropy_is_that_of_the_sampling_distribution(tiny):
+    ids, masks = completions_for(tiny.prompts[:1], 2, 3, len(tiny.tokenizer), tiny.banned_ids)
+    ((_, entropy),) = completion_logprobs(tiny.model, tiny.prompts[:1], ids, masks, 1e6, tiny.banned_ids)
+    allowed = len(tiny.tokenizer) - len(tiny.banned_ids)  # so hot that all allowed tokens are equally probable
+    assert torch.allclose(entropy[masks[0]], torch.tensor(float(allowed)).log(), atol=1e-4)
+    assert (entropy[~masks[0]] == 0).all()
+
+
+def test_segments_attention_equals_attention_within_each_segment():
+    lengths = [4, 16, 4, 1, 16]
+    query, key, value = torch.randn(3, 1, 2, sum(lengths), 8).unbind(0)
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    out, _ = attend_segments(None, query, key, value, None, cu_seq_lens_q=starts)
+    pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    expected = [torch.softmax(q @ k.transpose(2, 3) / 8**0.5, dim=3) @ v for q, k, v in pieces]
+    assert torch.allclose(out, torch.cat(expected, dim=2).transpose(1, 2), atol=1e-6)
+
+
+def test_vision_features_equal_hf_when_windows_differ_in_size(tmp_path):
+    tiny = make_tiny(tmp_path / "big", num_videos=(2,), size=56)
+    pixels, grid = torch.randn(2 * 10 * 10 + 8 * 12, 1176), torch.tensor([[2, 10, 10], [1, 8, 12]])
+    with torch.no_grad():  # 140 x 140 pixels: windows of 16, 4, 4 and 1 tokens
+        ours = tiny.model.model.get_video_features(pixels, grid).pooler_output
+        theirs = hf_twin(tiny.model).model.get_video_features(pixels, grid).pooler_output
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,111 @@
+"""Sampling: against Hugging Face's own generate, against the trainer's log-probabilities, and where completions end."""
+
+import copy
+
+import pytest
+import torch
+
+from grpo.logprobs import completion_logprobs
+from grpo.loss import clipped_policy_loss
+from grpo.rollout import generate
+from tests.test_packed import hf_twin
+
+
+def sample(tiny, prompts, G=4, C=12, temperature=0.7, stop_ids=None, seed=0, model=None):
+    generators = None if seed is None else [torch.Generator().manual_seed(seed + n) for n in range(len(prompts))]
+    stop_ids = tiny.stop_ids if stop_ids is None else torch.tensor(stop_ids)
+    return generate(model or tiny.model, prompts, G, C, temperature, stop_ids, tiny.banned_ids, generators)
+
+
+OFTEN = list(range(0, 300, 6))  # stop ids that end some completions early and leave others running
+
+
+def test_greedy_completions_equal_those_of_hugging_faces_generate(tiny):
+    twin = hf_twin(tiny.model)
+    for prompt, rollout in zip(tiny.prompts, sample(tiny, tiny.prompts, G=1, seed=None), strict=True):
+        full = prompt.prompt_ids[None]
+        out = twin.generate(
+            input_ids=full,
+            attention_mask=torch.ones_like(full),
+            mm_token_type_ids=2 * (full == twin.config.video_token_id).int(),
+            pixel_values_videos=prompt.pixel_values_videos,
+            video_grid_thw=prompt.video_grid_thw,
+            second_per_grid_ts=prompt.second_per_grid_ts,
+            max_new_tokens=12,
+            do_sample=False,
+            suppress_tokens=tiny.banned_ids.tolist(),
+        )[0, full.shape[1] :]
+        assert rollout.completion_ids[0][rollout.completion_mask[0]].tolist() == out.tolist()
+
+
+def test_logprobs_recorded_while_sampling_agree_with_the_update(tiny):
+    rollouts = sample(tiny, tiny.prompts, G=2, stop_ids=OFTEN)
+    assert len({rollout.completion_ids.shape[1] for rollout in rollouts}) > 1  # groups of unequal lengths
+    ids, masks = [r.completion_ids for r in rollouts], [r.completion_mask for r in rollouts]
+    results = completion_logprobs(tiny.model, tiny.prompts, ids, masks, 0.7, tiny.banned_ids)
+    for rollout, (logprobs, _) in zip(rollouts, results, strict=True):
+        assert (rollout.logprobs - logprobs).abs().max() < 1e-4
+        assert (rollout.logprobs[rollout.completion_mask] < 0).all()
+
+
+def test_on_the_first_update_the_ratio_is_one_and_the_gradient_that_of_reinforce(tiny):
+    (rollout,) = sample(tiny, tiny.prompts[:1])
+    advantages = torch.tensor([1.0, -0.5, 2.0, 0.25])
+    gradients = []
+    for objective in ("grpo", "reinforce"):
+        model = copy.deepcopy(tiny.model)
+        ((logprobs, _),) = completion_logprobs(
+            model, tiny.prompts[:1], [rollout.completion_ids], [rollout.completion_mask], 0.7, tiny.banned_ids
+        )
+        if objective == "grpo":
+            mask = rollout.completion_mask
+            assert torch.equal(torch.exp(logprobs - logprobs.detach()), torch.ones_like(logprobs))
+            loss, clipped = clipped_policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.05, 0.1)
+            assert clipped["low"] == clipped["high"] == 0
+        else:
+            loss = -(logprobs * advantages[:, None]).sum()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
+    assert gradients[0].norm() > 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_completion_ends_with_its_first_stop_token_or_at_the_limit(tiny, seed):
+    (rollout,) = sample(tiny, tiny.prompts[:1], G=32, stop_ids=OFTEN, seed=seed)
+    assert 0 < rollout.is_stopped.sum() < 32
+    for ids, mask, stopped in zip(rollout.completion_ids, rollout.completion_mask, rollout.is_stopped, strict=True):
+        length = int(mask.sum())
+        assert mask.tolist() == [True] * length + [False] * (len(mask) - length)  # no holes
+        found = [t for t, token in enumerate(ids[:length].tolist()) if token in OFTEN]
+        assert found == ([length - 1] if stopped else [])  # the stop token is trained, and the last one
+        assert stopped or length == 12
+
+
+def test_banned_tokens_are_never_sampled_even_where_the_model_wants_them(tiny):
+    model = copy.deepcopy(tiny.model)
+    with torch.no_grad():  # tied to the output layer: a huge row makes the model love or hate it
+        model.lm_head.weight[tiny.banned_ids] *= 50
+    (rollout,) = sample(tiny, tiny.prompts[:1], G=16, model=model, temperature=2.0)
+    assert not torch.isin(rollout.completion_ids, tiny.banned_ids).any()
+    tiny_without_ban = generate(
+        model, tiny.prompts[:1], 16, 12, 2.0, tiny.stop_ids, torch.tensor([], dtype=torch.long), None
+    )
+    assert torch.isin(tiny_without_ban[0].completion_ids, tiny.banned_ids).any()
+
+
+def test_what_is_sampled_depends_on_the_generator_alone_not_on_the_company(tiny):
+    together = sample(tiny, tiny.prompts)
+    for n, rollout in enumerate(together):
+        (alone,) = sample(tiny, [tiny.prompts[n]], seed=n)
+        assert torch.equal(alone.completion_ids, rollout.completion_ids)
+        assert torch.allclose(alone.logprobs, rollout.logprobs, atol=1e-5)
+    assert not torch.equal(sample(tiny, tiny.prompts[:1], seed=5)[0].completion_ids, together[0].completion_ids)
+
+
+def test_sampled_tokens_follow_the_distribution(tiny):
+    (rollout,) = sample(tiny, tiny.prompts[:1], G=2000, C=1, temperature=0.5)
+    first, counts = rollout.completion_ids[:, 0].unique(return_counts=True)
+    for token, count in zip(first.tolist(), counts.tolist(), strict=True):
+        probability = rollout.logprobs[rollout.completion_ids[:, 0] == token][0, 0].exp().item()
+        assert abs(count / 2000 - probability) < 0.05  # five standard deviations

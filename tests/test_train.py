@@ -1,0 +1,218 @@
+"""The whole program on real files: what a run writes, on one rank and on two, and what bad input gets."""
+
+import json
+import os
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+import train
+from data.mp4 import write_mp4
+from tests.conftest import FLAGS, make_tiny, run_ranks
+
+TAGS = """
+    reward reward_std frac_reward_zero_std rewards/numerical_video_reward/mean rewards/numerical_video_reward/std
+    completions/mean_length completions/min_length completions/max_length completions/clipped_ratio loss
+    clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean entropy sampling/sampling_logp_difference/mean
+    sampling/sampling_logp_difference/max grad_norm learning_rate time/rollout time/reward time/update time/data
+    time/step tokens_per_second memory/peak_gb data/skipped_samples
+""".split()
+
+
+def flags(tiny, output, *more) -> list[str]:
+    where = ["--model_id", tiny.folder / "model", "--data_path", tiny.folder / "data.json"]
+    where += ["--image_folder", tiny.folder / "videos", "--output_dir", output]
+    return [str(flag) for flag in [*where, *FLAGS, "--learning_rate", "1e-3", *more]]
+
+
+def curves(output) -> dict[str, list[float]]:
+    events = EventAccumulator(str(Path(output) / "tensorboard")).Reload()
+    return {tag: [point.value for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def weights(folder) -> torch.Tensor:
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def main_on_a_rank(arguments: list[str], log: str, code: int) -> None:
+    with open(f"{log}.{os.environ['RANK']}", "w") as file, redirect_stdout(file), redirect_stderr(file):
+        assert train.main(arguments) == code
+
+
+def run_main(world_size: int, arguments: list[str], tmp_path: Path, code: int = 0) -> str:
+    """Run the program on some ranks, each of which must end with `code`; return what they printed."""
+    run_ranks(main_on_a_rank, world_size, arguments, str(tmp_path / "log"), code)
+    return "".join((tmp_path / f"log.{rank}").read_text() for rank in range(world_size))
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """Two epochs of four samples in batches of three: steps of 3, 1, 3 and 1 prompts."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DEBUG_MODE", "true")
+        environment.setenv("LOG_PATH", f"{output}.log")
+        more = ["--global_batch_size", "3", "--num_train_epochs", "2", "--save_steps", "1", "--num_iterations", "2"]
+        assert train.main(flags(tiny, output, *more)) == 0
+    return output
+
+
+def test_a_run_draws_every_curve_with_a_point_per_step(run):
+    found = curves(run)
+    assert set(found) == set(TAGS)
+    assert all(len(points) == 4 for points in found.values())
+    assert max(found["grad_norm"]) > 0
+    assert max(found["sampling/sampling_logp_difference/max"]) < 1e-4
+    assert found["learning_rate"][0] == 0.0 and max(found["learning_rate"]) == pytest.approx(1e-3)
+
+
+def test_a_run_shows_completions_with_prompt_truth_reward_and_advantage(run):
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("completions/text_summary")]
+    assert len(texts) == 4
+    assert all("What is the ejection fraction" in text and "The ejection fraction is 4" in text for text in texts)
+    assert all(text.count("\n") == 5 for text in texts)  # a head of two lines, four completions
+
+
+def test_a_run_writes_its_resolved_flags(run):
+    resolved = json.loads((run / "config.json").read_text())
+    assert (resolved["global_batch_size"], resolved["per_device_train_batch_size"]) == (3, 3)
+    assert (resolved["gradient_accumulation_steps"], resolved["epsilon"], resolved["seed"]) == (1, 0.05, 0)
+
+
+def test_debug_mode_logs_every_completion_with_its_step_and_sample(run):
+    lines = [json.loads(line) for line in Path(f"{run}.log").read_text().splitlines()]
+    assert len(lines) == (3 + 1 + 3 + 1) * 8
+    assert {line["sample_id"] for line in lines} == {"s0", "s1", "s2", "s3"}
+    assert [line["step"] for line in lines] == [1] * 24 + [2] * 8 + [3] * 24 + [4] * 8
+    assert all(line["truth"] == f"The ejection fraction is {40 + int(line['sample_id'][1])}%." for line in lines)
+
+
+def test_saved_models_are_ordinary_folders_and_training_changes_them(tiny, run):
+    assert {path.name for path in run.iterdir()} == {
+        *("config.json", "tensorboard", "checkpoint-1", "checkpoint-2", "checkpoint-3", "final")
+    }
+    assert (run / "final" / "model.safetensors").exists()
+    assert AutoTokenizer.from_pretrained(run / "final").chat_template == tiny.tokenizer.chat_template
+    trained = [weights(folder) for folder in (tiny.folder / "model", run / "checkpoint-3", run / "final")]
+    assert not torch.equal(trained[0], trained[1]) and not torch.equal(trained[1], trained[2])
+
+
+def test_a_saved_model_can_be_trained_on(tiny, run, tmp_path):
+    arguments = flags(tiny, tmp_path / "out", "--max_steps", "1")
+    arguments[1] = str(run / "final")
+    assert train.main(arguments) == 0
+
+
+def test_two_ranks_do_what_one_does(tiny, tmp_path):
+    more = ["--global_batch_size", "4", "--num_train_epochs", "2", "--num_iterations", "2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_main(1, flags(tiny, one, *more), tmp_path)
+    run_main(2, flags(tiny, two, *more, "--per_device_train_batch_size", "1"), tmp_path)
+    for tag in TAGS:
+        if tag.split("/")[0] not in ("time", "tokens_per_second", "memory"):
+            assert curves(two)[tag] == pytest.approx(curves(one)[tag], rel=1e-3, abs=1e-5), tag
+    difference = weights(two / "final") - weights(one / "final")
+    assert difference.norm() / weights(one / "final").norm() < 1e-5
+
+
+def test_the_last_smaller_batch_runs_on_more_ranks_than_it_has_prompts(tiny, tmp_path):
+    run_main(3, flags(tiny, tmp_path / "out", "--global_batch_size", "3"), tmp_path)
+    assert len(curves(tmp_path / "out")["reward"]) == 2  # of 3 prompts and of 1
+
+
+@pytest.fixture
+def with_a_bad_video(tmp_path):
+    tiny = make_tiny(tmp_path / "tiny", num_videos=(1, 1, 1, 1))
+    (tiny.folder / "videos" / "2_0.mp4").write_bytes(b"no video")
+    return tiny
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_bad_video_is_skipped_and_counted_on_all_ranks(with_a_bad_video, tmp_path, world_size):
+    more = ["--global_batch_size", "2", "--on_bad_video", "skip"]
+    printed = run_main(world_size, flags(with_a_bad_video, tmp_path / "out", *more), tmp_path)
+    assert curves(tmp_path / "out")["data/skipped_samples"][-1] == 1
+    assert printed.count("left out: sample 's2'") == 1
+
+
+def test_a_bad_video_stops_all_ranks_with_one_line(with_a_bad_video, tmp_path):
+    arguments = flags(with_a_bad_video, tmp_path / "out", "--global_batch_size", "4")
+    lines = [line for line in run_main(2, arguments, tmp_path, code=2).splitlines() if "error" in line]
+    assert len(lines) == 1 and "'s2'" in lines[0] and "2_0.mp4" in lines[0] and "--on_bad_video skip" in lines[0]
+
+
+def test_32_videos_in_one_sample_train(tmp_path):
+    tiny = make_tiny(tmp_path / "tiny", num_videos=(32, 7))
+    all_videos = flags(tiny, tmp_path / "all", "--max_videos", "0", "--global_batch_size", "2")
+    assert "max_videos" not in run_main(1, all_videos, tmp_path)
+    printed = run_main(1, flags(tiny, tmp_path / "capped", "--global_batch_size", "2"), tmp_path)
+    assert printed.count("2 samples have more than --max_videos 5 videos") == 1
+    for output in ("all", "capped"):
+        assert curves(tmp_path / output)["grad_norm"][0] > 0
+
+
+def entry(**changes) -> dict:
+    turns = [{"from": "human", "value": "<video>\nEF?"}, {"from": "gpt", "value": "55%"}]
+    return {"id": "a", "video": "0_0.mp4", "conversations": turns} | changes
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--num_generations", "1"], ["--num_generations 1"]),
+        (["--num_generation", "4"], ["--num_generation"]),
+        (["--temperature", "0"], ["--temperature 0"]),
+        (["--epsilon", "x"], ["--epsilon"]),
+        (["--on_bad_video", "ignore"], ["--on_bad_video", "skip"]),
+        (["--fps", "2"], ["--fps", "--nframes"]),
+        (["--global_batch_size", "6", "--per_device_train_batch_size", "4"], ["6", "4 x 1", "= 4"]),
+        (["--data_path", "nowhere.json"], ["nowhere.json"]),
+        (["--model_id", "nowhere"], ["--model_id 'nowhere'"]),
+        (["--demo"], ["--demo", "--model_id"]),
+        (["--output_dir", "{run}"], ["--output_dir", "another run"]),
+        ("{", ["data.json", "line 1"]),
+        ([entry(conversations=[])], ["'a'", "conversations"]),
+        ([entry(conversations=[{"from": "human", "value": "EF?"}])], ["'a'", "gpt"]),
+        ([entry(conversations=[{"from": "gpt", "value": "55%"}])], ["'a'", "human"]),
+        ([entry(video=["0_0.mp4", "0_0.mp4"])], ["'a'", "1 <video> tag", "2 in"]),
+        ([entry(video=["gone.mp4"]), entry(id="b", video="gone2.mp4")], ["2 ", "gone.mp4", "gone2.mp4"]),
+    ],
+    ids=str,
+)
+def test_bad_input_gets_one_line_and_exit_code_2_before_training(tiny, run, tmp_path, capfd, change, words):
+    if isinstance(change, list) and isinstance(change[0], str):
+        arguments = flags(tiny, tmp_path / "out", *(flag.replace("{run}", str(run)) for flag in change))
+    else:
+        path = tmp_path / "data.json"
+        path.write_text(change if isinstance(change, str) else json.dumps(change))
+        arguments = flags(tiny, tmp_path / "out", "--data_path", path)
+    assert train.main(arguments) == 2
+    out, err = capfd.readouterr()
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("train.py: error: "), err
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_qwen2_5_vl_is_named(tiny, tmp_path, capfd):
+    other = tmp_path / "other"
+    shutil.copytree(tiny.folder / "model", other)
+    (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert train.main(flags(tiny, tmp_path / "out", "--model_id", other)) == 2
+    assert "llama" in capfd.readouterr().err
+
+
+def test_a_video_of_other_length_and_size_trains_beside_small_ones(tmp_path):
+    tiny = make_tiny(tmp_path / "tiny", num_videos=(1, 2))
+    frames = torch.randint(0, 256, (9, 120, 90, 3), dtype=torch.uint8).numpy()
+    write_mp4(tiny.folder / "videos" / "1_0.mp4", frames, fps=3)
+    arguments = flags(tiny, tmp_path / "out", "--global_batch_size", "2")
+    kept = [flag for flag in arguments if flag not in FLAGS[:6]] + ["--fps", "1", "--video_min_pixels", "3136"]
+    assert train.main([*kept, "--video_max_pixels", "12544"]) == 0
