@@ -25,10 +25,10 @@ def draw_clip(ejection_fraction: float, rng: np.random.Generator) -> np.ndarray:
 
     ejection_fraction: in percent.
     """
-    phase, rate = rng.uniform(0, 1), rng.uniform(0.9, 1.3)  # beats at the first frame, beats per second
+    phase, rate = rng.uniform(0, 1), rng.uniform(0.9, 1.1)  # beats at the first frame, beats per second
     beat = phase + rate * np.arange(NUM_FRAMES) / FPS
     contraction = 0.5 - 0.5 * np.cos(2 * np.pi * beat)  # (T,), 0: filled, 1: emptied
-    width_max = rng.uniform(11.0, 14.0)
+    width_max = rng.uniform(12.0, 14.0)
     width = width_max * (1 - contraction * (1 - np.sqrt(1 - ejection_fraction / 100)))  # (T,) half axis, pixels
     length = rng.uniform(18.0, 23.0)
     centre_y, centre_x = SIZE / 2 + rng.uniform(-2, 2, size=2)
@@ -43,7 +43,7 @@ def draw_clip(ejection_fraction: float, rng: np.random.Generator) -> np.ndarray:
     wall = np.exp(-(((radius - 1.15) * width[:, None, None] / 3) ** 2))
     tissue, bright = rng.uniform(0.35, 0.5), rng.uniform(0.3, 0.45)
     image = tissue * (1 - cavity) + bright * wall
-    image = image * rng.gamma(20, 1 / 20, size=image.shape) + rng.normal(0, 0.02, size=image.shape)
+    image = image * rng.gamma(30, 1 / 30, size=image.shape) + rng.normal(0, 0.02, size=image.shape)
     grey = (np.clip(image, 0, 1) * 255).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=3)
 

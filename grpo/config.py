@@ -49,8 +49,8 @@ class Config:
 
     # batches, counted in prompts; any one may be left out
     global_batch_size: int | None = flag(None, "prompts per step on all ranks (1 per rank if no size is given)")
-    per_device_train_batch_size: int | None = flag(None, "prompts per rank and accumulation step; each is one pass")
-    gradient_accumulation_steps: int | None = flag(None, "global / (per device x ranks)")
+    per_device_train_batch_size: int | None = flag(None, "prompts of a rank that pass through the model together")
+    gradient_accumulation_steps: int | None = flag(None, "passes per rank and step: global / (per device x ranks)")
     num_train_epochs: float = flag(1.0, "passes over the samples")
     max_steps: int = flag(0, "steps, in place of --num_train_epochs; 0: whole epochs")
 
@@ -75,7 +75,7 @@ DEMO_DEFAULTS = {
     "video_resized_height": 56,
     "max_completion_length": 16,
     "global_batch_size": 8,
-    "max_steps": 150,
+    "max_steps": 200,
     "learning_rate": 3e-4,
     "temperature": 1.0,
 }
