@@ -26,15 +26,17 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import get_cosine_schedule_with_warmup
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from tqdm import tqdm
 
 from data.dataset import InputError, load_samples
 from data.loader import Prompt, PromptDataset, prompt_batches, rank_slots
+from data.prompt import check_text
 from data.video_cap import cap_all
 from grpo import demo
 from grpo.config import Config, parse_config, resolve_batch_sizes, video_options
 from grpo.loss import clipped_policy_loss, group_advantages
-from grpo.model import SpecialTokens, load_model, load_tokenizer, save_model, special_tokens
+from grpo.model import SpecialTokens, load_model, load_tokenizer, processor_files, save_model, special_tokens
 from grpo.rollout import Rollout, generate
 from grpo.sharding import WholeWeights, raise_together, shard, start_processes
 from grpo.tracking import Clock, Tracker, gather_groups, update_metrics
@@ -80,7 +82,8 @@ def score(rollouts: list[Rollout], texts: list[str], step: int) -> dict[str, Ten
         "sample_id": [sample.id for sample in samples],
         "step": step,
     }
-    return {function.__name__: torch.tensor(function(**arguments)).view(B, G) for function in REWARD_FUNCTIONS}
+    rewards = {function.__name__: function(**arguments) for function in REWARD_FUNCTIONS}
+    return {name: torch.tensor(values, dtype=torch.float32).view(B, G) for name, values in rewards.items()}
 
 
 def update_phase(
@@ -130,19 +133,45 @@ def make_optimizer(model, config: Config, total_steps: int):
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-    return optimizer, get_cosine_schedule_with_warmup(
-        optimizer, math.ceil(config.warmup_ratio * total_steps), total_steps
-    )
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    # The first step already moves: its rollouts cost as much as any.
+    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=max(warmup, 1))
+    fall = CosineAnnealingLR(optimizer, T_max=max(total_steps - warmup, 1))
+    return optimizer, SequentialLR(optimizer, [rise, fall], milestones=[warmup])
 
 
-def train(config: Config, device: torch.device) -> None:
-    """Train as the flags say; raise InputError for what the user can mend."""
+def load_inputs(config: Config) -> tuple:
+    """Load and check what a run needs; return the resolved flags, the capped samples, how many were cut, the tokenizer
+    and the model."""
     config = resolve_batch_sizes(config, dist.get_world_size())
     if os.path.exists(os.path.join(config.output_dir, "config.json")):
         raise InputError(f"--output_dir {config.output_dir!r} holds another run: name a new folder")
     samples, num_cut = cap_all(load_samples(config.data_path, config.image_folder), config.max_videos)
+    for sample in samples:
+        try:
+            check_text(sample.turns)
+        except ValueError as error:
+            raise InputError(f"sample {sample.id!r}: {error}") from error
     tokenizer = load_tokenizer(config.model_id)
     model = load_model(config.model_id)
+    try:
+        numerical_video_reward([], [])  # opens its debug log, if one is wanted
+        os.makedirs(config.output_dir, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{error.filename!r} cannot be written ({error.strerror}): name another place") from error
+    if not os.access(config.output_dir, os.W_OK):
+        raise InputError(f"--output_dir {config.output_dir!r} cannot be written: name another folder")
+    return config, samples, num_cut, tokenizer, model
+
+
+def train(config: Config, device: torch.device) -> None:
+    """Train as the flags say; raise InputError, on all ranks, for what the user can mend."""
+    try:
+        inputs = load_inputs(config)
+    except InputError as error:
+        inputs = (error,)
+    raise_together(inputs)
+    config, samples, num_cut, tokenizer, model = inputs
     if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tokens = special_tokens(model, tokenizer, device)
@@ -162,10 +191,12 @@ def train(config: Config, device: torch.device) -> None:
     if num_cut:
         tracker.say(f"{num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out")
 
+    extras = processor_files(config.model_id)
+
     def save(name: str) -> None:
         whole.refresh(model)
         if dist.get_rank() == 0:
-            save_model(whole.module, tokenizer, config.model_id, os.path.join(config.output_dir, name))
+            save_model(whole.module, tokenizer, os.path.join(config.output_dir, name), extras)
         dist.barrier()
 
     clock = Clock()
@@ -196,8 +227,10 @@ def train(config: Config, device: torch.device) -> None:
             tracker.show_completions(step, rollouts, texts, rewards, advantages)
         if config.save_steps and step % config.save_steps == 0 and step < total_steps:
             save(f"checkpoint-{step}")
+        clock = Clock()  # what logging and saving took is no part of the next step
     save("final")
-    tracker.close(f"done: the trained model is in {os.path.join(config.output_dir, 'final')}")
+    tracker.say(f"done: the trained model is in {os.path.join(config.output_dir, 'final')}")
+    tracker.close()
 
 
 def main(argv: list[str]) -> int:
@@ -212,9 +245,9 @@ def main(argv: list[str]) -> int:
             demo.report(config, began)
         else:
             train(config, device)
-    except InputError as error:  # the same on all ranks
+    except InputError as error:  # raised on all ranks together
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
+            tqdm.write(f"train.py: error: {error}", file=sys.stderr)  # on a line of its own, not behind the bar
         return 2
     finally:
         if dist.is_initialized():

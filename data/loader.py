@@ -82,6 +82,8 @@ class PromptDataset(Dataset):
             except ValueError as error:
                 return InputError(f"sample {sample.id!r}: {error}")
             counts = slot.counts and not bad_video
+            # A slot that only keeps a rank in step repeats a sample, whose bad video is reported in its own place.
+            bad_video = bad_video if slot.counts else ""
             return dataclasses.replace(prompt, slot=slot.position, counts=counts, bad_video=bad_video)
         return InputError(f"no sample has readable videos; the first: {bad_video}")
 

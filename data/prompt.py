@@ -34,10 +34,9 @@ def encode_prompt(
     the k-th row of video_grid_thw (M, 3), in patches. second_per_grid_ts: (M,) seconds. tokens_per_second: the vision
     config's. Raises ValueError when tags and videos differ in number, or a text contains special tokens.
     """
+    check_text(turns)
     messages = []
     for role, text in turns:
-        if special := RESERVED.search(text):
-            raise ValueError(f"the {role} text contains the special token {special.group()}")
         messages.append({"role": role, "content": split_at_videos(text) if role == "user" else [text_part(text)]})
     num_tags = sum(part["type"] == "video" for message in messages for part in message["content"])
     if num_tags != len(video_grid_thw):
@@ -57,6 +56,13 @@ def encode_prompt(
         prompt_ids, video_grid_thw, second_per_grid_ts, video_token_id, tokens_per_second
     )  # (3, P)
     return prompt_ids, position_ids
+
+
+def check_text(turns: tuple[tuple[str, str], ...]) -> None:
+    """Raise ValueError when a text contains special tokens."""
+    for role, text in turns:
+        if special := RESERVED.search(text):
+            raise ValueError(f"the {role} text contains the special token {special.group()}: take it out")
 
 
 def text_part(text: str) -> dict[str, str]:

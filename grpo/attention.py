@@ -71,6 +71,7 @@ class GroupCache:
 
     def __init__(self, prompt_lengths: list[int], num_completions: int, max_completion_length: int):
         self.prompt_lengths, self.G, self.C = prompt_lengths, num_completions, max_completion_length
+        # Keys are float32: scores of Qwen's large keys, rounded to bfloat16 before the softmax, would be far off.
         self.prompts: list[tuple[Tensor, Tensor]] = []  # per layer: keys, values (B, K, P, D), padded to the longest P
         self.own: list[tuple[Tensor, Tensor]] = []  # per layer: keys, values (B, G, K, C, D)
         self.length = 0  # completion tokens held
@@ -78,15 +79,17 @@ class GroupCache:
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
         """Attend causally within each prompt of the row `[p1 | … | pB]`, (1, H, L, D); keep keys and values."""
-        prompts = list(zip(*(x.split(self.prompt_lengths, dim=2) for x in (query, key, value)), strict=True))
-        pad = torch.nn.utils.rnn.pad_sequence
-        self.prompts.append(
-            tuple(pad([p[i][0].transpose(0, 1) for p in prompts], True).transpose(1, 2) for i in (1, 2))
-        )
-        room = (len(prompts), self.G, key.shape[1], self.C, key.shape[3])
-        self.own.append((key.new_empty(room), value.new_empty(room)))
+        queries, keys, values = (x.split(self.prompt_lengths, dim=2) for x in (query, key, value))
+
+        def padded(rows: tuple[Tensor, ...]) -> Tensor:
+            rows = [row[0].transpose(0, 1) for row in rows]  # B times (P, K, D)
+            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2)  # (B, K, P, D)
+
+        self.prompts.append((padded(keys).float(), padded(values)))
+        room = (len(keys), self.G, key.shape[1], self.C, key.shape[3])
+        self.own.append((key.new_empty(room, dtype=torch.float32), value.new_empty(room)))
         self.is_padding = self.is_padding.to(key.device)
-        return torch.cat([causal(*prompt) for prompt in prompts], dim=2)
+        return torch.cat([causal(q, k, v) for q, k, v in zip(queries, keys, values, strict=True)], dim=2)
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
         """Attend from one new token of each completion, (B·G, H, 1, D), to its prompt and to what precedes it."""
@@ -97,12 +100,12 @@ class GroupCache:
         own_values[:, :, :, self.length] = value.view(B, G, K, D)
 
         # All G·H/K queries of a key head read the prompt in one matrix product; no per-completion copy of it exists.
-        query = query.reshape(B, G, K, H // K, D) * D**-0.5
+        query = query.reshape(B, G, K, H // K, D).float() * D**-0.5
         grouped = query.transpose(1, 2).reshape(B, K, G * (H // K), D)
         prompt_scores = (grouped @ prompt_keys.transpose(2, 3)).masked_fill(self.is_padding[:, None, None], -torch.inf)
         prompt_scores = prompt_scores.unflatten(2, (G, H // K)).transpose(1, 2)  # (B, G, K, H / K, P)
         own_scores = query @ own_keys[:, :, :, :end].transpose(3, 4)  # (B, G, K, H / K, end)
-        weights = torch.cat([prompt_scores, own_scores], dim=4).softmax(dim=4, dtype=torch.float32).to(value.dtype)
+        weights = torch.cat([prompt_scores, own_scores], dim=4).softmax(dim=4).to(value.dtype)
         grouped = weights[..., :P].transpose(1, 2).reshape(B, K, G * (H // K), P)
         out = (grouped @ prompt_values).unflatten(2, (G, H // K)).transpose(1, 2)  # (B, G, K, H / K, D)
         return (out + weights[..., P:] @ own_values[:, :, :, :end]).reshape(B * G, H, 1, D)

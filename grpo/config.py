@@ -1,7 +1,6 @@
 """Every flag of `train.py`, each with its meaning; nothing else decides how a run goes."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,13 +84,20 @@ def parse_config(argv: list[str]) -> Config:
     """Read the flags; raise InputError, one line, for an unknown flag or a value that cannot be."""
     parser = HfArgumentParser(Config, prog="train.py", allow_abbrev=False)
     parser.error = _fail
-    if "--demo" in argv:  # other defaults, which flags beside it override
+    config, *unknown = _parse(parser, argv)
+    if config.demo:  # other defaults, which flags beside it override
         parser.set_defaults(**DEMO_DEFAULTS)
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        config, *unknown = _parse(parser, argv)
     if unknown:
         raise InputError(f"unknown flag {unknown[0]!r}: python train.py --help lists the flags")
     _check(config)
     return config
+
+
+def _parse(parser: HfArgumentParser, argv: list[str]) -> list:
+    """Return the Config, then whatever was not understood."""
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    return [config, *unknown]
 
 
 def _fail(message: str):
@@ -120,8 +126,8 @@ def _check(config: Config) -> None:
     positive = "max_completion_length temperature epsilon_high num_iterations global_batch_size learning_rate "
     positive += "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_grad_norm logging_steps"
     for name in positive.split():
-        if getattr(c, name) is not None and not 0 < getattr(c, name) < math.inf:
-            raise InputError(f"--{name} {getattr(c, name)}: must be above 0")
+        if getattr(c, name) is not None and not 0 < getattr(c, name) <= 1e9:
+            raise InputError(f"--{name} {getattr(c, name)}: must be above 0, and at most 1e9")
     for name in [
         "max_videos",
         "dataloader_num_workers",
@@ -131,8 +137,10 @@ def _check(config: Config) -> None:
         "save_steps",
         "seed",
     ]:
-        if not 0 <= getattr(c, name) < math.inf:
-            raise InputError(f"--{name} {getattr(c, name)}: must be 0 or more")
+        if not 0 <= getattr(c, name) <= 1e9:
+            raise InputError(f"--{name} {getattr(c, name)}: must lie between 0 and 1e9")
+    if c.temperature < 0.01:
+        raise InputError(f"--temperature {c.temperature}: must be 0.01 or more, so that completions of a group differ")
     for name in ("epsilon", "warmup_ratio"):
         if not 0 <= getattr(c, name) <= 1:
             raise InputError(f"--{name} {getattr(c, name)}: must lie between 0 and 1")

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from data.loader import Prompt
 from grpo.attention import packed
 
-TOKENS_PER_CHUNK = 1024  # logits of so many tokens exist at a time: 0.6 GB with Qwen's 152k words in float32
+TOKENS_PER_CHUNK = 1024  # logits of so many tokens exist at a time: 0.6 GB each copy, with Qwen's 152k words in float32
 
 
 def sampling_logprobs(hidden: Tensor, lm_head: Tensor, temperature: float, banned_ids: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def sampling_logprobs(hidden: Tensor, lm_head: Tensor, temperature: float, banne
 
     hidden: (N, E); lm_head: (V, E); banned_ids: token ids that a completion must not hold. Returns (N, V) in float32.
     """
-    logits = F.linear(hidden.float(), lm_head.float()) / temperature
+    logits = F.linear(hidden.float() / temperature, lm_head.float())
     return torch.log_softmax(logits.index_fill(1, banned_ids, -torch.inf), dim=1)
 
 

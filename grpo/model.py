@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import cached_file, logging
@@ -38,21 +40,41 @@ def load_tokenizer(model_id: str):
         config = AutoConfig.from_pretrained(model_id)
         tokenizer = AutoTokenizer.from_pretrained(model_id)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"--model_id {model_id!r}: no model and tokenizer can be read from it ({reason})") from error
+        raise InputError(
+            f"--model_id {model_id!r}: no config and tokenizer can be read ({first_line(error)})"
+        ) from error
     if config.model_type != "qwen2_5_vl":
         raise InputError(f"--model_id {model_id!r} is a {config.model_type} model: give a Qwen2.5-VL")
     missing = [token for token in VISION_TOKENS if token not in tokenizer.get_vocab()]
     if missing or not tokenizer.chat_template:
         lack = ", ".join(missing) or "chat template"
         raise InputError(f"--model_id {model_id!r}: its tokenizer has no {lack}: take the tokenizer of a Qwen2.5-VL")
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
+    except TemplateError as error:
+        raise InputError(f"--model_id {model_id!r}: its chat template fails ({first_line(error)})") from error
     return tokenizer
 
 
 def load_model(model_id: str) -> Qwen2_5_VLForConditionalGeneration:
-    """Load the model in float32, the precision of the master weights, with shared-prefix attention."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(model_id, dtype=torch.float32)
-    return use_our_attention(model)
+    """Load the model in float32, the precision of the master weights, ready to train, with shared-prefix attention.
+
+    Raise InputError if weights cannot be read, or some are missing, which would be random ones.
+    """
+    try:
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            model_id, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"--model_id {model_id!r}: its weights cannot be read ({first_line(error)})") from error
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"--model_id {model_id!r} lacks {len(missing)} weights, such as {missing[0]}: fetch it anew")
+    return use_our_attention(model).train()
+
+
+def first_line(error: Exception) -> str:
+    """Say what an error of a library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def use_our_attention(model) -> Qwen2_5_VLForConditionalGeneration:
@@ -71,19 +93,23 @@ def special_tokens(model, tokenizer, device) -> SpecialTokens:
     )
 
 
-def save_model(model, tokenizer, model_id: str, folder: str) -> None:
+def processor_files(model_id: str) -> list[str]:
+    """Find the small files of the model's processor, which let a saved model serve wherever the old one did."""
+    paths = (cached_file(model_id, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES)
+    return [path for path in paths if path]
+
+
+def save_model(model, tokenizer, folder: str, processor_files: list[str]) -> None:
     """Write weights, config and tokenizer; the folder appears under its name only when it is whole.
 
-    model: with whole, not sharded, weights. `model_id` is the model that training began with: the small files of its
-    processor are carried over, so that the new folder serves wherever the old one did.
+    model: with whole, not sharded, weights.
     """
     unfinished = Path(f"{folder}.unfinished")
     if unfinished.exists():  # left by a run that was killed while saving
         shutil.rmtree(unfinished)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    for name in PROCESSOR_FILES:
-        source = cached_file(model_id, name, _raise_exceptions_for_missing_entries=False)
-        if source and not (unfinished / name).exists():
-            shutil.copy(source, unfinished / name)
+    for path in processor_files:
+        if not (unfinished / Path(path).name).exists():
+            shutil.copy(path, unfinished)
     os.rename(unfinished, folder)

@@ -76,9 +76,10 @@ def generate(
     hidden = prefill(model, prompts, cache).repeat_interleave(G, dim=0)  # (B·G, E)
     positions = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts]).repeat_interleave(G)  # (B·G,)
     running = torch.ones(B * G, dtype=torch.bool, device=hidden.device)
+    lm_head = model.lm_head.weight.float()  # once, not for every token
     ids, mask, logprobs = [], [], []  # one (B·G,) per token
     while True:
-        distribution = sampling_logprobs(hidden, model.lm_head.weight, temperature, banned_ids)  # (B·G, V)
+        distribution = sampling_logprobs(hidden, lm_head, temperature, banned_ids)  # (B·G, V)
         ids.append(sample(distribution, generators))
         mask.append(running)
         logprobs.append(distribution.gather(1, ids[-1][:, None])[:, 0])

@@ -31,7 +31,7 @@ def start_processes() -> torch.device:
     return device
 
 
-def raise_together(items: list) -> None:
+def raise_together(items) -> None:
     """Raise on every rank the first InputError that any rank holds among `items`, so that none waits for another."""
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, next((str(item) for item in items if isinstance(item, InputError)), None))
@@ -56,7 +56,10 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def shard(model, device: torch.device):
     """Shard each decoder layer, each vision block and the rest, in place; make `model.completion_logprobs` callable."""
     mesh = device_mesh(device)
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
+    # Inputs keep their dtype: the rotary tables of the vision tower are float32, when sampling as in the update.
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)

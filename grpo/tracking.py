@@ -148,10 +148,9 @@ class Tracker:
             lines.append(f"| {cells} | {reward:.3f} | {advantage:+.3f} |")
         self.writer.add_text("completions", "\n".join(lines), step)
 
-    def close(self, line: str) -> None:
-        """End the bar and the files, and print a last line."""
+    def close(self) -> None:
+        """End the bar and the files."""
         self.bar.close()
-        self.say(line)
         if self.is_main:
             self.writer.close()
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from grpo.attention import attend_segments
+from grpo.attention import GroupCache, attend_segments
 from grpo.logprobs import completion_logprobs, sampling_logprobs
 from tests.conftest import make_tiny
 
@@ -162,6 +162,23 @@ def test_entropy_is_that_of_the_sampling_distribution(tiny):
     allowed = len(tiny.tokenizer) - len(tiny.banned_ids)  # so hot that all allowed tokens are equally probable
     assert torch.allclose(entropy[masks[0]], torch.tensor(float(allowed)).log(), atol=1e-4)
     assert (entropy[~masks[0]] == 0).all()
+
+
+def test_decoding_keeps_its_precision_with_bfloat16_and_large_keys():
+    torch.manual_seed(0)
+    P, G, D = 200, 3, 64
+    key, value = torch.randn(2, 1, 1, P, D).bfloat16().unbind(0)
+    key = key + 12  # Qwen2.5's keys have large biases
+    cache = GroupCache([P], G, 4)
+    cache.prefill(torch.randn(1, 2, P, D).bfloat16(), key, value, layer=0)
+    query, own_key, own_value = (
+        torch.randn(G, heads, 1, D).bfloat16() + shift for heads, shift in ((2, 1), (1, 12), (1, 0))
+    )
+    out = cache.decode(query, own_key, own_value, layer=0).double()
+    keys = torch.cat([key.expand(G, -1, -1, -1), own_key], dim=2).double()
+    values = torch.cat([value.expand(G, -1, -1, -1), own_value], dim=2).double()
+    exact = torch.softmax(query.double() @ keys.transpose(2, 3) / D**0.5, dim=3) @ values
+    assert relative(out, exact) < 0.01
 
 
 def test_segments_attention_equals_attention_within_each_segment():

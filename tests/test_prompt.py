@@ -133,7 +133,7 @@ def test_special_tokens_in_a_text_are_an_error(tokenizer, role, token):
     turns = [(role, f"before {token} after"), ("user", "<video>")]
     with pytest.raises(ValueError) as error:
         encode(tokenizer, turns, [(1, 2, 2)])
-    assert str(error.value) == f"the {role} text contains the special token {token}"
+    assert str(error.value) == f"the {role} text contains the special token {token}: take it out"
 
 
 def test_positions_computed_by_hand():

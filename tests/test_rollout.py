@@ -74,6 +74,7 @@ def test_on_the_first_update_the_ratio_is_one_and_the_gradient_that_of_reinforce
 def test_a_completion_ends_with_its_first_stop_token_or_at_the_limit(tiny, seed):
     (rollout,) = sample(tiny, tiny.prompts[:1], G=32, stop_ids=OFTEN, seed=seed)
     assert 0 < rollout.is_stopped.sum() < 32
+    assert (rollout.completion_ids[~rollout.completion_mask] == OFTEN[0]).all()  # what was drawn behind the end is gone
     for ids, mask, stopped in zip(rollout.completion_ids, rollout.completion_mask, rollout.is_stopped, strict=True):
         length = int(mask.sum())
         assert mask.tolist() == [True] * length + [False] * (len(mask) - length)  # no holes

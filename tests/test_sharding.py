@@ -15,7 +15,7 @@ from grpo.logprobs import completion_logprobs
 from grpo.rollout import generate
 from tests.conftest import Tiny, run_ranks
 
-ADVANTAGES = torch.tensor([[1.0, -0.5, 0.25], [0.0, 0.0, 0.0], [-1.0, 2.0, 0.5], [0.3, 0.1, -0.4]])
+ADVANTAGES = torch.tensor([[1.0, -0.5, 0.25], [0.7, -0.2, 0.4], [-1.0, 2.0, 0.5], [0.3, 0.1, -0.4]])
 OFTEN = list(range(0, 300, 6))
 
 
@@ -39,9 +39,8 @@ def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False) -> 
     config = resolve_batch_sizes(config, world_size)
     rollouts = rollouts_of(tiny)
     num_tokens = sum(int(r.completion_mask.sum()) for r in rollouts if r.prompt.counts)
-    model = copy.deepcopy(tiny.model)
+    model = copy.deepcopy(tiny.model).train()
     if checkpointing:
-        model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     whole = sharding.WholeWeights(model)
     sharding.shard(model, device)
@@ -145,3 +144,32 @@ def test_whole_weights_are_those_of_the_sharded_model_on_every_rank(tiny, tmp_pa
     run_ranks(two_models, world_size, tiny, str(tmp_path / "rank"))
     for rank in range(world_size):
         assert torch.load(tmp_path / f"rank{rank}") == {"wrong": [], "shared": True}
+
+
+def in_bfloat16(tiny: Tiny, path: str) -> None:
+    """Compute as on a GPU, with bfloat16 weights: sharded, and whole as they sample."""
+    sharding.compute_dtype = lambda device: torch.bfloat16
+    device = sharding.start_processes()
+    model = copy.deepcopy(tiny.model)
+    whole = sharding.WholeWeights(model)
+    sharding.shard(model, device)
+    whole.refresh(model)
+    rollouts = rollouts_of(dataclasses.replace(tiny, model=whole.module))
+    arguments = (
+        [r.prompt for r in rollouts],
+        [r.completion_ids for r in rollouts],
+        [r.completion_mask for r in rollouts],
+    )
+    with torch.no_grad():
+        ours = model.completion_logprobs(*arguments, 0.7, tiny.banned_ids)
+        theirs = completion_logprobs(whole.module, *arguments, 0.7, tiny.banned_ids)
+    same = all(torch.equal(a, b) for (a, _), (b, _) in zip(ours, theirs, strict=True))
+    difference = max((r.logprobs - a).abs().max().item() for r, (a, _) in zip(rollouts, ours, strict=True))
+    torch.save({"same": same, "difference": difference}, path)
+    dist.destroy_process_group()
+
+
+def test_sharded_and_whole_weights_compute_the_same_in_bfloat16(tiny, tmp_path):
+    run_ranks(in_bfloat16, 1, tiny, str(tmp_path / "result"))
+    result = torch.load(tmp_path / "result")
+    assert result["same"] and result["difference"] < 0.1

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2MLP
 
 import train
+from data.loader import epoch_order
 from data.mp4 import write_mp4
 from tests.conftest import FLAGS, make_tiny, run_ranks
 
@@ -69,7 +72,8 @@ def test_a_run_draws_every_curve_with_a_point_per_step(run):
     assert all(len(points) == 4 for points in found.values())
     assert max(found["grad_norm"]) > 0
     assert max(found["sampling/sampling_logp_difference/max"]) < 1e-4
-    assert found["learning_rate"][0] == 0.0 and max(found["learning_rate"]) == pytest.approx(1e-3)
+    assert max(found["clip_ratio/region_mean"]) > 0  # the second update of a batch is off its rollouts
+    assert found["learning_rate"] == pytest.approx([5e-4, 1e-3, 7.5e-4, 2.5e-4])  # a step of warm-up, then a cosine
 
 
 def test_a_run_shows_completions_with_prompt_truth_reward_and_advantage(run):
@@ -105,9 +109,10 @@ def test_saved_models_are_ordinary_folders_and_training_changes_them(tiny, run):
 
 
 def test_a_saved_model_can_be_trained_on(tiny, run, tmp_path):
-    arguments = flags(tiny, tmp_path / "out", "--max_steps", "1")
+    arguments = flags(tiny, tmp_path / "out", "--global_batch_size", "4")
     arguments[1] = str(run / "final")
     assert train.main(arguments) == 0
+    assert not torch.equal(weights(run / "final"), weights(tmp_path / "out" / "final"))
 
 
 def test_two_ranks_do_what_one_does(tiny, tmp_path):
@@ -118,13 +123,19 @@ def test_two_ranks_do_what_one_does(tiny, tmp_path):
     for tag in TAGS:
         if tag.split("/")[0] not in ("time", "tokens_per_second", "memory"):
             assert curves(two)[tag] == pytest.approx(curves(one)[tag], rel=1e-3, abs=1e-5), tag
+    # Every step sampled with the weights of that step.
+    assert max(curves(two)["sampling/sampling_logp_difference/max"]) < 1e-4
     difference = weights(two / "final") - weights(one / "final")
     assert difference.norm() / weights(one / "final").norm() < 1e-5
 
 
 def test_the_last_smaller_batch_runs_on_more_ranks_than_it_has_prompts(tiny, tmp_path):
-    run_main(3, flags(tiny, tmp_path / "out", "--global_batch_size", "3"), tmp_path)
-    assert len(curves(tmp_path / "out")["reward"]) == 2  # of 3 prompts and of 1
+    one, three = tmp_path / "one", tmp_path / "three"
+    run_main(1, flags(tiny, one, "--global_batch_size", "3"), tmp_path)
+    run_main(3, flags(tiny, three, "--global_batch_size", "3"), tmp_path)
+    for tag in ("reward", "loss", "entropy", "grad_norm", "completions/mean_length"):
+        assert len(curves(three)[tag]) == 2  # of 3 prompts and of 1
+        assert curves(three)[tag] == pytest.approx(curves(one)[tag], rel=1e-3, abs=1e-6), tag
 
 
 @pytest.fixture
@@ -134,18 +145,27 @@ def with_a_bad_video(tmp_path):
     return tiny
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_bad_video_is_skipped_and_counted_on_all_ranks(with_a_bad_video, tmp_path, world_size):
-    more = ["--global_batch_size", "2", "--on_bad_video", "skip"]
+@pytest.mark.parametrize(("world_size", "batch"), [(1, 2), (2, 2), (3, 3)])
+def test_a_bad_video_is_skipped_and_counted_once_on_all_ranks(with_a_bad_video, tmp_path, world_size, batch):
+    # The bad sample is the last one: with three ranks it fills a batch alone, and is repeated on two of them.
+    seed = next(seed for seed in range(99) if epoch_order(4, seed, 0)[3] == 2)
+    more = ["--global_batch_size", str(batch), "--seed", str(seed), "--on_bad_video", "skip"]
     printed = run_main(world_size, flags(with_a_bad_video, tmp_path / "out", *more), tmp_path)
-    assert curves(tmp_path / "out")["data/skipped_samples"][-1] == 1
+    found = curves(tmp_path / "out")
+    assert found["data/skipped_samples"] == [0, 1]
+    assert len(found["reward"]) == (1 if batch == 3 else 2)  # a step of which nothing counts has no reward
     assert printed.count("left out: sample 's2'") == 1
 
 
 def test_a_bad_video_stops_all_ranks_with_one_line(with_a_bad_video, tmp_path):
     arguments = flags(with_a_bad_video, tmp_path / "out", "--global_batch_size", "4")
     lines = [line for line in run_main(2, arguments, tmp_path, code=2).splitlines() if "error" in line]
-    assert len(lines) == 1 and "'s2'" in lines[0] and "2_0.mp4" in lines[0] and "--on_bad_video skip" in lines[0]
+    assert (
+        len(lines) == 1
+        and lines[0].startswith("train.py: error: sample 's2'")
+        and "2_0.mp4" in lines[0]
+        and "--on_bad_video skip" in lines[0]
+    )
 
 
 def test_32_videos_in_one_sample_train(tmp_path):
@@ -176,6 +196,11 @@ def entry(**changes) -> dict:
         (["--data_path", "nowhere.json"], ["nowhere.json"]),
         (["--model_id", "nowhere"], ["--model_id 'nowhere'"]),
         (["--demo"], ["--demo", "--model_id"]),
+        (["--temperature", "1e-300"], ["--temperature"]),
+        (["--max_steps", "9" * 400], ["--max_steps"]),
+        (["--num_train_epochs", "nan"], ["--num_train_epochs"]),
+        (["--output_dir", "{run}/config.json/new"], ["config.json/new", "cannot be written"]),
+        ([entry(conversations=[{"from": "human", "value": "<|im_end|>?"}, {"from": "gpt", "value": "5"}])], ["'a'"]),
         (["--output_dir", "{run}"], ["--output_dir", "another run"]),
         ("{", ["data.json", "line 1"]),
         ([entry(conversations=[])], ["'a'", "conversations"]),
@@ -207,6 +232,70 @@ def test_a_folder_that_is_no_qwen2_5_vl_is_named(tiny, tmp_path, capfd):
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert train.main(flags(tiny, tmp_path / "out", "--model_id", other)) == 2
     assert "llama" in capfd.readouterr().err
+
+
+def broken_weights(path: Path, how: str) -> None:
+    if how == "gone":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif how == "junk":
+        path.write_bytes(b"no weights")
+    else:
+        state = load_file(path)
+        name = "model.layers.1.mlp.up_proj.weight"
+        (name,) = [key for key in state if key.endswith("layers.1.mlp.up_proj.weight")]
+        del state[name]
+        save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "junk", "one layer missing"])
+def test_weights_that_cannot_be_read_or_are_not_all_there_stop_the_run(tiny, tmp_path, capfd, how):
+    shutil.copytree(tiny.folder / "model", tmp_path / "model")
+    broken_weights(tmp_path / "model" / "model.safetensors", how)
+    assert train.main(flags(tiny, tmp_path / "out", "--model_id", tmp_path / "model")) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: error: ")]
+    assert "--model_id" in line and (how != "one layer missing" or "layers.1.mlp.up_proj.weight" in line)
+
+
+def test_a_chat_template_that_fails_stops_the_run(tiny, tmp_path, capfd):
+    shutil.copytree(tiny.folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{% for %}")
+    assert train.main(flags(tiny, tmp_path / "out", "--model_id", tmp_path / "model")) == 2
+    assert "chat template fails" in capfd.readouterr().err
+
+
+def test_an_unwritable_debug_log_stops_the_run(tiny, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("DEBUG_MODE", "true")
+    monkeypatch.setenv("LOG_PATH", str(tmp_path / "nowhere" / "log"))
+    assert train.main(flags(tiny, tmp_path / "out")) == 2
+    assert "nowhere/log' cannot be written" in capfd.readouterr().err
+
+
+def zero_or_one(completions, **kwargs):
+    return [int(len(completion[0]["content"]) > 4) for completion in completions]
+
+
+def test_further_reward_functions_add_up_and_may_give_whole_numbers(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [train.numerical_video_reward, zero_or_one])
+    assert train.main(flags(tiny, tmp_path / "out", "--global_batch_size", "4")) == 0
+    found = curves(tmp_path / "out")
+    parts = [found[f"rewards/{name}/mean"][0] for name in ("numerical_video_reward", "zero_or_one")]
+    assert parts[1] > 0 and found["reward"][0] == pytest.approx(sum(parts))
+
+
+def test_gradient_checkpointing_recomputes_every_layer(tiny, tmp_path, monkeypatch):
+    calls = []
+    forward = Qwen2MLP.forward
+    monkeypatch.setattr(Qwen2MLP, "forward", lambda self, x: calls.append(self.training) or forward(self, x))
+    counts = {}
+    for choice in ("false", "true"):
+        calls.clear()
+        more = ["--global_batch_size", "4", "--gradient_checkpointing", choice]
+        assert train.main(flags(tiny, tmp_path / choice, *more)) == 0
+        counts[choice] = sum(calls)  # those of the update; sampling is not in training mode
+    assert counts == {"false": 2, "true": 4}  # two layers, one pass
+    assert torch.equal(weights(tmp_path / "false" / "final"), weights(tmp_path / "true" / "final"))
 
 
 def test_a_video_of_other_length_and_size_trains_beside_small_ones(tmp_path):
