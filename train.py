@@ -30,16 +30,25 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from tqdm import tqdm
 
 from data.dataset import InputError, load_samples
-from data.loader import Prompt, PromptDataset, prompt_batches, rank_slots
+from data.loader import Prompt, PromptDataset, checked, prompt_batches, rank_slots
 from data.prompt import check_text
 from data.video_cap import cap_all
 from grpo import demo
 from grpo.config import Config, parse_config, resolve_batch_sizes, video_options
-from grpo.loss import clipped_policy_loss, group_advantages
+from grpo.loss import (
+    clipped_loss,
+    completion_weights,
+    group_advantages,
+    importance_ratios,
+    kl_estimate,
+    trained_tokens,
+    weighted_sum,
+)
 from grpo.model import SpecialTokens, load_model, load_tokenizer, processor_files, save_model, special_tokens
 from grpo.rollout import Rollout, generate
+from grpo.scoring import score
 from grpo.sharding import WholeWeights, raise_together, shard, start_processes
-from grpo.tracking import Clock, Tracker, gather_groups, update_metrics
+from grpo.tracking import LOGP_DIFFERENCE, SUMS, Clock, Totals, Tracker, add_up, gather_groups, update_metrics
 from reward.numerical import numerical_video_reward
 
 REWARD_FUNCTIONS = [numerical_video_reward]  # a completion's reward is their sum
@@ -67,62 +76,68 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
             tokens.stop_ids,
             tokens.banned_ids,
             generators,
+            config.top_p,
+            config.top_k,
         )
     return rollouts
 
 
-def score(rollouts: list[Rollout], texts: list[str], step: int) -> dict[str, Tensor]:
-    """Apply every reward function to all completions of this rank; texts: B·G. Returns {function name: (B, G)}."""
-    B, G = len(rollouts), len(texts) // len(rollouts)
-    samples = [rollout.prompt.sample for rollout in rollouts for _ in range(G)]
-    arguments = {
-        "prompts": [[{"role": role, "content": text} for role, text in sample.turns] for sample in samples],
-        "completions": [[{"role": "assistant", "content": text}] for text in texts],
-        "assistant": [{"role": "assistant", "content": sample.answer} for sample in samples],
-        "sample_id": [sample.id for sample in samples],
-        "step": step,
-    }
-    rewards = {function.__name__: function(**arguments) for function in REWARD_FUNCTIONS}
-    return {name: torch.tensor(values, dtype=torch.float32).view(B, G) for name, values in rewards.items()}
-
-
 def update_phase(
-    model, optimizer, rollouts: list[Rollout], advantages: Tensor, num_tokens: int, banned_ids: Tensor, config: Config
+    model, reference, optimizer, rollouts: list[Rollout], totals: Totals, banned_ids: Tensor, config: Config
 ) -> dict[str, float]:
-    """Improve the policy on one batch of rollouts; advantages: (B, G). Returns the metrics of all ranks."""
-    sums, difference_max = advantages.new_zeros(5), advantages.new_zeros(())
-    old_logprobs = []  # per rollout: (G, C)
+    """Improve the policy on one batch of rollouts; returns the metrics of all ranks."""
+    sums, difference_max = torch.zeros(len(SUMS), device=banned_ids.device), torch.zeros((), device=banned_ids.device)
     for iteration in range(config.num_iterations):
         optimizer.zero_grad()
-        for indices in batched(range(len(rollouts)), config.per_device_train_batch_size):
-            batch = [rollouts[b] for b in indices]
-            results = model.completion_logprobs(
+        for batch in batched(rollouts, config.per_device_train_batch_size):
+            inputs = (
                 [rollout.prompt for rollout in batch],
                 [rollout.completion_ids for rollout in batch],
                 [rollout.completion_mask for rollout in batch],
                 config.temperature,
                 banned_ids,
             )
-            loss_sum = 0.0
-            for b, rollout, (logprobs, entropy) in zip(indices, batch, results, strict=True):
-                if iteration == 0:  # the weights are those that sampled, so the ratio is exactly 1 here
-                    old_logprobs.append(logprobs.detach())
-                mask = rollout.completion_mask & rollout.prompt.counts
-                loss, clipped = clipped_policy_loss(
-                    logprobs, old_logprobs[b], advantages[b], mask, config.epsilon, config.epsilon_high
-                )
-                loss_sum = loss_sum + loss
-                difference = (rollout.logprobs - old_logprobs[b]).abs() * mask * (iteration == 0)
-                sums += torch.stack(
-                    [loss.detach(), (entropy * mask).sum(), clipped["low"], clipped["high"], difference.sum()]
-                )
-                difference_max = torch.maximum(difference_max, difference.max())
-            # FSDP takes the mean of the ranks' gradients; the loss is their sum over the tokens of all of them.
-            (loss_sum / num_tokens * dist.get_world_size()).backward()
+            results = model.completion_logprobs(*inputs)
+            if iteration == 0:
+                for rollout, (logprobs, _) in zip(batch, results, strict=True):
+                    rollout.old_logprobs = logprobs.detach()  # the weights that sampled: the ratio is exactly 1 here
+                    difference = (rollout.logprobs - rollout.old_logprobs).abs() * rollout.train_mask
+                    sums[SUMS.index(LOGP_DIFFERENCE)] += difference.sum()
+                    difference_max = torch.maximum(difference_max, difference.max())
+                if config.beta > 0:
+                    with torch.no_grad():
+                        initial = reference.completion_logprobs(*inputs)
+                    for rollout, (logprobs, _) in zip(batch, initial, strict=True):
+                        rollout.reference_logprobs = logprobs
+
+            loss = 0.0
+            for rollout, (logprobs, entropy) in zip(batch, results, strict=True):
+                share, clipped, kl = group_loss(rollout, logprobs, totals, config)
+                loss = loss + share
+                entropy = (entropy * rollout.train_mask).sum()
+                sums[:5] += torch.stack([share.detach(), entropy, clipped["low"], clipped["high"], kl])
+            # FSDP takes the mean of the ranks' gradients; the loss is the sum of their shares.
+            (loss * dist.get_world_size()).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
-    metrics = update_metrics(sums, difference_max, num_tokens, config.num_iterations)
+    metrics = update_metrics(sums, difference_max, totals.num_tokens, config.num_iterations)
     return metrics | {"grad_norm": grad_norm.full_tensor().item()}
+
+
+def group_loss(rollout: Rollout, logprobs: Tensor, totals: Totals, config: Config) -> tuple[Tensor, dict, Tensor]:
+    """Return a group's share of the step's loss, the numbers of its tokens that were clipped, and its summed KL."""
+    mask = rollout.train_mask
+    ratio = importance_ratios(logprobs, rollout.old_logprobs, mask, config.importance_sampling_level)
+    loss, low, high = clipped_loss(ratio, rollout.advantages, config.epsilon, config.epsilon_high)
+    kl = torch.zeros_like(loss)
+    if config.beta > 0:
+        kl = kl_estimate(logprobs, rollout.reference_logprobs)
+        loss = loss + config.beta * kl
+    weights = completion_weights(
+        config.loss_type, mask.sum(dim=1), totals.num_tokens, totals.num_completions, config.max_completion_length
+    )
+    clipped = {"low": (low & mask).sum(), "high": (high & mask).sum()}
+    return weighted_sum(loss, mask, weights), clipped, (kl.detach() * mask).sum()
 
 
 def make_optimizer(model, config: Config, total_steps: int):
@@ -166,17 +181,15 @@ def load_inputs(config: Config) -> tuple:
 
 def train(config: Config, device: torch.device) -> None:
     """Train as the flags say; raise InputError, on all ranks, for what the user can mend."""
-    try:
-        inputs = load_inputs(config)
-    except InputError as error:
-        inputs = (error,)
-    raise_together(inputs)
-    config, samples, num_cut, tokenizer, model = inputs
+    config, samples, num_cut, tokenizer, model = raise_together(load_inputs, config)
     if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tokens = special_tokens(model, tokenizer, device)
     whole = WholeWeights(model)  # for sampling
     shard(model, device)
+    reference = None
+    if config.beta > 0:  # the initial policy, frozen
+        reference = shard(load_model(config.model_id).requires_grad_(False), device)
 
     steps_per_epoch = math.ceil(len(samples) / config.global_batch_size)
     total_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
@@ -200,8 +213,8 @@ def train(config: Config, device: torch.device) -> None:
         dist.barrier()
 
     clock = Clock()
-    for step, prompts in enumerate(prompt_batches(dataset, slots, config.dataloader_num_workers), start=1):
-        raise_together(prompts)
+    for step, batch in enumerate(prompt_batches(dataset, slots, config.dataloader_num_workers), start=1):
+        prompts = raise_together(checked, batch)
         clock.lap("data")
 
         whole.refresh(model)
@@ -209,16 +222,20 @@ def train(config: Config, device: torch.device) -> None:
         clock.lap("rollout")
 
         texts = [text for r in rollouts for text in tokenizer.batch_decode(r.completion_ids, skip_special_tokens=True)]
-        by_function = score(rollouts, texts, step)
-        rewards = sum(by_function.values())  # (B, G)
-        advantages = group_advantages(rewards)  # (B, G)
+        by_function = raise_together(score, REWARD_FUNCTIONS, rollouts, texts, step)
+        rewards = sum(by_function.values())  # (B, G), nan where a completion was not scored
+        for rollout, row in zip(rollouts, rewards, strict=True):
+            rollout.train_mask = rollout.prompt.counts & trained_tokens(
+                rollout.completion_mask, row.to(device), rollout.is_stopped, config.mask_truncated_completions
+            )
+        groups = gather_groups(rollouts, by_function, rewards)  # of all ranks
+        totals = add_up(groups)  # among them the one denominator
+        advantages = group_advantages(rewards, config.scale_rewards, totals.reward_std)  # (B, G)
+        for rollout, row in zip(rollouts, advantages.to(device), strict=True):
+            rollout.advantages = row
         clock.lap("reward")
 
-        groups = gather_groups(rollouts, by_function, rewards)  # of all ranks
-        num_tokens = sum(int(group["lengths"].sum()) for group in groups if group["counts"])  # the one denominator
-        metrics = update_phase(
-            model, optimizer, rollouts, advantages.to(device), max(num_tokens, 1), tokens.banned_ids, config
-        )
+        metrics = update_phase(model, reference, optimizer, rollouts, totals, tokens.banned_ids, config)
         metrics["learning_rate"] = schedule.get_last_lr()[0]
         schedule.step()
         clock.lap("update")

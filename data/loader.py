@@ -88,6 +88,14 @@ class PromptDataset(Dataset):
         return InputError(f"no sample has readable videos; the first: {bad_video}")
 
 
+def checked(batch: list[Prompt | InputError]) -> list[Prompt]:
+    """Return a step's prompts; raise the first error among them."""
+    for item in batch:
+        if isinstance(item, InputError):
+            raise item
+    return batch
+
+
 def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
     """Shuffle the sample indices, differently in every epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -8,6 +8,7 @@ from transformers import HfArgumentParser
 
 from data.dataset import InputError
 from data.video import VideoOptions
+from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
 
 
 def flag(default, help: str):
@@ -41,7 +42,15 @@ class Config:
     max_completion_length: int = flag(512, "tokens after which a completion is cut")
     temperature: float = flag(0.7, "sampling temperature, also that of the trained log-probabilities")
 
+    top_p: float = flag(1.0, "sample only from the most probable tokens that make up this probability; 1: from all")
+    top_k: int = flag(0, "sample only from this many most probable tokens; 0: from all")
+
     # the objective
+    loss_type: LossType = flag("dapo", "how tokens are weighed: all alike, per completion, or by the length limit")
+    scale_rewards: ScaleRewards = flag("group", "what advantages are divided by: the group's or batch's std, or none")
+    importance_sampling_level: ImportanceSamplingLevel = flag("token", "a ratio per token, or per completion (GSPO)")
+    beta: float = flag(0.0, "weight of the KL divergence from the initial policy; 0: no reference model at all")
+    mask_truncated_completions: bool = flag(False, "do not train on completions that were cut at the length limit")
     epsilon: float = flag(0.05, "lower clipping: the ratio counts down to 1 - epsilon")
     epsilon_high: float = flag(0.1, "upper clipping: the ratio counts up to 1 + epsilon_high")
     num_iterations: int = flag(1, "updates per batch of rollouts")
@@ -128,19 +137,14 @@ def _check(config: Config) -> None:
     for name in positive.split():
         if getattr(c, name) is not None and not 0 < getattr(c, name) <= 1e9:
             raise InputError(f"--{name} {getattr(c, name)}: must be above 0, and at most 1e9")
-    for name in [
-        "max_videos",
-        "dataloader_num_workers",
-        "max_steps",
-        "weight_decay",
-        "log_completions",
-        "save_steps",
-        "seed",
-    ]:
+    not_negative = "max_videos dataloader_num_workers max_steps weight_decay log_completions save_steps seed beta top_k"
+    for name in not_negative.split():
         if not 0 <= getattr(c, name) <= 1e9:
             raise InputError(f"--{name} {getattr(c, name)}: must lie between 0 and 1e9")
     if c.temperature < 0.01:
         raise InputError(f"--temperature {c.temperature}: must be 0.01 or more, so that completions of a group differ")
+    if not 0 < c.top_p <= 1:
+        raise InputError(f"--top_p {c.top_p}: must be above 0, and at most 1")
     for name in ("epsilon", "warmup_ratio"):
         if not 0 <= getattr(c, name) <= 1:
             raise InputError(f"--{name} {getattr(c, name)}: must lie between 0 and 1")

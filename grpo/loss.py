@@ -1,48 +1,119 @@
-"""GRPO's objective as pure functions on tensors.
+"""GRPO's objective and its variants, as pure functions on tensors.
 
-For one prompt with completions o_1 … o_G and rewards r_1 … r_G (DeepSeekMath, arXiv:2402.03300, equations 3 and 19-21):
+For one prompt with completions o_1 … o_G and rewards r_1 … r_G (GRPO: DeepSeekMath, arXiv:2402.03300, section 4.1):
 
-    A_i     = (r_i - mean(r)) / (std(r) + 1e-4)                                                group_advantages
-    ratio   = pi(o_it | prompt, o_i<t) / pi_old(o_it | prompt, o_i<t)
-    loss_it = -min(ratio A_i, clip(ratio, 1 - epsilon, 1 + epsilon_high) A_i)                  clipped_policy_loss
+    A_i     = (r_i - mean(r)) / (std(r) + 1e-4)                                              group_advantages
+    ratio   = pi(o_it | prompt, o_i<t) / pi_old(o_it | prompt, o_i<t)                        importance_ratios
+    loss_it = -min(ratio A_i, clip(ratio, 1 - epsilon, 1 + epsilon_high) A_i)                clipped_loss
+              + beta (pi_ref / pi - log(pi_ref / pi) - 1)                                    kl_estimate
+    loss    = sum_i weight_i sum_t loss_it                                                   completion_weights
 
-with the asymmetric clipping and the token-level sum of DAPO (arXiv:2503.14476, equations 8 and 12): the loss of a step
-is the sum over all tokens of all completions of all ranks, divided by their number. Functions return *sums*, and the
-caller divides by the one global count, so that splitting a batch differently changes nothing.
+`weight_i` is all that sets the loss types apart, with N completions of all ranks in a step:
 
-Deviations from the paper: no KL term; the standard deviation is the unbiased one, as in TRL.
+    dapo     1 / (tokens of all ranks): every token counts alike              (DAPO, arXiv:2503.14476, equation 8)
+    grpo     1 / (N · tokens of o_i): every completion counts alike           (DeepSeekMath, equation 3)
+    dr_grpo  1 / (N · max_completion_length): no bias by length               (Dr. GRPO, arXiv:2503.20783, section 3.2)
+
+Clipping is asymmetric as in DAPO; `importance_sampling_level="sequence"` takes one ratio per completion (GSPO,
+arXiv:2507.18071, equation 7). What divides is counted over all ranks before the first backward pass, so that splitting
+a batch differently changes nothing.
+
+Deviations from the papers: the standard deviation is the unbiased one, as in TRL; GSPO's ratio is weighted per token
+under `dapo` and `dr_grpo`. A completion that is not trained (no reward, or cut and masked) is in no count either.
 
 | B | prompts | G | completions per prompt | C | completion tokens, padded |
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+LossType = Literal["dapo", "grpo", "dr_grpo"]
+ScaleRewards = Literal["group", "batch", "none"]
+ImportanceSamplingLevel = Literal["token", "sequence"]
 
-def group_advantages(rewards: Tensor) -> Tensor:
+
+def group_advantages(rewards: Tensor, scale_rewards: ScaleRewards, batch_std: Tensor | float = 1.0) -> Tensor:
     """Compare each completion with its group.
 
-    rewards: (B, G). Returns (B, G); exactly 0 throughout a group whose rewards are all equal.
+    rewards: (B, G), nan where a completion was not scored. scale_rewards: divide by the standard deviation of the
+    group, by that of all rewards of the step, `batch_std`, or by nothing. Returns (B, G); exactly 0 where a completion
+    was not scored and throughout a group whose rewards are all equal.
     """
-    deviation = rewards - rewards.mean(dim=1, keepdim=True)
+    scored = ~rewards.isnan()
+    count = scored.sum(dim=1, keepdim=True)
+    deviation = rewards - rewards.nanmean(dim=1, keepdim=True)
     # Rounding can leave the mean of equal rewards a little off them, which the division would blow up.
-    deviation = torch.where((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0, deviation)
-    return deviation / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    deviation = torch.where(scored & ~is_uniform(rewards)[:, None], deviation, 0.0)
+    if scale_rewards == "group":
+        return deviation / ((deviation.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
+    if scale_rewards == "batch":
+        return deviation / (batch_std + 1e-4)
+    return deviation
 
 
-def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, epsilon: float, epsilon_high: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum the clipped loss over the tokens of one group.
+def is_uniform(rewards: Tensor) -> Tensor:
+    """Tell which groups have nothing to compare: rewards (B, G), nan where not scored -> (B,)."""
+    lowest, highest = rewards.nan_to_num(torch.inf).amin(dim=1), rewards.nan_to_num(-torch.inf).amax(dim=1)
+    return lowest >= highest  # also where nothing was scored
 
-    logprobs, old_logprobs: (G, C), of each completion's own tokens; advantages: (G,); mask: (G, C), True where a token
-    is trained. Returns the sum (scalar) and how many tokens were clipped below (`low`) and above (`high`).
+
+def trained_tokens(
+    completion_mask: Tensor, rewards: Tensor, is_stopped: Tensor, mask_truncated_completions: bool
+) -> Tensor:
+    """Return which tokens of a group are trained: (G, C).
+
+    completion_mask: (G, C); rewards, is_stopped: (G,). Left out are completions that were not scored (nan), and those
+    that were cut at the length limit, if asked for (overlong filtering, DAPO, section 3.4).
     """
-    advantages = advantages[:, None]  # (G, 1)
-    ratio = torch.exp(logprobs - old_logprobs)  # (G, C)
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    with torch.no_grad():
-        low = (ratio < 1 - epsilon) & (advantages < 0) & mask
-        high = (ratio > 1 + epsilon_high) & (advantages > 0) & mask
-    return torch.where(mask, loss, 0.0).sum(), {"low": low.sum(), "high": high.sum()}
+    is_trained = ~rewards.isnan()
+    if mask_truncated_completions:
+        is_trained = is_trained & is_stopped
+    return completion_mask & is_trained[:, None]
+
+
+def importance_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: ImportanceSamplingLevel) -> Tensor:
+    """Return how much more probable the policy has become: (G, C), per token or alike along each completion.
+
+    logprobs, old_logprobs: (G, C); mask: (G, C), True where a token is trained.
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    if level == "sequence":
+        log_ratio = (log_ratio.sum(dim=1) / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(log_ratio)
+    return log_ratio.exp()
+
+
+def clipped_loss(
+    ratio: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of each token, and which ones were clipped below and above; ratio: (G, C), advantages: (G,)."""
+    advantages = advantages[:, None]
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)
+    low, high = (ratio < 1 - epsilon) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
+    return loss, low, high
+
+
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Estimate KL(policy || reference) at each token: (G, C), never negative (k3 of joschu.net/blog/kl-approx.html)."""
+    difference = reference_logprobs - logprobs
+    return difference.exp() - difference - 1
+
+
+def completion_weights(
+    loss_type: LossType, lengths: Tensor, num_tokens: int, num_completions: int, max_completion_length: int
+) -> Tensor:
+    """Return what a token of each completion weighs in the loss of the step.
+
+    lengths: (G,) trained tokens of each completion. num_tokens, num_completions: those trained on all ranks.
+    """
+    if loss_type == "dapo":
+        return torch.full_like(lengths, 1 / num_tokens, dtype=torch.float32)
+    if loss_type == "grpo":
+        return 1 / (num_completions * lengths.clamp(min=1).float())
+    return torch.full_like(lengths, 1 / (num_completions * max_completion_length), dtype=torch.float32)
+
+
+def weighted_sum(loss: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """Sum the loss of the trained tokens, each with its completion's weight: (G, C), (G, C), (G,) -> scalar."""
+    return (torch.where(mask, loss, 0.0) * weights[:, None]).sum()

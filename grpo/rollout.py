@@ -23,6 +23,11 @@ class Rollout:
     completion_mask: Tensor  # (G, C), True for the tokens that were sampled, the stop token included
     logprobs: Tensor  # (G, C) float32, as recorded while sampling; 0 where the mask is False
     is_stopped: Tensor  # (G,), False where a completion was cut at the length limit
+    # What the loop finds out about it on the way:
+    train_mask: Tensor | None = None  # (G, C), True for the tokens that are trained
+    advantages: Tensor | None = None  # (G,)
+    old_logprobs: Tensor | None = None  # (G, C), of the policy before the first update
+    reference_logprobs: Tensor | None = None  # (G, C), of the initial policy
 
 
 def prefill(model, prompts: list[Prompt], cache: GroupCache) -> Tensor:
@@ -48,6 +53,24 @@ def decode_one_token(model, token_ids: Tensor, positions: Tensor, cache: GroupCa
     return hidden
 
 
+def most_probable(logprobs: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Keep the most probable tokens of each row, (N, V) -> (N, V), renormalised; the others get -inf.
+
+    top_k: how many, 0 for all. top_p: as few as make up this probability (nucleus sampling, arXiv:1904.09751).
+    What is left out is sampled too rarely and the rest too often. The ratio of the update does not see it, since both
+    of its policies are whole distributions; `sampling/sampling_logp_difference` does.
+    """
+    if top_k:
+        least = logprobs.topk(min(top_k, logprobs.shape[1])).values[:, -1:]
+        logprobs = torch.where(logprobs >= least, logprobs, -torch.inf).log_softmax(dim=1)
+    if top_p < 1:
+        ordered, order = logprobs.sort(dim=1, descending=True)
+        before = ordered.exp().cumsum(dim=1) - ordered.exp()  # probability of what is more probable
+        ordered = torch.where(before < top_p, ordered, -torch.inf)
+        logprobs = torch.empty_like(logprobs).scatter(1, order, ordered).log_softmax(dim=1)
+    return logprobs
+
+
 def sample(logprobs: Tensor, generators: list[torch.Generator] | None) -> Tensor:
     """Draw a token per row, (B·G, V) -> (B·G,), with a generator per prompt; the most probable one without."""
     if generators is None:
@@ -66,6 +89,8 @@ def generate(
     stop_ids: Tensor,
     banned_ids: Tensor,
     generators: list[torch.Generator] | None,
+    top_p: float = 1.0,
+    top_k: int = 0,
 ) -> list[Rollout]:
     """Sample a group per prompt, each completion to its stop token or the length limit; greedily without generators.
 
@@ -80,6 +105,7 @@ def generate(
     ids, mask, logprobs = [], [], []  # one (B·G,) per token
     while True:
         distribution = sampling_logprobs(hidden, lm_head, temperature, banned_ids)  # (B·G, V)
+        distribution = most_probable(distribution, top_p, top_k)
         ids.append(sample(distribution, generators))
         mask.append(running)
         logprobs.append(distribution.gather(1, ids[-1][:, None])[:, 0])

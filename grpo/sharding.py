@@ -31,13 +31,19 @@ def start_processes() -> torch.device:
     return device
 
 
-def raise_together(items) -> None:
-    """Raise on every rank the first InputError that any rank holds among `items`, so that none waits for another."""
+def raise_together(function, *arguments):
+    """Call a function on every rank; where it raises InputError on any, raise it on all, so that none waits."""
+    result, error = None, None
+    try:
+        result = function(*arguments)
+    except InputError as raised:
+        error = str(raised)
     errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, next((str(item) for item in items if isinstance(item, InputError)), None))
+    dist.all_gather_object(errors, error)
     for error in errors:
         if error is not None:
             raise InputError(error)
+    return result
 
 
 def device_mesh(device: torch.device) -> DeviceMesh:

@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,17 +19,22 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from grpo.config import Config
+from grpo.loss import is_uniform
 from grpo.rollout import Rollout
+
+LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
+MONOTONOUS_STEPS = 20  # so many steps in a row with hardly anything to compare call for a word
 
 
 def gather_groups(rollouts: list[Rollout], by_function: dict[str, Tensor], rewards: Tensor) -> list[dict]:
-    """Collect one record per group from all ranks; rewards: (B, G), and the same per reward function."""
+    """Collect one record per group from all ranks; rewards, also by function: (B, G), nan where not scored."""
     own = [
         {
             "counts": rollout.prompt.counts,
             "bad_video": rollout.prompt.bad_video,
             "rewards": rewards[b],  # (G,)
             "by_function": {name: values[b] for name, values in by_function.items()},
+            "num_trained": rollout.train_mask.sum(dim=1).cpu(),  # (G,) tokens
             "lengths": rollout.completion_mask.sum(dim=1).cpu(),  # (G,)
             "is_stopped": rollout.is_stopped.cpu(),  # (G,)
         }
@@ -39,6 +45,27 @@ def gather_groups(rollouts: list[Rollout], by_function: dict[str, Tensor], rewar
     return [group for groups in of_ranks for group in groups]
 
 
+@dataclass
+class Totals:
+    """What all ranks have in common in a step; every number is over the groups that count."""
+
+    num_tokens: int  # trained tokens, the denominator of `dapo`
+    num_completions: int  # trained completions, that of the other loss types
+    reward_std: float  # of all rewards, for `--scale_rewards batch`
+
+
+def add_up(groups: list[dict]) -> Totals:
+    """Count over the records of all ranks; never 0, so that nothing is divided by it."""
+    groups = [group for group in groups if group["counts"]]
+    rewards = torch.cat([group["rewards"] for group in groups]) if groups else torch.zeros(0)
+    rewards = rewards[~rewards.isnan()]
+    return Totals(
+        num_tokens=max(1, sum(int(group["num_trained"].sum()) for group in groups)),
+        num_completions=max(1, sum(int((group["num_trained"] > 0).sum()) for group in groups)),
+        reward_std=rewards.std().item() if len(rewards) > 1 else 0.0,
+    )
+
+
 def rollout_metrics(groups: list[dict]) -> dict[str, float]:
     """Summarise the groups that count; empty if none does."""
     groups = [group for group in groups if group["counts"]]
@@ -47,38 +74,39 @@ def rollout_metrics(groups: list[dict]) -> dict[str, float]:
     rewards = torch.stack([group["rewards"] for group in groups])  # (groups, G)
     lengths = torch.cat([group["lengths"] for group in groups]).float()
     metrics = {
-        "reward": rewards.mean(),
-        "reward_std": rewards.std(dim=1).mean(),
-        "frac_reward_zero_std": (rewards == rewards[:, :1]).all(dim=1).float().mean(),
+        "reward": rewards.nanmean(),
+        "reward_std": torch.stack([row[~row.isnan()].std() for row in rewards]).nanmean(),
+        "frac_reward_zero_std": is_uniform(rewards).float().mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1 - torch.cat([group["is_stopped"] for group in groups]).float().mean(),
+        "completions/unscored": rewards.isnan().sum(),
     }
     for name in groups[0]["by_function"]:
-        values = torch.stack([group["by_function"][name] for group in groups])
+        values = torch.cat([group["by_function"][name] for group in groups])
+        values = values[~values.isnan()]
         metrics |= {f"rewards/{name}/mean": values.mean(), f"rewards/{name}/std": values.std()}
     return {name: float(value) for name, value in metrics.items()}
 
 
-def update_metrics(sums: Tensor, difference_max: Tensor, num_tokens: int, num_iterations: int) -> dict[str, float]:
-    """Turn what the passes of every rank summed up into means over all tokens of all ranks.
+# What the passes sum up, in this order; the curves are called so.
+SUMS = ("loss", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "kl", LOGP_DIFFERENCE)
 
-    sums: (5,), of loss, entropy, tokens clipped low and high, and |sampled - trained log-probability|, the last from
-    the first of the `num_iterations` updates alone, where both come from the same weights.
+
+def update_metrics(sums: Tensor, difference_max: Tensor, num_tokens: int, num_iterations: int) -> dict[str, float]:
+    """Turn what the passes of every rank summed up into means over all trained tokens of all ranks.
+
+    sums: (6,), by the names in SUMS. The loss is weighed already; |sampled - trained log-probability| comes from the
+    first of the `num_iterations` updates alone, in which both are of the same weights.
     """
     dist.all_reduce(sums)
     dist.all_reduce(difference_max, op=dist.ReduceOp.MAX)
-    loss, entropy, low, high, difference = (sums / num_tokens).tolist()
-    return {
-        "loss": loss / num_iterations,
-        "entropy": entropy / num_iterations,
-        "clip_ratio/low_mean": low / num_iterations,
-        "clip_ratio/high_mean": high / num_iterations,
-        "clip_ratio/region_mean": (low + high) / num_iterations,
-        "sampling/sampling_logp_difference/mean": difference,
-        "sampling/sampling_logp_difference/max": difference_max.item(),
-    }
+    metrics = dict(zip(SUMS, sums.tolist(), strict=True))
+    for name in metrics:
+        metrics[name] /= (1 if name == "loss" else num_tokens) * (1 if name == LOGP_DIFFERENCE else num_iterations)
+    metrics["clip_ratio/region_mean"] = metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"]
+    return metrics | {"sampling/sampling_logp_difference/max": difference_max.item()}
 
 
 class Clock:
@@ -97,7 +125,8 @@ class Tracker:
     """The records of a run in `output_dir`, written by rank 0: `config.json`, TensorBoard's files, the progress bar."""
 
     def __init__(self, config: Config, total_steps: int):
-        self.config, self.num_skipped, self.is_main = config, 0, dist.get_rank() == 0
+        self.config, self.is_main = config, dist.get_rank() == 0
+        self.num_skipped, self.num_monotonous, self.was_warned = 0, 0, False
         if self.is_main:
             os.makedirs(config.output_dir, exist_ok=True)
             with open(os.path.join(config.output_dir, "config.json"), "w") as file:
@@ -121,6 +150,14 @@ class Tracker:
                 self.say(f"left out: {group['bad_video']}")
         seconds = sum(clock.seconds.values())
         metrics = rollout_metrics(groups) | metrics
+        is_monotonous = metrics.get("frac_reward_zero_std", 0) >= 0.9
+        self.num_monotonous = self.num_monotonous + 1 if is_monotonous else 0
+        if self.num_monotonous == MONOTONOUS_STEPS and not self.was_warned:
+            self.was_warned = True
+            self.say(
+                f"step {step}: for {MONOTONOUS_STEPS} steps nearly all groups have had equal rewards, from which "
+                "nothing is learned: look at the completions, and raise --temperature or mend the reward"
+            )
         metrics |= {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/step": seconds}
         metrics["tokens_per_second"] = sum(int(g["lengths"].sum()) for g in groups if g["counts"]) / seconds
         metrics["memory/peak_gb"] = peak_memory_gb()

@@ -1,37 +1,74 @@
-"""The objective, computed by hand."""
+"""The objective: by hand, and against the papers' equations written out in float64."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from grpo.loss import clipped_policy_loss, group_advantages
+from grpo.loss import (
+    clipped_loss,
+    completion_weights,
+    group_advantages,
+    importance_ratios,
+    kl_estimate,
+    trained_tokens,
+    weighted_sum,
+)
+
+NAN = float("nan")
 
 
 def test_advantages_by_hand():
     rewards = torch.tensor([[0.0, 1.0], [1.0, 4.0]])  # unbiased standard deviations: sqrt(1/2), sqrt(9/2)
     half, three_halves = 0.5 / (math.sqrt(0.5) + 1e-4), 1.5 / (math.sqrt(4.5) + 1e-4)
     expected = torch.tensor([[-half, half], [-three_halves, three_halves]])
-    assert torch.allclose(group_advantages(rewards), expected, atol=1e-6)
+    assert torch.allclose(group_advantages(rewards, "group"), expected, atol=1e-6)
+    plain = torch.tensor([[-0.5, 0.5], [-1.5, 1.5]])
+    assert torch.equal(group_advantages(rewards, "none"), plain)
+    assert torch.allclose(group_advantages(rewards, "batch", batch_std=2.0), plain / 2.0001)
 
 
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 0.97])
-def test_advantages_of_equal_rewards_are_exactly_zero(reward):
+def test_advantages_of_equal_rewards_are_exactly_zero(reward, scale_rewards):
     rewards = torch.full((2, 7), reward)
     rewards[1, 0] = 0.5
-    advantages = group_advantages(rewards)
+    advantages = group_advantages(rewards, scale_rewards, batch_std=0.0)
     assert (advantages[0] == 0).all()
     assert (advantages[1] != 0).all()
 
 
-def clip(ratio, advantage, mask=True):
+def test_a_completion_without_a_reward_has_no_advantage_and_no_part_in_its_group():
+    with_gap = group_advantages(torch.tensor([[1.0, NAN, 4.0, 2.0], [NAN, NAN, 5.0, NAN], [NAN] * 4]), "group")
+    without = group_advantages(torch.tensor([[1.0, 4.0, 2.0]]), "group")
+    assert torch.equal(with_gap[0, [0, 2, 3]], without[0])
+    assert with_gap[0, 1] == 0
+    assert (with_gap[1:] == 0).all()  # one reward alone, or none, compares to nothing
+
+
+def test_a_constant_factor_on_the_rewards_of_a_group_cancels_unless_they_are_not_scaled():
+    rewards = torch.tensor([[0.1, 0.5, 0.9]])
+    assert torch.allclose(group_advantages(rewards, "group"), group_advantages(1.5 * rewards, "group"), atol=1e-3)
+    assert torch.allclose(1.5 * group_advantages(rewards, "none"), group_advantages(1.5 * rewards, "none"))
+
+
+def test_trained_tokens_are_those_of_scored_completions_and_on_demand_of_uncut_ones():
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    rewards, is_stopped = torch.tensor([0.5, NAN, 0.0]), torch.tensor([True, True, False])
+    expected = torch.tensor([[True, True], [False, False], [True, True]])
+    assert torch.equal(trained_tokens(mask, rewards, is_stopped, False), expected)
+    expected[2] = False
+    assert torch.equal(trained_tokens(mask, rewards, is_stopped, True), expected)
+
+
+def clip(ratio, advantage):
     """Loss, its gradient with respect to the log-probability, and what was counted, for a single token."""
     logprob = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    loss, clipped = clipped_policy_loss(
-        logprob, torch.zeros(1, 1), torch.tensor([advantage]), torch.tensor([[mask]]), epsilon=0.05, epsilon_high=0.1
-    )
-    loss.backward()
-    return loss.item(), logprob.grad.item(), int(clipped["low"]), int(clipped["high"])
+    ratios = importance_ratios(logprob, torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), "token")
+    loss, low, high = clipped_loss(ratios, torch.tensor([advantage]), epsilon=0.05, epsilon_high=0.1)
+    loss.sum().backward()
+    return loss.item(), logprob.grad.item(), int(low), int(high)
 
 
 @pytest.mark.parametrize(
@@ -51,12 +88,98 @@ def test_each_side_of_the_clipping_by_hand(ratio, advantage, expected):
     assert clip(ratio, advantage) == pytest.approx(expected, abs=1e-7)
 
 
-def test_a_token_outside_the_mask_adds_nothing():
-    assert clip(1.5, 2.0, mask=False) == (0.0, 0.0, 0, 0)
+# Two completions of three tokens, the last token of the second not trained. Ratios by token, advantages 1 and -1,
+# epsilon 0.05 and 0.1: the first completion is clipped above in its second token (1.5 -> 1.1), the second below in its
+# first (0.5 -> 0.95).
+RATIOS = torch.tensor([[1.0, 1.5, 0.5], [0.5, 1.5, 9.0]], dtype=torch.float64)
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+TOKEN_LOSS = torch.tensor([[-1.0, -1.1, -0.5], [0.95, 1.5, 0.0]], dtype=torch.float64)
+TOKEN_GRADIENT = torch.tensor([[-1.0, 0.0, -0.5], [0.0, 1.5, 0.0]], dtype=torch.float64)  # of the log-probabilities
+# One ratio per completion: (1 · 1.5 · 0.5)^(1/3) = 0.9086, not clipped for being good; (0.5 · 1.5)^(1/2) = 0.8660,
+# clipped to 0.95 for being bad.
+SEQUENCE_LOSS = torch.tensor([[-(0.75 ** (1 / 3))] * 3, [0.95, 0.95, 0.0]], dtype=torch.float64)
+# d ratio / d logprob of each of the n tokens is ratio / n; weights by completion are put in below.
+WEIGHTS = {"dapo": (1 / 5, 1 / 5), "grpo": (1 / 2 / 3, 1 / 2 / 2), "dr_grpo": (1 / 2 / 4, 1 / 2 / 4)}
 
 
-def test_the_loss_is_a_sum_over_tokens():
-    logprobs = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    loss, _ = clipped_policy_loss(logprobs, torch.zeros(2, 3), torch.tensor([1.0, -4.0]), mask, 0.05, 0.1)
-    assert loss.item() == -3 * 1.0 + 4.0
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_loss_and_gradient_of_two_completions_by_hand(loss_type, level):
+    logprobs = RATIOS.log().requires_grad_()
+    ratio = importance_ratios(logprobs, torch.zeros(2, 3), MASK, level)
+    loss, _, _ = clipped_loss(ratio, torch.tensor([1.0, -1.0]), 0.05, 0.1)
+    weights = completion_weights(
+        loss_type, MASK.sum(dim=1), num_tokens=5, num_completions=2, max_completion_length=4
+    ).double()
+    assert weights.tolist() == pytest.approx(WEIGHTS[loss_type])
+    total = weighted_sum(loss, MASK, weights)
+    total.backward()
+    first, second = WEIGHTS[loss_type]
+    by_hand = torch.tensor([[first], [second]], dtype=torch.float64)
+    if level == "token":
+        assert total.item() == pytest.approx((by_hand * TOKEN_LOSS).sum().item())
+        assert torch.allclose(logprobs.grad, by_hand * TOKEN_GRADIENT, atol=1e-9)
+    else:
+        assert total.item() == pytest.approx((by_hand * SEQUENCE_LOSS).sum().item())
+        # Three tokens of loss -s, with d s / d logprob = s / 3 at each of the three: -s each.
+        gradient = torch.tensor([[-first * 0.75 ** (1 / 3)] * 3, [0.0] * 3], dtype=torch.float64)
+        assert torch.allclose(logprobs.grad, gradient, atol=1e-9)
+
+
+def test_the_kl_estimate_by_hand():
+    policy, reference = torch.tensor([[math.log(0.5), math.log(0.2)]]), torch.tensor([[math.log(0.25), math.log(0.2)]])
+    expected = [0.5 - math.log(0.5) - 1, 0.0]  # pi_ref / pi = 1/2, 1
+    assert kl_estimate(policy, reference)[0].tolist() == pytest.approx(expected, abs=1e-7)
+
+
+def papers_loss(logprobs, old, reference, advantages, lengths, loss_type, level, beta, max_length):
+    """The equations, token by token in float64, for completions of several groups in one list.
+
+    GRPO: DeepSeekMath (arXiv:2402.03300) equations 3 and 4. DAPO (arXiv:2503.14476): equation 8. Dr. GRPO
+    (arXiv:2503.20783): section 3.2, the sum over a constant. GSPO (arXiv:2507.18071): equations 5 and 7.
+    """
+    total = 0.0
+    for i, n in enumerate(lengths):
+        sequence_ratio = torch.exp(sum(logprobs[i, t] - old[i, t] for t in range(n)) / n)
+        terms = []
+        for t in range(n):
+            ratio = torch.exp(logprobs[i, t] - old[i, t]) if level == "token" else sequence_ratio
+            bounded = min(max(ratio, torch.tensor(0.8).double()), torch.tensor(1.28).double())
+            surrogate = min(ratio * advantages[i], bounded * advantages[i])
+            inverse = torch.exp(reference[i, t] - logprobs[i, t])
+            divergence = inverse - torch.log(inverse) - 1
+            terms.append(surrogate - beta * divergence)
+        if loss_type == "grpo":
+            total = total + sum(terms) / n / len(lengths)
+        elif loss_type == "dapo":
+            total = total + sum(terms) / sum(lengths)
+        else:
+            total = total + sum(terms) / (len(lengths) * max_length)
+    return -total  # the papers maximise
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "level", "beta"),
+    list(itertools.product(["dapo", "grpo", "dr_grpo"], ["token", "sequence"], [0.0, 0.04])),
+)
+def test_loss_and_gradient_equal_the_papers_equations(loss_type, level, beta):
+    torch.manual_seed(len(loss_type) + len(level))
+    G, C, max_length = 6, 9, 12
+    old, reference = -torch.rand(2, G, C).double().unbind(0)[0], -torch.rand(G, C).double()
+    logprobs = (old + 0.4 * torch.randn(G, C)).requires_grad_()
+    advantages, lengths = torch.randn(G).double(), [9, 1, 4, 7, 2, 5]
+    expected = papers_loss(logprobs, old, reference, advantages, lengths, loss_type, level, beta, max_length)
+    (gradient,) = torch.autograd.grad(expected, logprobs)
+
+    mask = torch.arange(C) < torch.tensor(lengths)[:, None]
+    total = 0.0
+    for half in (slice(0, 2), slice(2, 6)):  # two groups, as passes or ranks would hold them
+        ratio = importance_ratios(logprobs[half], old[half], mask[half], level)
+        loss, _, _ = clipped_loss(ratio, advantages[half], epsilon=0.2, epsilon_high=0.28)
+        loss = loss + beta * kl_estimate(logprobs[half], reference[half])
+        weights = completion_weights(loss_type, mask[half].sum(dim=1), sum(lengths), G, max_length)
+        total = total + weighted_sum(loss, mask[half], weights)
+    total.backward()
+    assert total.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert (logprobs.grad - gradient).abs().max() < 1e-6
+    assert gradient.abs().max() > 1e-3

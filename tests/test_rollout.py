@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo.logprobs import completion_logprobs
-from grpo.loss import clipped_policy_loss
+from grpo.loss import clipped_loss, importance_ratios, weighted_sum
 from grpo.rollout import generate
 from tests.test_packed import hf_twin
 
@@ -59,9 +59,11 @@ def test_on_the_first_update_the_ratio_is_one_and_the_gradient_that_of_reinforce
         )
         if objective == "grpo":
             mask = rollout.completion_mask
-            assert torch.equal(torch.exp(logprobs - logprobs.detach()), torch.ones_like(logprobs))
-            loss, clipped = clipped_policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.05, 0.1)
-            assert clipped["low"] == clipped["high"] == 0
+            ratio = importance_ratios(logprobs, logprobs.detach(), mask, "token")
+            assert torch.equal(ratio, torch.ones_like(ratio))
+            loss, low, high = clipped_loss(ratio, advantages, 0.05, 0.1)
+            assert not low.any() and not high.any()
+            loss = weighted_sum(loss, mask, torch.ones(4))
         else:
             loss = -(logprobs * advantages[:, None]).sum()
         loss.backward()

@@ -9,14 +9,17 @@ import torch.distributed as dist
 
 import train
 from data.dataset import InputError
+from data.loader import checked
 from grpo import sharding
 from grpo.config import Config, resolve_batch_sizes
 from grpo.logprobs import completion_logprobs
 from grpo.rollout import generate
+from grpo.tracking import Totals
 from tests.conftest import Tiny, run_ranks
 
 ADVANTAGES = torch.tensor([[1.0, -0.5, 0.25], [0.7, -0.2, 0.4], [-1.0, 2.0, 0.5], [0.3, 0.1, -0.4]])
 OFTEN = list(range(0, 300, 6))
+COLUMNS = ("completion_ids", "completion_mask", "logprobs", "train_mask")
 
 
 def whole_gradients(model) -> list[torch.Tensor]:
@@ -30,25 +33,47 @@ def rollouts_of(tiny: Tiny) -> list:
     return generate(tiny.model, prompts, 3, 8, 0.7, torch.tensor(OFTEN), tiny.banned_ids, generators)
 
 
-def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False) -> None:
+def with_advantages(rollouts: list) -> tuple[list, Totals]:
+    """What the loop adds to the rollouts, for given advantages; one completion of the third group is not trained."""
+    for rollout, advantages in zip(rollouts, ADVANTAGES, strict=True):
+        rollout.advantages = advantages
+        rollout.train_mask = rollout.completion_mask & rollout.prompt.counts
+    rollouts[2].train_mask = rollouts[2].train_mask & torch.tensor([[True], [False], [True]])
+    lengths = torch.stack([rollout.train_mask.sum(dim=1) for rollout in rollouts])
+    return rollouts, Totals(int(lengths.sum()), int((lengths > 0).sum()), 1.0)
+
+
+def padded(rollout, extra: int):
+    """Widen a group by columns that belong to no completion."""
+    wider = {name: torch.nn.functional.pad(getattr(rollout, name), (0, extra)) for name in COLUMNS}
+    return dataclasses.replace(rollout, **wider)
+
+
+def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False, reorder: bool = False) -> None:
     """Do one update on this rank's share of the four groups; rank 0 writes gradients, metrics and new weights."""
     device = sharding.start_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     # No clipping, so that the gradients can be read.
     config = Config(temperature=0.7, learning_rate=1e-3, max_grad_norm=1e9, **settings)
     config = resolve_batch_sizes(config, world_size)
-    rollouts = rollouts_of(tiny)
-    num_tokens = sum(int(r.completion_mask.sum()) for r in rollouts if r.prompt.counts)
+    rollouts, totals = with_advantages(rollouts_of(tiny))
+    if reorder:
+        rollouts = [padded(rollout, 3) for rollout in reversed(rollouts)]
     model = copy.deepcopy(tiny.model).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     whole = sharding.WholeWeights(model)
     sharding.shard(model, device)
+    reference = None
+    if config.beta > 0:
+        reference = copy.deepcopy(tiny.model).requires_grad_(False)
+        with torch.no_grad():  # another policy, so that the KL is not 0
+            reference.lm_head.weight *= 1.1
+        sharding.shard(reference, device)
     optimizer, _ = train.make_optimizer(model, config, total_steps=1)
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = config.learning_rate
-    metrics = train.update_phase(
-        model, optimizer, rollouts[rank::world_size], ADVANTAGES[rank::world_size], num_tokens, tiny.banned_ids, config
-    )
+    own = rollouts[rank::world_size]
+    metrics = train.update_phase(model, reference, optimizer, own, totals, tiny.banned_ids, config)
     gradients = whole_gradients(model)
     whole.refresh(model)
     if rank == 0:
@@ -62,55 +87,99 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+VARIANTS = {
+    "dapo": {},
+    "grpo": {"loss_type": "grpo"},
+    "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 8},
+    "two iterations": {"num_iterations": 2},
+    "grpo, two iterations": {"loss_type": "grpo", "num_iterations": 2},
+    "dr_grpo, two iterations": {"loss_type": "dr_grpo", "num_iterations": 2},
+    "sequence level": {"importance_sampling_level": "sequence", "num_iterations": 2},
+    "with KL": {"beta": 0.1, "num_iterations": 2},
+}
+
+
 @pytest.fixture(scope="module")
 def one_rank(tiny, tmp_path_factory):
-    """The step in one process, all four groups in one packed pass."""
-    path = str(tmp_path_factory.mktemp("one") / "step.pt")
-    run_ranks(step, 1, tiny, path, {"global_batch_size": 4})
-    return torch.load(path)
+    """The step in one process, all four groups in one packed pass; by variant."""
+    results = {}
+
+    def result(variant: str) -> dict:
+        if variant not in results:
+            path = str(tmp_path_factory.mktemp("one") / "step.pt")
+            run_ranks(step, 1, tiny, path, {"global_batch_size": 4} | VARIANTS[variant])
+            results[variant] = torch.load(path)
+        return results[variant]
+
+    return result
+
+
+def check_split(tiny, one_rank, tmp_path, variant, world_size, settings, checkpointing=False, local=None):
+    path = str(tmp_path / "step.pt")
+    settings = {"global_batch_size": 4} | settings | VARIANTS[variant]
+    run_ranks(step, world_size, tiny, path, settings, checkpointing, local_world_size=local)
+    whole, split = one_rank(variant), torch.load(path)
+    assert whole["metrics"]["grad_norm"] > 1e-3
+    assert relative(split["gradients"], whole["gradients"]) < 1e-5
+    assert relative(split["weights"], whole["weights"]) < 1e-5
+    assert split["metrics"] == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(
     ("world_size", "settings", "checkpointing", "local"),
     [
-        (1, {"global_batch_size": 4, "gradient_accumulation_steps": 4}, False, None),
-        (1, {"global_batch_size": 4}, True, None),
-        (2, {"global_batch_size": 4}, False, None),
-        (2, {"global_batch_size": 4, "gradient_accumulation_steps": 2}, True, None),
-        (4, {"global_batch_size": 4}, False, None),
-        (4, {"global_batch_size": 4}, False, 2),
+        (1, {"gradient_accumulation_steps": 4}, False, None),
+        (1, {}, True, None),
+        (2, {"gradient_accumulation_steps": 2}, True, None),
+        (4, {}, False, None),
+        (4, {}, False, 2),
     ],
-    ids=["four passes", "checkpointing", "2 ranks", "2 ranks x 2 passes", "4 ranks", "2 nodes of 2"],
+    ids=["four passes", "checkpointing", "2 ranks x 2 passes", "4 ranks", "2 nodes of 2"],
 )
 def test_a_step_does_not_depend_on_how_its_work_is_split(
     tiny, one_rank, tmp_path, world_size, settings, checkpointing, local
 ):
-    path = str(tmp_path / "step.pt")
-    run_ranks(step, world_size, tiny, path, settings, checkpointing, local_world_size=local)
-    split = torch.load(path)
-    assert one_rank["metrics"]["grad_norm"] > 1e-3
-    assert relative(split["gradients"], one_rank["gradients"]) < 1e-5
-    assert relative(split["weights"], one_rank["weights"]) < 1e-5
-    assert split["metrics"] == pytest.approx(one_rank["metrics"], rel=1e-4, abs=1e-6)
+    check_split(tiny, one_rank, tmp_path, "dapo", world_size, settings, checkpointing, local)
 
 
-def test_the_gradient_is_that_of_the_counted_tokens_divided_by_their_number(tiny, one_rank):
-    model, rollouts = copy.deepcopy(tiny.model), [rollouts_of(tiny)[n] for n in (0, 2, 3)]
-    loss, num_tokens = 0.0, 0
-    for rollout, advantages in zip(rollouts, ADVANTAGES[[0, 2, 3]], strict=True):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_variant_of_the_loss_depends_on_the_number_of_ranks(tiny, one_rank, tmp_path, variant):
+    check_split(tiny, one_rank, tmp_path, variant, 2, {})
+
+
+def test_the_variants_differ(one_rank):
+    gradients = [torch.cat([g.flatten() for g in one_rank(variant)["gradients"]]) for variant in VARIANTS]
+    for i, first in enumerate(gradients):
+        for second in gradients[:i]:
+            assert relative([first], [second]) > 1e-3
+
+
+def test_the_gradient_is_that_of_the_trained_tokens_divided_by_their_number(tiny, one_rank):
+    model = copy.deepcopy(tiny.model)
+    rollouts, totals = with_advantages(rollouts_of(tiny))
+    loss = 0.0
+    for rollout in rollouts:
         ids, mask = rollout.completion_ids, rollout.completion_mask
         ((logprobs, _),) = completion_logprobs(model, [rollout.prompt], [ids], [mask], 0.7, tiny.banned_ids)
-        loss = loss - (logprobs * advantages[:, None])[mask].sum()  # REINFORCE: the ratio is 1
-        num_tokens += int(mask.sum())
-    (loss / num_tokens).backward()
-    assert relative([p.grad for p in model.parameters()], one_rank["gradients"]) < 1e-5
+        loss = loss - (logprobs * rollout.advantages[:, None])[rollout.train_mask].sum()  # REINFORCE: the ratio is 1
+    assert 0 < totals.num_tokens < sum(int(r.completion_mask.sum()) for r in rollouts if r.prompt.counts)
+    (loss / totals.num_tokens).backward()
+    assert relative([p.grad for p in model.parameters()], one_rank("dapo")["gradients"]) < 1e-5
+
+
+def test_the_order_of_the_prompts_and_their_padding_change_nothing(tiny, one_rank, tmp_path):
+    path = str(tmp_path / "step.pt")
+    run_ranks(step, 1, tiny, path, {"global_batch_size": 4}, False, True)
+    other = torch.load(path)
+    assert relative(other["gradients"], one_rank("dapo")["gradients"]) < 1e-5
+    assert other["metrics"] == pytest.approx(one_rank("dapo")["metrics"], rel=1e-4, abs=1e-6)
 
 
 def fetch(bad_rank: int, path: str) -> None:
     sharding.start_processes()
     items = [InputError("sample 's3': broken")] if dist.get_rank() == bad_rank else ["a prompt"]
     try:
-        sharding.raise_together(items)
+        sharding.raise_together(checked, items)
     except InputError as error:
         with open(f"{path}{dist.get_rank()}", "w") as file:
             file.write(str(error))

@@ -23,7 +23,7 @@ TAGS = """
     completions/mean_length completions/min_length completions/max_length completions/clipped_ratio loss
     clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean entropy sampling/sampling_logp_difference/mean
     sampling/sampling_logp_difference/max grad_norm learning_rate time/rollout time/reward time/update time/data
-    time/step tokens_per_second memory/peak_gb data/skipped_samples
+    time/step tokens_per_second memory/peak_gb data/skipped_samples completions/unscored kl
 """.split()
 
 
