@@ -1,0 +1,192 @@
+"""Whole runs of the algorithm's variants, and rewards that are equal, missing, or not to be had."""
+
+import json
+
+import pytest
+import torch
+
+import train
+from grpo.logprobs import sampling_logprobs
+from grpo.rollout import most_probable
+from tests.test_train import curves, flags, run_main, weights
+
+
+def run(tiny, output, *more, code=0) -> dict[str, list[float]]:
+    assert train.main(flags(tiny, output, "--global_batch_size", "4", *more)) == code
+    return curves(output) if code == 0 else {}
+
+
+def by_length(completions, **kwargs):
+    return [len(completion[0]["content"]) / 10 for completion in completions]
+
+
+def constant(completions, **kwargs):
+    return [0.3] * len(completions)
+
+
+def constant_but_for_s2(completions, sample_id, **kwargs):
+    lengths = by_length(completions)
+    return [length if name == "s2" else 0.3 for name, length in zip(sample_id, lengths, strict=True)]
+
+
+def half_missing(completions, **kwargs):
+    rewards = by_length(completions)
+    return [None if i % 4 == 0 else float("nan") if i % 4 == 1 else reward for i, reward in enumerate(rewards)]
+
+
+def too_few(completions, **kwargs):
+    return [1.0]
+
+
+def raising(completions, sample_id, **kwargs):
+    if "s3" in sample_id:
+        raise KeyError("no such hospital")
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_equal_rewards_in_every_group_train_nothing(tiny, tmp_path, monkeypatch, loss_type):
+    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [constant])
+    found = run(tiny, tmp_path / "out", "--loss_type", loss_type)
+    assert found["grad_norm"] == [0.0] and found["frac_reward_zero_std"] == [1.0]
+    assert torch.equal(weights(tiny.folder / "model"), weights(tmp_path / "out" / "final"))
+
+
+def test_of_several_groups_only_those_with_different_rewards_contribute(tiny, tmp_path, monkeypatch):
+    seen = []
+    update_phase = train.update_phase
+
+    def spy(model, reference, optimizer, rollouts, *more):
+        seen.extend((rollout.prompt.sample.id, rollout.advantages) for rollout in rollouts)
+        return update_phase(model, reference, optimizer, rollouts, *more)
+
+    monkeypatch.setattr(train, "update_phase", spy)
+    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [constant_but_for_s2])
+    found = run(tiny, tmp_path / "out")
+    assert found["grad_norm"][0] > 0 and found["frac_reward_zero_std"] == [0.75]
+    assert {name: bool((advantages != 0).any()) for name, advantages in seen} == {
+        "s0": False,
+        "s1": False,
+        "s2": True,
+        "s3": False,
+    }
+
+
+def test_completions_without_a_reward_are_left_out_and_counted(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [half_missing])
+    found = run(tiny, tmp_path / "out")
+    assert found["completions/unscored"] == [16]
+    assert 0 < found["grad_norm"][0] < float("inf") and found["reward"][0] > 0
+    assert not weights(tmp_path / "out" / "final").isnan().any()
+
+
+def test_a_run_without_any_reward_trains_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [lambda completions, **kwargs: [None] * len(completions)])
+    found = run(tiny, tmp_path / "out")
+    assert found["grad_norm"] == [0.0] and found["completions/unscored"] == [32]
+
+
+@pytest.mark.parametrize(("function", "words"), [(raising, ["raising", "KeyError", "'s3'"]), (too_few, ["1 rewards"])])
+def test_a_reward_function_that_fails_stops_the_run_with_its_name(tiny, tmp_path, monkeypatch, capfd, function, words):
+    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [function])
+    run(tiny, tmp_path / "out", code=2)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: error")]
+    assert all(word in line for word in [function.__name__, *words])
+
+
+def test_cut_completions_are_trained_unless_they_are_masked(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [by_length])
+    plain = run(tiny, tmp_path / "plain", "--max_completion_length", "2")
+    masked = run(tiny, tmp_path / "masked", "--max_completion_length", "2", "--mask_truncated_completions")
+    assert plain["completions/clipped_ratio"] == masked["completions/clipped_ratio"] == [1.0]  # none stops so early
+    assert plain["grad_norm"][0] > 0 and masked["grad_norm"] == [0.0]
+
+
+def test_the_kl_is_zero_at_first_and_positive_afterwards(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [by_length])
+    found = run(tiny, tmp_path / "out", "--beta", "0.1", "--num_train_epochs", "3", "--learning_rate", "1e-2")
+    assert found["kl"][0] == 0.0 and min(found["kl"][1:]) > 0
+    free = run(tiny, tmp_path / "free", "--num_train_epochs", "3", "--learning_rate", "1e-2")
+    assert free["kl"] == [0.0] * 3
+    assert not torch.equal(weights(tmp_path / "out" / "final"), weights(tmp_path / "free" / "final"))
+
+
+def test_a_large_beta_holds_the_policy_back(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [by_length])
+    kls = []
+    for beta in ("0.001", "10"):
+        found = run(tiny, tmp_path / beta, "--beta", beta, "--num_train_epochs", "6", "--learning_rate", "3e-3")
+        kls.append(found["kl"][-1])
+    assert kls[1] < 0.5 * kls[0]
+
+
+@pytest.mark.parametrize("more", [["--beta", "0.1"], ["--loss_type", "grpo", "--scale_rewards", "batch"]], ids=str)
+def test_variants_run_on_two_ranks_as_on_one(tiny, tmp_path, more):
+    more = ["--global_batch_size", "4", "--num_train_epochs", "2", "--num_iterations", "2", *more]
+    for world_size in (1, 2):
+        run_main(world_size, flags(tiny, tmp_path / str(world_size), *more), tmp_path)
+    one, two = curves(tmp_path / "1"), curves(tmp_path / "2")
+    for tag in ("reward", "loss", "kl", "entropy", "grad_norm", "clip_ratio/region_mean"):
+        assert two[tag] == pytest.approx(one[tag], rel=1e-3, abs=1e-5), tag
+
+
+def test_with_top_p_the_curves_show_how_far_sampling_is_from_the_policy(tiny, tmp_path):
+    assert run(tiny, tmp_path / "all")["sampling/sampling_logp_difference/max"][0] < 1e-4
+    found = run(tiny, tmp_path / "top_p", "--top_p", "0.5")
+    assert 0.1 < found["sampling/sampling_logp_difference/mean"][0] < 1.0  # about -log of what is kept, 0.5 or more
+
+
+def test_top_k_and_top_p_by_hand():
+    logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
+    assert torch.equal(most_probable(logprobs, 1.0, 0), logprobs)
+    two = torch.tensor([[0.625, 0.375, 0, 0], [0, 0, 0.375, 0.625]])
+    assert torch.allclose(most_probable(logprobs, 1.0, 2).exp(), two)
+    assert torch.allclose(most_probable(logprobs, 0.6, 0).exp(), two)  # 0.5 is too little, 0.8 the least that does
+    one = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0]])
+    assert torch.allclose(most_probable(logprobs, 0.4, 0).exp(), one)  # at least one
+    assert torch.allclose(most_probable(logprobs, 0.6, 3).exp(), two)  # 0.5 / 0.95 of what top-k keeps is below 0.6
+
+
+def test_logprobs_and_entropy_of_bfloat16_hidden_states_agree_with_float64():
+    torch.manual_seed(0)
+    hidden, lm_head = torch.randn(8, 256).bfloat16(), (0.3 * torch.randn(5000, 256)).bfloat16()
+    logprobs = sampling_logprobs(hidden, lm_head, 0.7, torch.tensor([3]))
+    logits = (hidden.double() @ lm_head.double().T / 0.7).index_fill(1, torch.tensor([3]), -torch.inf)
+    exact = torch.log_softmax(logits, dim=1)
+    kept = torch.arange(5000) != 3
+    assert logits[:, kept].abs().max() > 20  # in bfloat16 such logits are off by 0.06
+    assert (logprobs - exact)[:, kept].abs().max() < 1e-3
+    entropy, exact_entropy = (-(x.exp() * x)[:, kept].sum(dim=1) for x in (logprobs, exact))
+    assert (entropy - exact_entropy).abs().max() < 1e-3
+
+
+def test_a_run_of_equal_rewards_is_pointed_out_once(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [constant])
+    run(tiny, tmp_path / "out", "--max_steps", "45", "--max_completion_length", "1", "--num_generations", "2")
+    assert capsys.readouterr().out.count("equal rewards") == 1
+
+
+def test_prompts_and_completions_stay_aligned(tiny, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    monkeypatch.setenv("DEBUG_MODE", "true")
+    monkeypatch.setenv("LOG_PATH", str(log))
+    seen = []
+    update_phase = train.update_phase
+
+    def spy(model, reference, optimizer, rollouts, *more):
+        seen.extend(rollouts)
+        return update_phase(model, reference, optimizer, rollouts, *more)
+
+    monkeypatch.setattr(train, "update_phase", spy)
+    run(tiny, tmp_path / "out")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    texts = [
+        (rollout.prompt.sample.id, text)
+        for rollout in seen
+        for text in tiny.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
+    ]
+    assert [(line["sample_id"], line["text"]) for line in lines] == texts
+    for rollout in seen:  # 1, 3, 2 and 1 videos
+        original = tiny.prompts[int(rollout.prompt.sample.id[1:])]
+        assert len(rollout.prompt.sample.videos) == len(rollout.prompt.video_grid_thw)
+        assert torch.equal(rollout.prompt.pixel_values_videos, original.pixel_values_videos)
