@@ -35,8 +35,19 @@ from data.prompt import check_text
 from data.video_cap import cap_all
 from grpo import demo
 from grpo.config import Config, parse_config, resolve_batch_sizes, video_options
+from grpo.lora import add_adapters, gather_adapter, layers_to_adapt
 from grpo.loss import clipped_policy_loss, group_advantages
-from grpo.model import SpecialTokens, load_model, load_tokenizer, processor_files, save_model, special_tokens
+from grpo.model import (
+    SpecialTokens,
+    freeze,
+    load_model,
+    load_tokenizer,
+    parameter_groups,
+    processor_files,
+    save_model,
+    special_tokens,
+    table_of_parts,
+)
 from grpo.rollout import Rollout, generate
 from grpo.sharding import WholeWeights, raise_together, shard, start_processes
 from grpo.tracking import Clock, Tracker, gather_groups, update_metrics
@@ -126,13 +137,8 @@ def update_phase(
 
 
 def make_optimizer(model, config: Config, total_steps: int):
-    """AdamW, weight decay on matrices alone; warm-up, then a cosine to 0."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+    """AdamW, each part at its own learning rate, weight decay on matrices alone; warm-up, then a cosine to 0."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, config))
     warmup = math.ceil(config.warmup_ratio * total_steps)
     # The first step already moves: its rollouts cost as much as any.
     rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=max(warmup, 1))
@@ -154,6 +160,8 @@ def load_inputs(config: Config) -> tuple:
             raise InputError(f"sample {sample.id!r}: {error}") from error
     tokenizer = load_tokenizer(config.model_id)
     model = load_model(config.model_id)
+    if config.lora_enable:
+        layers_to_adapt(model, config)  # there must be some
     try:
         numerical_video_reward([], [])  # opens its debug log, if one is wanted
         os.makedirs(config.output_dir, exist_ok=True)
@@ -176,6 +184,9 @@ def train(config: Config, device: torch.device) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tokens = special_tokens(model, tokenizer, device)
     whole = WholeWeights(model)  # for sampling
+    if config.lora_enable:
+        add_adapters(model, config)
+    freeze(model, config)
     shard(model, device)
 
     steps_per_epoch = math.ceil(len(samples) / config.global_batch_size)
@@ -191,12 +202,17 @@ def train(config: Config, device: torch.device) -> None:
     if num_cut:
         tracker.say(f"{num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out")
 
+    tracker.say(table_of_parts(model, config))
     extras = processor_files(config.model_id)
 
     def save(name: str) -> None:
-        whole.refresh(model)
+        if config.lora_enable:
+            trained = gather_adapter(model, config)
+        else:
+            whole.refresh(model)
+            trained = whole.module
         if dist.get_rank() == 0:
-            save_model(whole.module, tokenizer, os.path.join(config.output_dir, name), extras)
+            save_model(trained, tokenizer, os.path.join(config.output_dir, name), extras)
         dist.barrier()
 
     clock = Clock()

@@ -45,7 +45,8 @@ def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False) -> 
     whole = sharding.WholeWeights(model)
     sharding.shard(model, device)
     optimizer, _ = train.make_optimizer(model, config, total_steps=1)
-    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = config.learning_rate
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate
     metrics = train.update_phase(
         model, optimizer, rollouts[rank::world_size], ADVANTAGES[rank::world_size], num_tokens, tiny.banned_ids, config
     )
