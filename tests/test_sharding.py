@@ -12,6 +12,7 @@ from data.dataset import InputError
 from grpo import sharding
 from grpo.config import Config, resolve_batch_sizes
 from grpo.logprobs import completion_logprobs
+from grpo.model import freeze
 from grpo.rollout import generate
 from tests.conftest import Tiny, run_ranks
 
@@ -20,7 +21,7 @@ OFTEN = list(range(0, 300, 6))
 
 
 def whole_gradients(model) -> list[torch.Tensor]:
-    return [p.grad.full_tensor() for p in model.parameters()]
+    return [None if p.grad is None else p.grad.full_tensor() for p in model.parameters()]
 
 
 def rollouts_of(tiny: Tiny) -> list:
@@ -43,6 +44,7 @@ def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False) -> 
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     whole = sharding.WholeWeights(model)
+    freeze(model, config)
     sharding.shard(model, device)
     optimizer, _ = train.make_optimizer(model, config, total_steps=1)
     for group in optimizer.param_groups:
