@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import train
 from data.dataset import InputError
+from grpo import sharding
 from grpo.config import Config, parse_config
 from grpo.lora import add_adapters
 from grpo.model import freeze, part_of
@@ -101,6 +103,30 @@ def test_a_step_with_a_frozen_part_has_the_other_parts_gradients(tiny, one_rank,
         assert (ours is None) == (part_of(name) == frozen), name
     kept = [(a, b) for a, b in zip(found, one_rank["gradients"], strict=True) if a is not None]
     assert relative(*zip(*kept, strict=True)) < 1e-5
+
+
+def refreshed(tiny, path: str) -> None:
+    """Gather weights twice, with a frozen tower, in the precision of a GPU; write where and what they are."""
+    sharding.compute_dtype = lambda device: torch.bfloat16
+    device = sharding.start_processes()
+    model = copy.deepcopy(tiny.model)
+    whole = sharding.WholeWeights(model)
+    freeze(model, Config(freeze_vision_tower=True))
+    sharding.shard(model, device)
+    whole.refresh(model)
+    first = dict(whole.module.named_parameters())
+    kept = {name: parameter.data for name, parameter in first.items()}
+    whole.refresh(model)
+    again = {part_of(name) for name, p in first.items() if p.data.data_ptr() != kept[name].data_ptr()}
+    same = all(torch.equal(p.detach(), kept[name]) for name, p in first.items())
+    torch.save({"dtypes": {p.dtype for p in first.values()}, "again": again, "same": same}, path)
+    dist.destroy_process_group()
+
+
+def test_frozen_weights_are_gathered_once(tiny, tmp_path):
+    run_ranks(refreshed, 2, tiny, str(tmp_path / "result"))
+    expected = {"dtypes": {torch.bfloat16}, "again": {"language model", "merger"}, "same": True}
+    assert torch.load(tmp_path / "result") == expected
 
 
 @pytest.mark.parametrize(
