@@ -202,6 +202,31 @@ def dropped(tiny: Tiny, path: str) -> None:
     dist.destroy_process_group()
 
 
+def in_bfloat16(tiny: Tiny, path: str) -> None:
+    """Merge, score and update in the precision of a GPU."""
+    sharding.compute_dtype = lambda device: torch.bfloat16
+    config = Config(**LORA | {"max_grad_norm": 1e9, "global_batch_size": 4})
+    whole, model = adapted(tiny, config)
+    set_B(model)
+    whole.refresh(model)
+    result = {"merged": score(whole.module, tiny), "unmerged": sharded_score(model, tiny)}
+    result["dtypes"] = {parameter.dtype for parameter in whole.module.parameters()}
+    result["gradients"] = update(tiny, model, config)
+    torch.save(result, path)
+    dist.destroy_process_group()
+
+
+def test_adapters_work_in_bfloat16(tiny, tmp_path):
+    run_ranks(in_bfloat16, 2, tiny, str(tmp_path / "result"))
+    run_ranks(step, 1, tiny, str(tmp_path / "float32"), {})
+    result, float32 = torch.load(tmp_path / "result"), torch.load(tmp_path / "float32")
+    assert result["dtypes"] == {torch.bfloat16}
+    assert distance(result["merged"], result["unmerged"]) < 0.1
+    assert distance(result["merged"], float32["merged"]) < 0.1
+    assert all(gradient.dtype == torch.float32 for gradient in result["gradients"])
+    assert relative(result["gradients"], float32["gradients"]) < 0.1
+
+
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
     """The whole program with LoRA on two ranks, from a base in bfloat16."""
