@@ -26,15 +26,14 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from tqdm import tqdm
 
-from data.dataset import InputError, load_samples
+from data.dataset import InputError
 from data.loader import Prompt, PromptDataset, checked, prompt_batches, rank_slots
-from data.prompt import check_text
-from data.video_cap import cap_all
 from grpo import demo
-from grpo.config import Config, parse_config, resolve_batch_sizes, video_options
+from grpo.config import Config, parse_config, video_options
+from grpo.inputs import load_inputs
+from grpo.lora import adapters_off, add_adapters, gather_adapter, trains_adapters_alone, without_dropout
 from grpo.loss import (
     clipped_loss,
     completion_weights,
@@ -44,7 +43,16 @@ from grpo.loss import (
     trained_tokens,
     weighted_sum,
 )
-from grpo.model import SpecialTokens, load_model, load_tokenizer, processor_files, save_model, special_tokens
+from grpo.model import (
+    SpecialTokens,
+    freeze,
+    load_model,
+    make_optimizer,
+    processor_files,
+    save_model,
+    special_tokens,
+    table_of_parts,
+)
 from grpo.rollout import Rollout, generate
 from grpo.scoring import score
 from grpo.sharding import WholeWeights, raise_together, shard, start_processes
@@ -99,13 +107,17 @@ def update_phase(
             )
             results = model.completion_logprobs(*inputs)
             if iteration == 0:
-                for rollout, (logprobs, _) in zip(batch, results, strict=True):
-                    rollout.old_logprobs = logprobs.detach()  # the weights that sampled: the ratio is exactly 1 here
+                scored = results  # by the weights that sampled: the ratio is exactly 1 here
+                if config.num_iterations > 1 and config.lora_enable and config.lora_dropout > 0:
+                    with torch.no_grad(), without_dropout(model):  # later ratios compare policies, not dropouts
+                        scored = model.completion_logprobs(*inputs)
+                for rollout, (logprobs, _) in zip(batch, scored, strict=True):
+                    rollout.old_logprobs = logprobs.detach()
                     difference = (rollout.logprobs - rollout.old_logprobs).abs() * rollout.train_mask
                     sums[SUMS.index(LOGP_DIFFERENCE)] += difference.sum()
                     difference_max = torch.maximum(difference_max, difference.max())
                 if config.beta > 0:
-                    with torch.no_grad():
+                    with torch.no_grad(), adapters_off(reference):
                         initial = reference.completion_logprobs(*inputs)
                     for rollout, (logprobs, _) in zip(batch, initial, strict=True):
                         rollout.reference_logprobs = logprobs
@@ -140,45 +152,6 @@ def group_loss(rollout: Rollout, logprobs: Tensor, totals: Totals, config: Confi
     return weighted_sum(loss, mask, weights), clipped, (kl.detach() * mask).sum()
 
 
-def make_optimizer(model, config: Config, total_steps: int):
-    """AdamW, weight decay on matrices alone; warm-up, then a cosine to 0."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-    warmup = math.ceil(config.warmup_ratio * total_steps)
-    # The first step already moves: its rollouts cost as much as any.
-    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=max(warmup, 1))
-    fall = CosineAnnealingLR(optimizer, T_max=max(total_steps - warmup, 1))
-    return optimizer, SequentialLR(optimizer, [rise, fall], milestones=[warmup])
-
-
-def load_inputs(config: Config) -> tuple:
-    """Load and check what a run needs; return the resolved flags, the capped samples, how many were cut, the tokenizer
-    and the model."""
-    config = resolve_batch_sizes(config, dist.get_world_size())
-    if os.path.exists(os.path.join(config.output_dir, "config.json")):
-        raise InputError(f"--output_dir {config.output_dir!r} holds another run: name a new folder")
-    samples, num_cut = cap_all(load_samples(config.data_path, config.image_folder), config.max_videos)
-    for sample in samples:
-        try:
-            check_text(sample.turns)
-        except ValueError as error:
-            raise InputError(f"sample {sample.id!r}: {error}") from error
-    tokenizer = load_tokenizer(config.model_id)
-    model = load_model(config.model_id)
-    try:
-        numerical_video_reward([], [])  # opens its debug log, if one is wanted
-        os.makedirs(config.output_dir, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{error.filename!r} cannot be written ({error.strerror}): name another place") from error
-    if not os.access(config.output_dir, os.W_OK):
-        raise InputError(f"--output_dir {config.output_dir!r} cannot be written: name another folder")
-    return config, samples, num_cut, tokenizer, model
-
-
 def train(config: Config, device: torch.device) -> None:
     """Train as the flags say; raise InputError, on all ranks, for what the user can mend."""
     config, samples, num_cut, tokenizer, model = raise_together(load_inputs, config)
@@ -186,10 +159,15 @@ def train(config: Config, device: torch.device) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tokens = special_tokens(model, tokenizer, device)
     whole = WholeWeights(model)  # for sampling
+    if config.lora_enable:
+        add_adapters(model, config)
+    freeze(model, config)
     shard(model, device)
     reference = None
-    if config.beta > 0:  # the initial policy, frozen
-        reference = shard(load_model(config.model_id).requires_grad_(False), device)
+    if config.beta > 0:  # the initial policy: the model without its adapters, or a frozen copy
+        reference = model
+        if not trains_adapters_alone(model):
+            reference = shard(load_model(config.model_id).requires_grad_(False), device)
 
     steps_per_epoch = math.ceil(len(samples) / config.global_batch_size)
     total_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
@@ -204,12 +182,17 @@ def train(config: Config, device: torch.device) -> None:
     if num_cut:
         tracker.say(f"{num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out")
 
+    tracker.say(table_of_parts(model, config))
     extras = processor_files(config.model_id)
 
     def save(name: str) -> None:
-        whole.refresh(model)
+        if config.lora_enable:
+            trained = gather_adapter(model, config)
+        else:
+            whole.refresh(model)
+            trained = whole.module
         if dist.get_rank() == 0:
-            save_model(whole.module, tokenizer, os.path.join(config.output_dir, name), extras)
+            save_model(trained, tokenizer, os.path.join(config.output_dir, name), extras)
         dist.barrier()
 
     clock = Clock()

@@ -55,6 +55,17 @@ class Config:
     epsilon_high: float = flag(0.1, "upper clipping: the ratio counts up to 1 + epsilon_high")
     num_iterations: int = flag(1, "updates per batch of rollouts")
 
+    # what is trained
+    lora_enable: bool = flag(False, "train adapters (LoRA) on the language model, whose own weights stay frozen")
+    lora_rank: int = flag(64, "rank of the adapters")
+    lora_alpha: int = flag(16, "the adapters' product is scaled by lora_alpha / lora_rank")
+    lora_dropout: float = flag(0.05, "dropout in front of the adapters, in the update alone")
+    vision_lora: bool = flag(False, "adapters on the vision tower too, with --freeze_vision_tower")
+    lora_namespan_exclude: str = flag("", "no adapters on layers whose name holds one of these: \"['o_proj', 'mlp']\"")
+    freeze_vision_tower: bool = flag(False, "do not train the vision tower (the merger is a part of its own)")
+    freeze_llm: bool = flag(False, "do not train the language model; implied by --lora_enable")
+    freeze_merger: bool = flag(False, "do not train the merger, between vision tower and language model")
+
     # batches, counted in prompts; any one may be left out
     global_batch_size: int | None = flag(None, "prompts per step on all ranks (1 per rank if no size is given)")
     per_device_train_batch_size: int | None = flag(None, "prompts of a rank that pass through the model together")
@@ -64,6 +75,8 @@ class Config:
 
     # the optimizer
     learning_rate: float = flag(1e-6, "peak learning rate of AdamW, reached after warm-up, then a cosine to 0")
+    vision_lr: float | None = flag(None, "that of the vision tower, its adapters included (else --learning_rate)")
+    merger_lr: float | None = flag(None, "that of the merger (else --learning_rate)")
     weight_decay: float = flag(0.0, "decay of the weight matrices")
     warmup_ratio: float = flag(0.03, "share of the steps in which the learning rate rises")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
@@ -133,7 +146,8 @@ def _check(config: Config) -> None:
     except ValueError as error:
         raise InputError(str(error)) from error
     positive = "max_completion_length temperature epsilon_high num_iterations global_batch_size learning_rate "
-    positive += "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_grad_norm logging_steps"
+    positive += "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_grad_norm logging_steps "
+    positive += "lora_rank lora_alpha vision_lr merger_lr"
     for name in positive.split():
         if getattr(c, name) is not None and not 0 < getattr(c, name) <= 1e9:
             raise InputError(f"--{name} {getattr(c, name)}: must be above 0, and at most 1e9")
@@ -148,6 +162,29 @@ def _check(config: Config) -> None:
     for name in ("epsilon", "warmup_ratio"):
         if not 0 <= getattr(c, name) <= 1:
             raise InputError(f"--{name} {getattr(c, name)}: must lie between 0 and 1")
+    _check_what_is_trained(c)
+
+
+def _check_what_is_trained(config: Config) -> None:
+    c = config
+    if not 0 <= c.lora_dropout < 1:
+        raise InputError(f"--lora_dropout {c.lora_dropout}: must be 0 or more, and below 1")
+    for name in ("vision_lora", "lora_namespan_exclude"):
+        if getattr(c, name) and not c.lora_enable:
+            raise InputError(f"--{name} is about adapters: add --lora_enable, or leave it out")
+    if c.vision_lora and not c.freeze_vision_tower:
+        raise InputError(
+            "--vision_lora puts adapters on a vision tower that is itself trained: add --freeze_vision_tower"
+        )
+    if c.freeze_vision_tower and c.freeze_merger and c.freeze_llm and not c.lora_enable:
+        raise InputError(
+            "--freeze_vision_tower --freeze_llm --freeze_merger leave nothing to train: leave one of them out, or add "
+            "--lora_enable"
+        )
+    if c.vision_lr is not None and c.freeze_vision_tower and not c.vision_lora:
+        raise InputError("--vision_lr has no effect with --freeze_vision_tower: leave out one of them")
+    if c.merger_lr is not None and c.freeze_merger:
+        raise InputError("--merger_lr has no effect with --freeze_merger: leave out one of them")
 
 
 def video_options(config: Config) -> VideoOptions:

@@ -25,6 +25,7 @@ from data.tiny_tokenizer import build_tokenizer
 from data.video import VideoOptions
 from grpo.config import Config
 from grpo.evaluate import evaluate
+from grpo.export import load_merged
 from grpo.model import load_model, load_tokenizer, use_our_attention
 from reward.numerical import extract_number
 
@@ -167,9 +168,11 @@ def report(config: Config, began: float) -> None:
     if dist.get_rank() == 0:
         rows = {}
         for when, folder in {"before": config.model_id, "after": os.path.join(config.output_dir, "final")}.items():
-            tokenizer = load_tokenizer(folder)
+            tokenizer = load_tokenizer(config.model_id)
             prompts = load_prompts(Path(config.data_path).with_name("heldout.json"), tokenizer)
-            rows[when] = evaluate(load_model(folder).eval(), tokenizer, prompts, config.max_completion_length)
+            is_adapter = config.lora_enable and when == "after"
+            model = load_merged(folder, config.model_id) if is_adapter else load_model(folder)
+            rows[when] = evaluate(model.eval(), tokenizer, prompts, config.max_completion_length)
         print(f"\n{NUM_HELDOUT} held-out samples, greedy answers:\n         reward   error (points)   parsable")
         for when, row in rows.items():
             print(f"{when:8} {row['reward']:6.3f} {row['mae']:16.2f} {row['parse_rate']:10.0%}")

@@ -1,5 +1,10 @@
-"""Load a Qwen2.5-VL, know its special tokens, and save it as an ordinary Hugging Face folder."""
+"""Load a Qwen2.5-VL, know its special tokens and its parts, and save it as an ordinary Hugging Face folder.
 
+Its parts are the language model, the vision tower, the merger between them, and with LoRA their adapters: each is
+trained or frozen as a whole, at a learning rate of its own.
+"""
+
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -9,11 +14,13 @@ import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import cached_file, logging
 
 import grpo.attention  # noqa: F401  registers the attention functions named below
 from data.dataset import InputError
+from grpo.config import Config
 
 logging.disable_progress_bar()  # of loading and saving; the run has a bar of its own
 
@@ -56,14 +63,15 @@ def load_tokenizer(model_id: str):
     return tokenizer
 
 
-def load_model(model_id: str) -> Qwen2_5_VLForConditionalGeneration:
+def load_model(model_id: str, dtype=torch.float32) -> Qwen2_5_VLForConditionalGeneration:
     """Load the model in float32, the precision of the master weights, ready to train, with shared-prefix attention.
 
+    dtype: "auto" for the precision that it is stored in.
     Raise InputError if weights cannot be read, or some are missing, which would be random ones.
     """
     try:
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            model_id, dtype=torch.float32, output_loading_info=True
+            model_id, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"--model_id {model_id!r}: its weights cannot be read ({first_line(error)})") from error
@@ -93,6 +101,68 @@ def special_tokens(model, tokenizer, device) -> SpecialTokens:
     )
 
 
+def learning_rates(config: Config) -> dict[str, float | None]:
+    """Return the peak learning rate of each part; None: the part is frozen. Parts without parameters are listed too."""
+    vision_lr = config.learning_rate if config.vision_lr is None else config.vision_lr
+    merger_lr = config.learning_rate if config.merger_lr is None else config.merger_lr
+    return {
+        "language model": None if config.freeze_llm or config.lora_enable else config.learning_rate,
+        "adapters of the language model": config.learning_rate,
+        "vision tower": None if config.freeze_vision_tower else vision_lr,
+        "adapters of the vision tower": vision_lr,
+        "merger": None if config.freeze_merger else merger_lr,
+    }
+
+
+def part_of(name: str) -> str:
+    """Name the part that a parameter belongs to: a key of `learning_rates`."""
+    part = "merger" if "visual.merger." in name else "vision tower" if "visual." in name else "language model"
+    return f"adapters of the {part}" if ".lora_" in name else part
+
+
+def freeze(model, config: Config) -> None:
+    """Let gradients flow to the trained parts alone; do it before sharding, with the adapters in place."""
+    rates = learning_rates(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(rates[part_of(name)] is not None)
+
+
+def parameter_groups(model, config: Config) -> list[dict]:
+    """Group the trained parameters for the optimizer: by part, each with its learning rate; only matrices decay."""
+    groups = []
+    for part, lr in learning_rates(config).items():
+        own = [p for name, p in model.named_parameters() if part_of(name) == part and p.requires_grad]
+        matrices, vectors = [p for p in own if p.ndim >= 2], [p for p in own if p.ndim < 2]
+        for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
+            if parameters:
+                groups.append({"name": part, "params": parameters, "lr": lr, "weight_decay": decay})
+    return groups
+
+
+def make_optimizer(model, config: Config, total_steps: int):
+    """AdamW, each part at its own learning rate, weight decay on matrices alone; warm-up, then a cosine to 0."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, config))
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    # The first step already moves: its rollouts cost as much as any.
+    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=max(warmup, 1))
+    fall = CosineAnnealingLR(optimizer, T_max=max(total_steps - warmup, 1))
+    return optimizer, SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+
+
+def table_of_parts(model, config: Config) -> str:
+    """Show what is trained: part, parameters, trained or not, learning rate."""
+    sizes = {}
+    for name, parameter in model.named_parameters():
+        sizes[part_of(name)] = sizes.get(part_of(name), 0) + parameter.numel()
+    lines = [f"{'part':30} {'parameters':>15}   trained   learning rate"]
+    rates = learning_rates(config)
+    for part, size in sizes.items():
+        rate = "no                    -" if rates[part] is None else f"yes {rates[part]:>19g}"
+        lines.append(f"{part:30} {size:15,}   {rate}")
+    total, trained = sum(sizes.values()), sum(size for part, size in sizes.items() if rates[part] is not None)
+    return "\n".join([*lines, f"{'trained in all':30} {trained:15,}   of {total:,} ({trained / total:.1%})"])
+
+
 def processor_files(model_id: str) -> list[str]:
     """Find the small files of the model's processor, which let a saved model serve wherever the old one did."""
     paths = (cached_file(model_id, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES)
@@ -102,7 +172,7 @@ def processor_files(model_id: str) -> list[str]:
 def save_model(model, tokenizer, folder: str, processor_files: list[str]) -> None:
     """Write weights, config and tokenizer; the folder appears under its name only when it is whole.
 
-    model: with whole, not sharded, weights.
+    model: with whole, not sharded, weights; or an `Adapter`.
     """
     unfinished = Path(f"{folder}.unfinished")
     if unfinished.exists():  # left by a run that was killed while saving

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from data.dataset import InputError
 from grpo.logprobs import completion_logprobs
+from grpo.lora import lora_layers, merged_weight
 
 
 def start_processes() -> torch.device:
@@ -77,23 +78,37 @@ def shard(model, device: torch.device):
 class WholeWeights:
     """The model with whole weights in compute precision, for sampling, evaluating and saving.
 
-    `module` is an ordinary Hugging Face model. `refresh` is collective; between refreshes nothing here communicates.
-    On a single CPU process the weights are whole already and are shared, not copied.
+    `module` is an ordinary Hugging Face model, into which adapters are merged. `refresh` is collective; between
+    refreshes nothing here communicates. On a single CPU process weights are whole already and are shared, not copied,
+    but for those that an adapter changes.
     """
 
     def __init__(self, model):
-        """Make the twin before `model` is sharded: the same modules around (for now) the same weights."""
+        """Make the twin before `model` gets adapters and is sharded: the same modules around (for now) the same
+        weights."""
         self.module = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
         self.module.eval()
+        self.is_filled = False
 
     @torch.no_grad()
     def refresh(self, model) -> None:
         """Bring in the present weights of the sharded `model`."""
         device = next(model.parameters()).device
         dtype = compute_dtype(device)
-        for whole, sharded in zip(self.module.parameters(), model.parameters(), strict=True):
+        adapted = lora_layers(model)
+        own = dict(self.module.named_parameters())
+        for name, sharded in model.named_parameters():
+            if ".lora_" in name:
+                continue
+            layer_name, _, kind = name.rpartition(".base_layer.")
+            if kind == "weight" and layer_name in adapted:
+                sharded = merged_weight(adapted[layer_name])
+            elif self.is_filled and not sharded.requires_grad:
+                continue  # frozen: as it was
+            whole = own[name.replace(".base_layer.", ".")]
             if dist.get_world_size() == 1:
                 whole.data = sharded.to_local().to(dtype)
             else:
                 whole.data = sharded.to(dtype).full_tensor()
         self.module.to(device)  # buffers
+        self.is_filled = True

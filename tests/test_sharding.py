@@ -13,6 +13,7 @@ from data.loader import checked
 from grpo import sharding
 from grpo.config import Config, resolve_batch_sizes
 from grpo.logprobs import completion_logprobs
+from grpo.model import freeze, make_optimizer
 from grpo.rollout import generate
 from grpo.tracking import Totals
 from tests.conftest import Tiny, run_ranks
@@ -23,7 +24,7 @@ COLUMNS = ("completion_ids", "completion_mask", "logprobs", "train_mask")
 
 
 def whole_gradients(model) -> list[torch.Tensor]:
-    return [p.grad.full_tensor() for p in model.parameters()]
+    return [None if p.grad is None else p.grad.full_tensor() for p in model.parameters()]
 
 
 def rollouts_of(tiny: Tiny) -> list:
@@ -63,6 +64,7 @@ def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False, reo
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     whole = sharding.WholeWeights(model)
+    freeze(model, config)
     sharding.shard(model, device)
     reference = None
     if config.beta > 0:
@@ -70,8 +72,9 @@ def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False, reo
         with torch.no_grad():  # another policy, so that the KL is not 0
             reference.lm_head.weight *= 1.1
         sharding.shard(reference, device)
-    optimizer, _ = train.make_optimizer(model, config, total_steps=1)
-    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = config.learning_rate
+    optimizer, _ = make_optimizer(model, config, total_steps=1)
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate
     own = rollouts[rank::world_size]
     metrics = train.update_phase(model, reference, optimizer, own, totals, tiny.banned_ids, config)
     gradients = whole_gradients(model)

@@ -1,0 +1,98 @@
+"""Merge an adapter into its base model: an ordinary Hugging Face folder, in the precision of the base.
+
+python -m grpo.export --adapter output/run/final --output output/merged
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+from data.dataset import InputError
+from grpo.model import first_line, load_model, load_tokenizer, processor_files, save_model
+
+
+def base_of(adapter: str) -> str:
+    """Return the base model that an adapter folder names; raise InputError if it is no such folder."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not Path(adapter, name).is_file():
+            raise InputError(f"--adapter {adapter!r} is no adapter folder: it has no {name}")
+    try:
+        described = json.loads(Path(adapter, "adapter_config.json").read_text())
+    except ValueError as error:
+        raise InputError(f"--adapter {adapter!r}: its adapter_config.json is no JSON ({first_line(error)})") from error
+    if not isinstance(described, dict) or described.get("peft_type") != "LORA":
+        raise InputError(f"--adapter {adapter!r} is no LoRA adapter: give one that --lora_enable has trained")
+    return described.get("base_model_name_or_path") or ""
+
+
+def load_merged(adapter: str, model_id: str):
+    """Load the base model, merge the adapter into it in float32, and return it in the precision of the base.
+
+    Raise InputError if the adapter does not fit the base.
+    """
+    model = load_model(model_id, "auto")
+    dtype = model.dtype
+    misfit = f"--adapter {adapter!r} does not fit the model {model_id!r}"
+    try:
+        with safe_open(Path(adapter, "adapter_model.safetensors"), "pt") as file:
+            stored = set(file.keys())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that keys do not fit is said below
+            peft_model = PeftModel.from_pretrained(model.float(), adapter)
+    except SafetensorError as error:
+        raise InputError(f"--adapter {adapter!r}: its weights cannot be read ({first_line(error)})") from error
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # other shapes, or no such layers
+        raise InputError(f"{misfit} ({first_line(error)}): name its base with --model_id") from error
+    if odd := sorted(stored ^ set(get_peft_model_state_dict(peft_model))):
+        raise InputError(f"{misfit}: {len(odd)} weights have no counterpart, such as {odd[0]}: name its base")
+    return peft_model.merge_and_unload().to(dtype)
+
+
+def export(adapter: str, output: str, model_id: str = "") -> None:
+    """Write the merged model, with tokenizer and processor files; raise InputError for what the user can mend.
+
+    model_id: the base, where it is not to be found under the name that the adapter gives.
+    """
+    if Path(output).exists():
+        raise InputError(f"--output {output!r} exists: name a new folder")
+    named = base_of(adapter)
+    model_id = model_id or named
+    if not model_id:
+        raise InputError(f"--adapter {adapter!r} does not say its base: name it with --model_id")
+    tokenizer = load_tokenizer(model_id)
+    model = load_merged(adapter, model_id)
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        save_model(model, tokenizer, output, processor_files(model_id))
+    except OSError as error:
+        raise InputError(f"--output {output!r} cannot be written ({first_line(error)}): name another place") from error
+
+
+def _fail(message: str):
+    raise InputError(f"{message}: python -m grpo.export --help explains the flags")
+
+
+def main(argv: list[str]) -> int:
+    """Export; return 2, with one line, for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m grpo.export", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--adapter", required=True, help="folder that training with --lora_enable has written")
+    parser.add_argument("--output", required=True, help="new folder for the merged model")
+    parser.add_argument("--model_id", default="", help="the base model, if it is no longer where the adapter says")
+    parser.error = _fail
+    try:
+        arguments = parser.parse_args(argv)
+        export(**vars(arguments))
+    except InputError as error:
+        print(f"grpo.export: error: {error}", file=sys.stderr)
+        return 2
+    print(f"the merged model is in {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
