@@ -101,7 +101,7 @@ def test_a_step_with_a_frozen_part_has_the_other_parts_gradients(tiny, one_rank,
     names = [name for name, _ in tiny.model.named_parameters()]
     for name, ours in zip(names, found, strict=True):
         assert (ours is None) == (part_of(name) == frozen), name
-    kept = [(a, b) for a, b in zip(found, one_rank["gradients"], strict=True) if a is not None]
+    kept = [(a, b) for a, b in zip(found, one_rank("dapo")["gradients"], strict=True) if a is not None]
     assert relative(*zip(*kept, strict=True)) < 1e-5
 
 

@@ -28,7 +28,7 @@ from grpo.lora import (
 )
 from grpo.model import freeze, make_optimizer, save_model, use_our_attention
 from tests.conftest import Tiny, run_ranks
-from tests.test_sharding import ADVANTAGES, relative, rollouts_of
+from tests.test_sharding import relative, rollouts_of, with_advantages
 from tests.test_train import curves, flags, run_main, weights
 
 LORA = {"lora_enable": True, "lora_rank": 4, "lora_dropout": 0.0, "temperature": 0.7, "learning_rate": 1e-2}
@@ -75,11 +75,9 @@ def update(tiny: Tiny, model, config: Config) -> list[torch.Tensor]:
     """Do one step on this rank's share of the groups; return the whole gradients."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config = resolve_batch_sizes(config, world_size)
-    rollouts = rollouts_of(tiny)
-    num_tokens = sum(int(r.completion_mask.sum()) for r in rollouts if r.prompt.counts)
+    rollouts, totals = with_advantages(rollouts_of(tiny))
     optimizer, _ = make_optimizer(model, config, total_steps=1)
-    arguments = rollouts[rank::world_size], ADVANTAGES[rank::world_size], num_tokens, tiny.banned_ids, config
-    train.update_phase(model, optimizer, *arguments)
+    train.update_phase(model, None, optimizer, rollouts[rank::world_size], totals, tiny.banned_ids, config)
     return [p.grad.full_tensor() for p in model.parameters() if p.grad is not None]
 
 
