@@ -31,26 +31,25 @@ def base_of(adapter: str) -> str:
 
 
 def load_merged(adapter: str, model_id: str):
-    """Load the base model, merge the adapter into it in float32, and return it in the precision of the base.
+    """Load the base model in its own precision and merge the adapter into it: added in float32, rounded once.
 
     Raise InputError if the adapter does not fit the base.
     """
     model = load_model(model_id, "auto")
-    dtype = model.dtype
     misfit = f"--adapter {adapter!r} does not fit the model {model_id!r}"
     try:
         with safe_open(Path(adapter, "adapter_model.safetensors"), "pt") as file:
             stored = set(file.keys())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that keys do not fit is said below
-            peft_model = PeftModel.from_pretrained(model.float(), adapter)
+            peft_model = PeftModel.from_pretrained(model, adapter)
     except SafetensorError as error:
         raise InputError(f"--adapter {adapter!r}: its weights cannot be read ({first_line(error)})") from error
     except (RuntimeError, ValueError, TypeError, KeyError) as error:  # other shapes, or no such layers
         raise InputError(f"{misfit} ({first_line(error)}): name its base with --model_id") from error
     if odd := sorted(stored ^ set(get_peft_model_state_dict(peft_model))):
         raise InputError(f"{misfit}: {len(odd)} weights have no counterpart, such as {odd[0]}: name its base")
-    return peft_model.merge_and_unload().to(dtype)
+    return peft_model.merge_and_unload()
 
 
 def export(adapter: str, output: str, model_id: str = "") -> None:
