@@ -190,3 +190,24 @@ def test_prompts_and_completions_stay_aligned(tiny, tmp_path, monkeypatch):
         original = tiny.prompts[int(rollout.prompt.sample.id[1:])]
         assert len(rollout.prompt.sample.videos) == len(rollout.prompt.video_grid_thw)
         assert torch.equal(rollout.prompt.pixel_values_videos, original.pixel_values_videos)
+
+
+ADAPTERS = ["--lora_enable", "--lora_rank", "4", "--freeze_vision_tower", "--learning_rate", "1e-2"]
+
+
+@pytest.mark.parametrize("more", [["--freeze_merger"], []], ids=["its own reference", "a frozen copy"])
+@pytest.mark.parametrize("dropout", ["0", "0.5"])
+def test_with_adapters_the_kl_is_that_from_the_base(tiny, tmp_path, monkeypatch, more, dropout):
+    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [by_length])
+    more = [*ADAPTERS, *more, "--lora_dropout", dropout, "--beta", "0.1", "--num_train_epochs", "3"]
+    found = run(tiny, tmp_path / "out", *more)
+    assert found["kl"][0] == pytest.approx(0.0, abs=1e-9) and min(found["kl"][1:]) > 1e-5
+    assert min(found["grad_norm"]) > 0  # gradients flow after the adapters were off
+
+
+def test_old_logprobs_of_several_iterations_are_without_dropout(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [by_length])
+    more = [*ADAPTERS, "--freeze_merger", "--lora_dropout", "0.5", "--num_train_epochs", "3"]
+    once = run(tiny, tmp_path / "once", *more)["sampling/sampling_logp_difference/max"]
+    twice = run(tiny, tmp_path / "twice", *more, "--num_iterations", "2")["sampling/sampling_logp_difference/max"]
+    assert max(once) > 1e-3 and max(twice) < 1e-4
