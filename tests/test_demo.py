@@ -13,6 +13,8 @@ import train
 from data.synthetic_echo import draw_clip, write_samples
 from grpo.config import parse_config
 from grpo.demo import load_prompts
+from grpo.evaluate import evaluate
+from grpo.export import load_merged
 from grpo.model import load_model, load_tokenizer, special_tokens
 from grpo.rollout import generate
 from reward.numerical import extract_number
@@ -36,6 +38,24 @@ def test_grpo_raises_the_reward_on_held_out_hearts(demo):
     assert report["after"]["mae"] < 0.8 * report["before"]["mae"]
     assert report["after"]["parse_rate"] == 1.0
     assert f"{report['after']['reward']:.3f}" in printed
+
+
+def test_adapters_alone_raise_it_too(demo, tmp_path, capsys):
+    output, _ = demo
+    resolved = json.loads((output / "config.json").read_text())
+    same = "model_id data_path image_folder nframes video_resized_width video_resized_height max_completion_length "
+    same += "global_batch_size max_steps temperature"
+    flags = [text for name in same.split() for text in (f"--{name}", str(resolved[name]))]
+    flags += "--lora_enable --lora_rank 8 --lora_dropout 0 --freeze_vision_tower --freeze_merger".split()
+    assert train.main([*flags, "--learning_rate", "1e-3", "--output_dir", str(tmp_path / "lora")]) == 0
+    (trained,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained in all")]
+    assert float(trained.split("(")[1].split("%")[0]) < 15
+    tokenizer = load_tokenizer(resolved["model_id"])
+    prompts = load_prompts(output / "data" / "heldout.json", tokenizer)
+    model = load_merged(str(tmp_path / "lora" / "final"), resolved["model_id"]).eval()
+    before = json.loads((output / "demo_report.json").read_text())["before"]
+    after = evaluate(model, tokenizer, prompts, 16)
+    assert after["reward"] > before["reward"] + 0.1 and after["parse_rate"] == 1.0
 
 
 def answers(output: Path, json_path: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -120,7 +120,15 @@ def test_a_large_beta_holds_the_policy_back(tiny, tmp_path, monkeypatch):
     assert kls[1] < 0.5 * kls[0]
 
 
-@pytest.mark.parametrize("more", [["--beta", "0.1"], ["--loss_type", "grpo", "--scale_rewards", "batch"]], ids=str)
+ADAPTERS = ["--lora_enable", "--lora_rank", "4", "--freeze_vision_tower", "--learning_rate", "1e-2"]
+VARIANTS = [
+    ["--beta", "0.1"],
+    ["--loss_type", "grpo", "--scale_rewards", "batch"],
+    [*ADAPTERS, "--freeze_merger", "--lora_dropout", "0", "--beta", "0.1"],
+]
+
+
+@pytest.mark.parametrize("more", VARIANTS, ids=str)
 def test_variants_run_on_two_ranks_as_on_one(tiny, tmp_path, more):
     more = ["--global_batch_size", "4", "--num_train_epochs", "2", "--num_iterations", "2", *more]
     for world_size in (1, 2):
@@ -190,9 +198,6 @@ def test_prompts_and_completions_stay_aligned(tiny, tmp_path, monkeypatch):
         original = tiny.prompts[int(rollout.prompt.sample.id[1:])]
         assert len(rollout.prompt.sample.videos) == len(rollout.prompt.video_grid_thw)
         assert torch.equal(rollout.prompt.pixel_values_videos, original.pixel_values_videos)
-
-
-ADAPTERS = ["--lora_enable", "--lora_rank", "4", "--freeze_vision_tower", "--learning_rate", "1e-2"]
 
 
 @pytest.mark.parametrize("more", [["--freeze_merger"], []], ids=["its own reference", "a frozen copy"])
