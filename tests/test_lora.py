@@ -161,6 +161,7 @@ def test_peft_loads_what_was_saved_and_it_is_what_was_trained(tiny, case):
     base = use_our_attention(Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny.folder / "model"))
     loaded = PeftModel.from_pretrained(base, folder).eval()
     assert distance(score(loaded.get_base_model(), tiny), result["after"]) < 1e-4
+    assert json.loads(Path(folder, "adapter_config.json").read_text())["inference_mode"]
     # All of it is the adapter's to peft: saved again, nothing is left out.
     assert get_peft_model_state_dict(loaded).keys() == load_file(f"{folder}/adapter_model.safetensors").keys()
     assert {path.name for path in Path(folder).iterdir()} >= {
