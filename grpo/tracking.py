@@ -57,13 +57,17 @@ class Totals:
 def add_up(groups: list[dict]) -> Totals:
     """Count over the records of all ranks; never 0, so that nothing is divided by it."""
     groups = [group for group in groups if group["counts"]]
-    rewards = torch.cat([group["rewards"] for group in groups]) if groups else torch.zeros(0)
-    rewards = rewards[~rewards.isnan()]
     return Totals(
         num_tokens=max(1, sum(int(group["num_trained"].sum()) for group in groups)),
         num_completions=max(1, sum(int((group["num_trained"] > 0).sum()) for group in groups)),
-        reward_std=rewards.std().item() if len(rewards) > 1 else 0.0,
+        reward_std=deviation(torch.cat([group["rewards"] for group in groups])).item() if groups else 0.0,
     )
+
+
+def deviation(rewards: Tensor) -> Tensor:
+    """Return the standard deviation of the rewards that there are (not nan); 0 for fewer than two."""
+    rewards = rewards[~rewards.isnan()]
+    return rewards.std() if len(rewards) > 1 else torch.zeros(())
 
 
 def rollout_metrics(groups: list[dict]) -> dict[str, float]:
@@ -75,7 +79,7 @@ def rollout_metrics(groups: list[dict]) -> dict[str, float]:
     lengths = torch.cat([group["lengths"] for group in groups]).float()
     metrics = {
         "reward": rewards.nanmean(),
-        "reward_std": torch.stack([row[~row.isnan()].std() for row in rewards]).nanmean(),
+        "reward_std": torch.stack([deviation(row) for row in rewards]).mean(),
         "frac_reward_zero_std": is_uniform(rewards).float().mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
@@ -85,8 +89,7 @@ def rollout_metrics(groups: list[dict]) -> dict[str, float]:
     }
     for name in groups[0]["by_function"]:
         values = torch.cat([group["by_function"][name] for group in groups])
-        values = values[~values.isnan()]
-        metrics |= {f"rewards/{name}/mean": values.mean(), f"rewards/{name}/std": values.std()}
+        metrics |= {f"rewards/{name}/mean": values.nanmean(), f"rewards/{name}/std": deviation(values)}
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -173,12 +173,14 @@ def test_the_gradient_is_that_of_the_trained_tokens_divided_by_their_number(tiny
     assert relative([p.grad for p in model.parameters()], one_rank("dapo")["gradients"]) < 1e-5
 
 
-def test_the_order_of_the_prompts_and_their_padding_change_nothing(tiny, one_rank, tmp_path):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_passes_order_of_the_prompts_and_padding_change_nothing(tiny, one_rank, tmp_path, variant):
     path = str(tmp_path / "step.pt")
-    run_ranks(step, 1, tiny, path, {"global_batch_size": 4}, False, True)
+    settings = {"global_batch_size": 4, "per_device_train_batch_size": 2} | VARIANTS[variant]
+    run_ranks(step, 1, tiny, path, settings, False, True)
     other = torch.load(path)
-    assert relative(other["gradients"], one_rank("dapo")["gradients"]) < 1e-5
-    assert other["metrics"] == pytest.approx(one_rank("dapo")["metrics"], rel=1e-4, abs=1e-6)
+    assert relative(other["gradients"], one_rank(variant)["gradients"]) < 1e-5
+    assert other["metrics"] == pytest.approx(one_rank(variant)["metrics"], rel=1e-4, abs=1e-6)
 
 
 def fetch(bad_rank: int, path: str) -> None:
