@@ -152,22 +152,27 @@ def group_loss(rollout: Rollout, logprobs: Tensor, totals: Totals, config: Confi
     return weighted_sum(loss, mask, weights), clipped, (kl.detach() * mask).sum()
 
 
-def train(config: Config, device: torch.device) -> None:
-    """Train as the flags say; raise InputError, on all ranks, for what the user can mend."""
-    config, samples, num_cut, tokenizer, model = raise_together(load_inputs, config)
+def make_trainable(model, config: Config, device: torch.device) -> tuple:
+    """Add adapters, freeze and shard, in place; return the whole weights for sampling, and the reference policy."""
     if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    tokens = special_tokens(model, tokenizer, device)
-    whole = WholeWeights(model)  # for sampling
+    whole = WholeWeights(model)
     if config.lora_enable:
         add_adapters(model, config)
     freeze(model, config)
     shard(model, device)
-    reference = None
-    if config.beta > 0:  # the initial policy: the model without its adapters, or a frozen copy
-        reference = model
-        if not trains_adapters_alone(model):
-            reference = shard(load_model(config.model_id).requires_grad_(False), device)
+    if config.beta == 0:
+        return whole, None
+    if trains_adapters_alone(model):  # without its adapters the model is the initial policy
+        return whole, model
+    return whole, shard(load_model(config.model_id).requires_grad_(False), device)
+
+
+def train(config: Config, device: torch.device) -> None:
+    """Train as the flags say; raise InputError, on all ranks, for what the user can mend."""
+    config, samples, num_cut, tokenizer, model = raise_together(load_inputs, config)
+    tokens = special_tokens(model, tokenizer, device)
+    whole, reference = make_trainable(model, config, device)
 
     steps_per_epoch = math.ceil(len(samples) / config.global_batch_size)
     total_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
@@ -181,11 +186,11 @@ def train(config: Config, device: torch.device) -> None:
     tracker.say(f"{len(samples)} samples, {total_steps} steps of {config.global_batch_size} prompts")
     if num_cut:
         tracker.say(f"{num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out")
-
     tracker.say(table_of_parts(model, config))
     extras = processor_files(config.model_id)
 
     def save(name: str) -> None:
+        """Write the trained model, or its adapters."""
         if config.lora_enable:
             trained = gather_adapter(model, config)
         else:
