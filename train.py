@@ -33,7 +33,7 @@ from data.loader import Prompt, PromptDataset, checked, prompt_batches, rank_slo
 from grpo import demo
 from grpo.config import Config, parse_config, video_options
 from grpo.inputs import load_inputs
-from grpo.lora import adapters_off, add_adapters, gather_adapter, trains_adapters_alone, without_dropout
+from grpo.lora import adapters_off, gather_adapter, without_dropout
 from grpo.loss import (
     clipped_loss,
     completion_weights,
@@ -43,19 +43,10 @@ from grpo.loss import (
     trained_tokens,
     weighted_sum,
 )
-from grpo.model import (
-    SpecialTokens,
-    freeze,
-    load_model,
-    make_optimizer,
-    processor_files,
-    save_model,
-    special_tokens,
-    table_of_parts,
-)
+from grpo.model import SpecialTokens, make_optimizer, processor_files, save_model, special_tokens, table_of_parts
 from grpo.rollout import Rollout, generate
 from grpo.scoring import score
-from grpo.sharding import WholeWeights, raise_together, shard, start_processes
+from grpo.sharding import make_trainable, raise_together, start_processes
 from grpo.tracking import LOGP_DIFFERENCE, SUMS, Clock, Totals, Tracker, add_up, gather_groups, update_metrics
 from reward.numerical import numerical_video_reward
 
@@ -150,22 +141,6 @@ def group_loss(rollout: Rollout, logprobs: Tensor, totals: Totals, config: Confi
     )
     clipped = {"low": (low & mask).sum(), "high": (high & mask).sum()}
     return weighted_sum(loss, mask, weights), clipped, (kl.detach() * mask).sum()
-
-
-def make_trainable(model, config: Config, device: torch.device) -> tuple:
-    """Add adapters, freeze and shard, in place; return the whole weights for sampling, and the reference policy."""
-    if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    whole = WholeWeights(model)
-    if config.lora_enable:
-        add_adapters(model, config)
-    freeze(model, config)
-    shard(model, device)
-    if config.beta == 0:
-        return whole, None
-    if trains_adapters_alone(model):  # without its adapters the model is the initial policy
-        return whole, model
-    return whole, shard(load_model(config.model_id).requires_grad_(False), device)
 
 
 def train(config: Config, device: torch.device) -> None:

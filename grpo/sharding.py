@@ -14,8 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from data.dataset import InputError
+from grpo.config import Config
 from grpo.logprobs import completion_logprobs
-from grpo.lora import lora_layers, merged_weight
+from grpo.lora import add_adapters, lora_layers, merged_weight, trains_adapters_alone
+from grpo.model import freeze, load_model
 
 
 def start_processes() -> torch.device:
@@ -112,3 +114,19 @@ class WholeWeights:
                 whole.data = sharded.to(dtype).full_tensor()
         self.module.to(device)  # buffers
         self.is_filled = True
+
+
+def make_trainable(model, config: Config, device: torch.device) -> tuple:
+    """Add adapters, freeze and shard, in place; return the whole weights for sampling, and the reference policy."""
+    if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    whole = WholeWeights(model)
+    if config.lora_enable:
+        add_adapters(model, config)
+    freeze(model, config)
+    shard(model, device)
+    if config.beta == 0:
+        return whole, None
+    if trains_adapters_alone(model):  # without its adapters the model is the initial policy
+        return whole, model
+    return whole, shard(load_model(config.model_id).requires_grad_(False), device)
