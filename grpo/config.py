@@ -97,7 +97,9 @@ DEMO_DEFAULTS = {
     "max_completion_length": 16,
     "global_batch_size": 8,
     "max_steps": 200,
-    "learning_rate": 3e-4,
+    "learning_rate": 2e-4,
+    # The reward reads the first number and does not mind what follows: unmasked, completions may forget to end.
+    "mask_truncated_completions": True,
     "temperature": 1.0,
 }
 
