@@ -125,7 +125,7 @@ def test_what_stands_behind_a_completions_end_changes_nothing(tiny):
 
 
 def test_the_videos_and_their_order_reach_the_logprobs(tiny):
-    prompt = tiny.prompts[1]  # three videos, of 4, 6 and 8 frames but 4 each are read: equal grids
+    prompt = tiny.prompts[1]  # three videos, of 4, 8 and 12 frames but 4 each are read: equal grids
     ids, masks = completions_for([prompt], 2, 4, len(tiny.tokenizer), tiny.banned_ids)
     swapped = copy.copy(prompt)
     first, second, third = prompt.pixel_values_videos.chunk(3)
