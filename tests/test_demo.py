@@ -18,7 +18,6 @@ from grpo.export import load_merged
 from grpo.model import load_model, load_tokenizer, special_tokens
 from grpo.rollout import generate
 from reward.numerical import extract_number
-from tests.test_train import curves
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,6 @@ def test_grpo_raises_the_reward_on_held_out_hearts(demo):
     assert report["after"]["mae"] < 0.8 * report["before"]["mae"]
     assert report["after"]["parse_rate"] == 1.0
     assert f"{report['after']['reward']:.3f}" in printed
-    assert sum(curves(output)["completions/clipped_ratio"][-10:]) / 10 < 0.2  # answers go on ending by themselves
 
 
 def test_adapters_alone_raise_it_too(demo, tmp_path, capsys):
