@@ -145,9 +145,10 @@ def group_loss(rollout: Rollout, logprobs: Tensor, totals: Totals, config: Confi
 
 def train(config: Config, device: torch.device) -> None:
     """Train as the flags say; raise InputError, on all ranks, for what the user can mend."""
-    config, samples, num_cut, tokenizer, model = raise_together(load_inputs, config)
+    config, samples, num_cut, tokenizer, loaded = raise_together(load_inputs, config)
+    model, whole, reference = make_trainable(loaded, config, device)
+    del loaded  # what rank 0 has read
     tokens = special_tokens(model, tokenizer, device)
-    whole, reference = make_trainable(model, config, device)
 
     steps_per_epoch = math.ceil(len(samples) / config.global_batch_size)
     total_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)

@@ -15,7 +15,7 @@ from reward.numerical import numerical_video_reward
 
 def load_inputs(config: Config) -> tuple:
     """Load and check what a run needs; return the resolved flags, the capped samples, how many were cut, the tokenizer
-    and the model."""
+    and, on rank 0, the model."""
     config = resolve_batch_sizes(config, dist.get_world_size())
     if os.path.exists(os.path.join(config.output_dir, "config.json")):
         raise InputError(f"--output_dir {config.output_dir!r} holds another run: name a new folder")
@@ -26,8 +26,8 @@ def load_inputs(config: Config) -> tuple:
         except ValueError as error:
             raise InputError(f"sample {sample.id!r}: {error}") from error
     tokenizer = load_tokenizer(config.model_id)
-    model = load_model(config.model_id)
-    if config.lora_enable:
+    model = load_model(config.model_id) if dist.get_rank() == 0 else None  # `make_trainable` spreads it
+    if config.lora_enable and model is not None:
         layers_to_adapt(model, config)  # there must be some
     try:
         numerical_video_reward([], [])  # opens its debug log, if one is wanted

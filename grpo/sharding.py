@@ -1,7 +1,8 @@
 """Processes and sharding: the same code on one CPU, one GPU, or many nodes.
 
 FSDP2 (`fully_shard`) splits float32 master weights, gradients and optimizer states over the ranks and computes in
-bfloat16 on GPUs. Sampling wants whole weights, thousands of times in a row; `WholeWeights` gathers them once per step.
+bfloat16 on GPUs. Rank 0 alone reads the weights and hands out the shards, so that a host holds one copy of them, not
+one per GPU. Sampling wants whole weights, thousands of times in a row; `WholeWeights` gathers them once per step.
 """
 
 import copy
@@ -12,12 +13,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import distribute_tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from data.dataset import InputError
 from grpo.config import Config
 from grpo.logprobs import completion_logprobs
 from grpo.lora import add_adapters, lora_layers, merged_weight, trains_adapters_alone
-from grpo.model import freeze, load_model
+from grpo.model import freeze, use_our_attention
 
 
 def start_processes() -> torch.device:
@@ -86,17 +89,25 @@ class WholeWeights:
     """
 
     def __init__(self, model):
-        """Make the twin before `model` gets adapters and is sharded: the same modules around (for now) the same
-        weights."""
-        self.module = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
-        self.module.eval()
+        """Make the twin before `model` gets adapters and is sharded: the same modules, without weights of their own
+        until the first refresh."""
+        self.module = copy.deepcopy(model).eval()
         self.is_filled = False
+
+    def allocate(self, model) -> None:
+        """Make room on the device of `model`, in compute precision."""
+        device = next(model.parameters()).device
+        self.module.to(compute_dtype(device)).to_empty(device=device)
+        self.module.tie_weights()
+        for name, buffer in model.named_buffers():  # rotary frequencies: float32 whatever the weights are
+            owner, _, own_name = name.rpartition(".")
+            setattr(self.module.get_submodule(owner), own_name, buffer)
 
     @torch.no_grad()
     def refresh(self, model) -> None:
         """Bring in the present weights of the sharded `model`."""
-        device = next(model.parameters()).device
-        dtype = compute_dtype(device)
+        if not self.is_filled:
+            self.allocate(model)
         adapted = lora_layers(model)
         own = dict(self.module.named_parameters())
         for name, sharded in model.named_parameters():
@@ -108,25 +119,52 @@ class WholeWeights:
             elif self.is_filled and not sharded.requires_grad:
                 continue  # frozen: as it was
             whole = own[name.replace(".base_layer.", ".")]
-            if dist.get_world_size() == 1:
-                whole.data = sharded.to_local().to(dtype)
-            else:
-                whole.data = sharded.to(dtype).full_tensor()
-        self.module.to(device)  # buffers
+            if dist.get_world_size() == 1 and whole.device.type == "cpu":
+                whole.data = sharded.to_local().to(whole.dtype)
+            else:  # into the same memory, from which captured graphs read
+                whole.copy_(sharded.to(whole.dtype).full_tensor())
         self.is_filled = True
 
 
-def make_trainable(model, config: Config, device: torch.device) -> tuple:
-    """Add adapters, freeze and shard, in place; return the whole weights for sampling, and the reference policy."""
+@torch.no_grad()
+def distribute(model, loaded) -> None:
+    """Fill the sharded `model`, in place, with the weights and buffers of rank 0's `loaded`; collective."""
+    device = model.lm_head.weight.device_mesh.device_type
+    buffers = [None if loaded is None else dict(loaded.named_buffers())]
+    dist.broadcast_object_list(buffers)
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[0][name])
+    whole = {} if loaded is None else dict(loaded.named_parameters())
+    for name, sharded in model.named_parameters():
+        weight = torch.empty(sharded.shape, device=device) if loaded is None else whole[name].to(device)
+        sharded.to_local().copy_(distribute_tensor(weight, sharded.device_mesh, sharded.placements).to_local())
+
+
+def make_trainable(loaded, config: Config, device: torch.device) -> tuple:
+    """Spread the model that rank 0 has loaded over all ranks, with adapters and frozen parts as the flags say.
+
+    loaded: with whole weights on rank 0, None on the others. Returns the sharded model, the whole weights for sampling,
+    and the reference policy.
+    """
+    description = [None if loaded is None else (loaded.config.to_dict(), loaded.generation_config)]
+    dist.broadcast_object_list(description)
+    with torch.device("meta"):  # shapes alone
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(description[0][0]))
+    use_our_attention(model)
+    model.generation_config = description[0][1]
+    reference = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
     if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     whole = WholeWeights(model)
     if config.lora_enable:
         add_adapters(model, config)
     freeze(model, config)
-    shard(model, device)
-    if config.beta == 0:
-        return whole, None
-    if trains_adapters_alone(model):  # without its adapters the model is the initial policy
-        return whole, model
-    return whole, shard(load_model(config.model_id).requires_grad_(False), device)
+    if reference is not None and trains_adapters_alone(model):
+        reference = model  # without its adapters it is the initial policy
+    elif reference is not None:
+        distribute(shard(reference, device), loaded)
+    if config.lora_enable and loaded is not None:
+        add_adapters(loaded, config)
+    distribute(shard(model, device), loaded)
+    return model, whole, reference
