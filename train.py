@@ -33,6 +33,7 @@ from data.loader import Prompt, PromptDataset, checked, prompt_batches, rank_slo
 from grpo import demo
 from grpo.config import Config, parse_config, video_options
 from grpo.inputs import load_inputs
+from grpo.logprobs import encode_videos
 from grpo.lora import adapters_off, gather_adapter, without_dropout
 from grpo.loss import (
     clipped_loss,
@@ -66,9 +67,12 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
         for prompt in batch:
             digest = hashlib.sha256(f"{config.seed} {step} {prompt.slot}".encode()).digest()
             generators.append(torch.Generator(tokens.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1))
+        batch = [prompt.to(tokens.device) for prompt in batch]
+        if config.freeze_vision_tower and not config.vision_lora:
+            batch = [encode_videos(model, prompt) for prompt in batch]  # once, for the update too
         rollouts += generate(
             model,
-            [prompt.to(tokens.device) for prompt in batch],
+            batch,
             config.num_generations,
             config.max_completion_length,
             config.temperature,

@@ -66,49 +66,69 @@ def packed(prompt_lengths: list[int], group_lengths: list[int], num_completions:
     return attend_packed
 
 
-class GroupCache:
-    """Keys and values of B prompts, one copy each, and of their G completions with room for C tokens, by layer."""
+def matmul_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices, or batches of them, with a result in float32, the precision in which GPUs add up anyway.
 
-    def __init__(self, prompt_lengths: list[int], num_completions: int, max_completion_length: int):
-        self.prompt_lengths, self.G, self.C = prompt_lengths, num_completions, max_completion_length
-        # Keys are float32: scores of Qwen's large keys, rounded to bfloat16 before the softmax, would be far off.
-        self.prompts: list[tuple[Tensor, Tensor]] = []  # per layer: keys, values (B, K, P, D), padded to the longest P
-        self.own: list[tuple[Tensor, Tensor]] = []  # per layer: keys, values (B, G, K, C, D)
-        self.length = 0  # completion tokens held
-        self.is_padding = torch.arange(max(prompt_lengths)) >= torch.tensor(prompt_lengths)[:, None]  # (B, P)
+    Rounded to bfloat16, scores of Qwen's large keys and logits would be far off.
+    """
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class GroupCache:
+    """Keys and values of B prompts, one copy each, and of their G completions, by layer.
+
+    All memory is taken at once and stays where it is, and what is held where is known to tensors alone, so that one
+    decoding step can be captured as a CUDA graph and replayed for every other. P and C are what there is room for.
+    """
+
+    def __init__(self, model, B: int, G: int, P: int, C: int):
+        config, dtype, device = model.config.text_config, model.dtype, model.device
+        layers, K, D = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size
+        D = D // config.num_attention_heads
+        # Zeros: what is not held yet must be finite, since it is weighed with 0.
+        self.prompt_keys, self.prompt_values = torch.zeros(2, layers, B, K, P, D, dtype=dtype, device=device)
+        self.own_keys, self.own_values = torch.zeros(2, layers, B, G, K, C, D, dtype=dtype, device=device)
+        self.is_empty = torch.zeros(B, P, dtype=torch.bool, device=device)  # beyond the end of a prompt
+        self.length = torch.zeros(1, dtype=torch.long, device=device)  # completion tokens held
+        self.prompt_lengths: list[int] = []
+
+    def begin(self, prompt_lengths: list[int]) -> None:
+        """Forget what is held; expect prompts of these lengths."""
+        self.prompt_lengths = prompt_lengths
+        lengths = torch.tensor(prompt_lengths, device=self.length.device)
+        self.is_empty.copy_(torch.arange(self.is_empty.shape[1], device=lengths.device) >= lengths[:, None])
+        self.length.zero_()
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
         """Attend causally within each prompt of the row `[p1 | … | pB]`, (1, H, L, D); keep keys and values."""
-        queries, keys, values = (x.split(self.prompt_lengths, dim=2) for x in (query, key, value))
-
-        def padded(rows: tuple[Tensor, ...]) -> Tensor:
-            rows = [row[0].transpose(0, 1) for row in rows]  # B times (P, K, D)
-            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2)  # (B, K, P, D)
-
-        self.prompts.append((padded(keys).float(), padded(values)))
-        room = (len(keys), self.G, key.shape[1], self.C, key.shape[3])
-        self.own.append((key.new_empty(room, dtype=torch.float32), value.new_empty(room)))
-        self.is_padding = self.is_padding.to(key.device)
-        return torch.cat([causal(q, k, v) for q, k, v in zip(queries, keys, values, strict=True)], dim=2)
+        prompts = list(zip(*(x.split(self.prompt_lengths, dim=2) for x in (query, key, value)), strict=True))
+        for b, (_, k, v) in enumerate(prompts):
+            self.prompt_keys[layer, b, :, : k.shape[2]] = k[0]
+            self.prompt_values[layer, b, :, : v.shape[2]] = v[0]
+        return torch.cat([causal(q, k, v) for q, k, v in prompts], dim=2)
 
     def decode(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
         """Attend from one new token of each completion, (B·G, H, 1, D), to its prompt and to what precedes it."""
-        (prompt_keys, prompt_values), (own_keys, own_values) = self.prompts[layer], self.own[layer]
+        own_keys, own_values = self.own_keys[layer], self.own_values[layer]
         B, G, K, C, D = own_keys.shape
-        H, P, end = query.shape[1], prompt_keys.shape[2], self.length + 1
-        own_keys[:, :, :, self.length] = key.view(B, G, K, D)
-        own_values[:, :, :, self.length] = value.view(B, G, K, D)
+        R, P = query.shape[1] // K, self.is_empty.shape[1]  # R query heads share a key head
+        own_keys.index_copy_(3, self.length, key.view(B, G, K, 1, D))
+        own_values.index_copy_(3, self.length, value.view(B, G, K, 1, D))
 
-        # All G·H/K queries of a key head read the prompt in one matrix product; no per-completion copy of it exists.
-        query = query.reshape(B, G, K, H // K, D).float() * D**-0.5
-        grouped = query.transpose(1, 2).reshape(B, K, G * (H // K), D)
-        prompt_scores = (grouped @ prompt_keys.transpose(2, 3)).masked_fill(self.is_padding[:, None, None], -torch.inf)
-        prompt_scores = prompt_scores.unflatten(2, (G, H // K)).transpose(1, 2)  # (B, G, K, H / K, P)
-        own_scores = query @ own_keys[:, :, :, :end].transpose(3, 4)  # (B, G, K, H / K, end)
-        weights = torch.cat([prompt_scores, own_scores], dim=4).softmax(dim=4).to(value.dtype)
-        grouped = weights[..., :P].transpose(1, 2).reshape(B, K, G * (H // K), P)
-        out = (grouped @ prompt_values).unflatten(2, (G, H // K)).transpose(1, 2)  # (B, G, K, H / K, D)
-        return (out + weights[..., P:] @ own_values[:, :, :, :end]).reshape(B * G, H, 1, D)
+        # All G·R queries of a key head read the prompt in one matrix product; no per-completion copy of it exists.
+        grouped = query.view(B, G, K, R, D).transpose(1, 2).reshape(B * K, G * R, D)
+        prompt_scores = matmul_float32(grouped, self.prompt_keys[layer].flatten(0, 1).transpose(1, 2))
+        prompt_scores = prompt_scores.view(B, K, G * R, P).masked_fill(self.is_empty[:, None, None], -torch.inf)
+        prompt_scores = prompt_scores.view(B, K, G, R, P).transpose(1, 2)
+        own_scores = matmul_float32(query.view(B * G * K, R, D), own_keys.flatten(0, 2).transpose(1, 2))
+        is_ahead = torch.arange(C, device=query.device) > self.length
+        own_scores = own_scores.view(B, G, K, R, C).masked_fill(is_ahead, -torch.inf)
+        weights = (torch.cat([prompt_scores, own_scores], dim=4) * D**-0.5).softmax(dim=4).to(value.dtype)
+        grouped = weights[..., :P].transpose(1, 2).reshape(B * K, G * R, P) @ self.prompt_values[layer].flatten(0, 1)
+        out = grouped.view(B, K, G, R, D).transpose(1, 2)  # (B, G, K, R, D)
+        return (out + weights[..., P:] @ own_values).reshape(B * G, K * R, 1, D)
 
 
 def attend(module, query, key, value, attention_mask, attend_fn: AttendFn = causal, **kwargs):

@@ -4,15 +4,32 @@
 | L | tokens of a packed row | V | vocabulary | E | hidden size |
 """
 
+import dataclasses
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from data.loader import Prompt
-from grpo.attention import packed
+from grpo.attention import matmul_float32, packed
 
 TOKENS_PER_CHUNK = 1024  # logits of so many tokens exist at a time: 0.6 GB each copy, with Qwen's 152k words in float32
+
+
+class Logits(torch.autograd.Function):
+    """Logits (N, V) in float32 from hidden (N, E) and lm_head (V, E) of any precision, in which the gradients are."""
+
+    @staticmethod
+    def forward(ctx, hidden, lm_head):
+        ctx.save_for_backward(hidden, lm_head)
+        return matmul_float32(hidden, lm_head.T)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, lm_head = ctx.saved_tensors
+        gradient = gradient.to(lm_head.dtype)
+        wanted = ctx.needs_input_grad
+        return gradient @ lm_head if wanted[0] else None, gradient.T @ hidden if wanted[1] else None
 
 
 def sampling_logprobs(hidden: Tensor, lm_head: Tensor, temperature: float, banned_ids: Tensor) -> Tensor:
@@ -20,8 +37,8 @@ def sampling_logprobs(hidden: Tensor, lm_head: Tensor, temperature: float, banne
 
     hidden: (N, E); lm_head: (V, E); banned_ids: token ids that a completion must not hold. Returns (N, V) in float32.
     """
-    logits = F.linear(hidden.float() / temperature, lm_head.float())
-    return torch.log_softmax(logits.index_fill(1, banned_ids, -torch.inf), dim=1)
+    logits = Logits.apply(hidden, lm_head).div_(temperature)  # in place: one (N, V) less
+    return torch.log_softmax(logits.index_fill_(1, banned_ids, -torch.inf), dim=1)
 
 
 def _chosen_logprobs(hidden, ids, lm_head, temperature, banned_ids) -> tuple[Tensor, Tensor]:
@@ -35,12 +52,34 @@ def _chosen_logprobs(hidden, ids, lm_head, temperature, banned_ids) -> tuple[Ten
 def embed(model, token_ids: Tensor, prompts: list[Prompt]) -> Tensor:
     """Embed a row of tokens, (L,), and put the encoded videos of the prompts in it into their places: (1, L, E)."""
     embeddings = model.get_input_embeddings()(token_ids[None])
-    features = model.model.get_video_features(
-        torch.cat([prompt.pixel_values_videos for prompt in prompts]),
-        torch.cat([prompt.video_grid_thw for prompt in prompts]),
-    ).pooler_output
+    if prompts[0].vision_states is None:
+        features = torch.cat(
+            model.model.get_video_features(
+                torch.cat([prompt.pixel_values_videos for prompt in prompts]),
+                torch.cat([prompt.video_grid_thw for prompt in prompts]),
+            ).pooler_output
+        )
+    else:
+        features = model.model.visual.merger(torch.cat([prompt.vision_states for prompt in prompts]))
     is_video = (token_ids == model.config.video_token_id)[None, :, None]
-    return embeddings.masked_scatter(is_video, torch.cat(features).to(embeddings.dtype))
+    return embeddings.masked_scatter(is_video, features.to(embeddings.dtype))
+
+
+@torch.no_grad()
+def encode_videos(model, prompt: Prompt) -> Prompt:
+    """Return the prompt with what the vision tower makes of its videos, (S, E of the tower), in place of their pixels.
+
+    For a frozen tower, whose work is then done once for sampling and all updates. The merger may be trained: it comes
+    behind the tower and runs in every pass.
+    """
+    # In the merger's place, keep its input: four neighbouring patches a row, which the tower puts back into order.
+    hook = model.model.visual.merger.register_forward_hook(lambda _, inputs, out: inputs[0].reshape(len(out), -1))
+    try:
+        (*states,) = model.model.get_video_features(prompt.pixel_values_videos, prompt.video_grid_thw).pooler_output
+    finally:
+        hook.remove()
+    states = torch.cat(states).view(len(prompt.pixel_values_videos), -1)
+    return dataclasses.replace(prompt, vision_states=states, pixel_values_videos=prompt.pixel_values_videos[:0])
 
 
 def completion_logprobs(

@@ -4,6 +4,7 @@
 | V | vocabulary | E | hidden size |
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ class Rollout:
 
 def prefill(model, prompts: list[Prompt], cache: GroupCache) -> Tensor:
     """Pass the prompts through the model, keep their keys and values, return their last hidden states: (B, E)."""
+    cache.begin([len(prompt.prompt_ids) for prompt in prompts])
     hidden = model.model.language_model(
         inputs_embeds=embed(model, torch.cat([prompt.prompt_ids for prompt in prompts]), prompts),
         position_ids=torch.cat([prompt.position_ids for prompt in prompts], dim=1)[:, None],
@@ -43,14 +45,58 @@ def prefill(model, prompts: list[Prompt], cache: GroupCache) -> Tensor:
 
 def decode_one_token(model, token_ids: Tensor, positions: Tensor, cache: GroupCache) -> Tensor:
     """Pass one further token of each completion, (B·G,), at its mRoPE position, (B·G,); return (B·G, E)."""
-    hidden = model.model.language_model(
+    return model.model.language_model(
         inputs_embeds=model.get_input_embeddings()(token_ids[:, None]),
         position_ids=positions.expand(3, -1)[:, :, None],
         use_cache=False,
         attend_fn=cache.decode,
     ).last_hidden_state[:, 0]
-    cache.length += 1
-    return hidden
+
+
+class Decoder:
+    """Decode token by token over tensors that stay where they are.
+
+    On a GPU a step is captured once, as a CUDA graph, and replayed from then on: a token costs what the GPU needs for
+    it, not what Python needs to launch some thousand kernels.
+    """
+
+    def __init__(self, model, B: int, G: int, P: int, C: int):
+        self.model, self.cache = model, GroupCache(model, B, G, P, C)
+        self.token_ids, self.positions = torch.zeros(2, B * G, dtype=torch.long, device=model.device)
+        self.graph = None
+
+    def step(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """Pass one further token of each completion; return the last hidden states, valid until the next step."""
+        self.token_ids.copy_(token_ids)
+        self.positions.copy_(positions)
+        if self.graph is None and self.token_ids.is_cuda:
+            self.capture()
+        if self.graph is None:
+            hidden = decode_one_token(self.model, self.token_ids, self.positions, self.cache)
+        else:
+            self.graph.replay()
+            hidden = self.hidden
+        self.cache.length += 1
+        return hidden
+
+    def capture(self) -> None:
+        """Record a step, which writes what the replay writes again."""
+        arguments = (self.model, self.token_ids, self.positions, self.cache)
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            decode_one_token(*arguments)  # libraries set themselves up, which cannot be captured
+        torch.cuda.current_stream().wait_stream(beside)
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads, such as NCCL's, may go on calling CUDA meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.hidden = decode_one_token(*arguments)
+
+
+@functools.lru_cache(maxsize=4)
+def decoder_for(model, B: int, G: int, P: int, C: int) -> Decoder:
+    """Keep the decoders of the latest shapes: memory and graphs serve a whole run."""
+    return Decoder(model, B, G, P, C)
 
 
 def most_probable(logprobs: Tensor, top_p: float, top_k: int) -> Tensor:
@@ -96,15 +142,16 @@ def generate(
 
     Touches this process alone: ranks decode different numbers of tokens without waiting for each other.
     """
-    B, G = len(prompts), num_generations
-    cache = GroupCache([len(prompt.prompt_ids) for prompt in prompts], G, max_completion_length)
-    hidden = prefill(model, prompts, cache).repeat_interleave(G, dim=0)  # (B·G, E)
+    B, G, P = len(prompts), num_generations, max(len(prompt.prompt_ids) for prompt in prompts)
+    if model.device.type == "cuda":
+        P = 1 << (P - 1).bit_length()  # few graphs serve all lengths; which one must not depend on earlier prompts
+    decoder = decoder_for(model, B, G, P, max_completion_length)
+    hidden = prefill(model, prompts, decoder.cache).repeat_interleave(G, dim=0)  # (B·G, E)
     positions = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts]).repeat_interleave(G)  # (B·G,)
     running = torch.ones(B * G, dtype=torch.bool, device=hidden.device)
-    lm_head = model.lm_head.weight.float()  # once, not for every token
     ids, mask, logprobs = [], [], []  # one (B·G,) per token
     while True:
-        distribution = sampling_logprobs(hidden, lm_head, temperature, banned_ids)  # (B·G, V)
+        distribution = sampling_logprobs(hidden, model.lm_head.weight, temperature, banned_ids)  # (B·G, V)
         distribution = most_probable(distribution, top_p, top_k)
         ids.append(sample(distribution, generators))
         mask.append(running)
@@ -112,7 +159,7 @@ def generate(
         running = running & ~torch.isin(ids[-1], stop_ids)
         if len(ids) == max_completion_length or not running.any():
             break
-        hidden = decode_one_token(model, ids[-1], positions, cache)
+        hidden = decoder.step(ids[-1], positions)
         positions = positions + 1
     groups = zip(prompts, *(torch.stack(rows, dim=1).split(G) for rows in (ids, mask, logprobs)), strict=True)
     rollouts = []

@@ -1,6 +1,7 @@
 """The packed pass equals G separate rows through Hugging Face's own model, vision tower and gradients included."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,7 +170,10 @@ def test_decoding_keeps_its_precision_with_bfloat16_and_large_keys():
     P, G, D = 200, 3, 64
     key, value = torch.randn(2, 1, 1, P, D).bfloat16().unbind(0)
     key = key + 12  # Qwen2.5's keys have large biases
-    cache = GroupCache([P], G, 4)
+    text = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, hidden_size=2 * D, num_attention_heads=2)
+    model = SimpleNamespace(config=SimpleNamespace(text_config=text), dtype=torch.bfloat16, device="cpu")
+    cache = GroupCache(model, 1, G, P + 7, 4)
+    cache.begin([P])
     cache.prefill(torch.randn(1, 2, P, D).bfloat16(), key, value, layer=0)
     query, own_key, own_value = (
         torch.randn(G, heads, 1, D).bfloat16() + shift for heads, shift in ((2, 1), (1, 12), (1, 0))

@@ -1,0 +1,337 @@
+"""`python -m grpo.benchmark`: what a step costs here, before data, weights or eight GPUs are at hand.
+
+Builds a Qwen2.5-VL of random weights, takes random pixels for videos, and times the trainer's own rollout and update.
+Beside them, run by run, the repeated rows that other trainers compute: each of the G completions a row with its own
+copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and sharding.
+
+All completions run to `--completion_length`. Under torchrun every rank has one prompt, as in training.
+"""
+
+import ctypes
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from transformers import HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from data.dataset import Sample
+from data.loader import Prompt
+from data.prompt import mrope_positions
+from data.video import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
+from grpo.config import Config, flag
+from grpo.loss import clipped_loss
+from grpo.model import SpecialTokens, make_optimizer, use_our_attention
+from grpo.sharding import compute_dtype, make_trainable, start_processes
+from grpo.tracking import Totals, peak_memory_gb
+from train import rollout_phase, update_phase
+
+# hidden size, layers, heads, key heads, intermediate size, vocabulary, tied embeddings, M-RoPE sections; then of the
+# vision tower: hidden size, blocks, heads, intermediate size, blocks with full attention. 3b and 7b: as published.
+SIZES = {
+    "tiny": ((128, 4, 4, 2, 256, 512, True, [4, 6, 6]), (64, 2, 2, 128, [1])),
+    "cpu": ((512, 8, 8, 2, 1408, 4096, True, [8, 12, 12]), (256, 4, 4, 512, [3])),
+    "3b": ((2048, 36, 16, 2, 11008, 151936, True, [16, 24, 24]), (1280, 32, 16, 3420, [7, 15, 23, 31])),
+    "7b": ((3584, 28, 28, 4, 18944, 152064, False, [16, 24, 24]), (1280, 32, 16, 3420, [7, 15, 23, 31])),
+}
+VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN = 1, 2, 3, 4  # words of the random model
+NUM_TEXT_TOKENS = 40
+FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb")
+
+
+@dataclass
+class Options:
+    """The flags."""
+
+    size: Literal["tiny", "cpu", "3b", "7b"] = flag("cpu", "the model: 1, 29, 3,755 or 8,292 million parameters")
+    num_videos: int = flag(5, "videos of the prompt")
+    frames: int = flag(8, "frames of a video")
+    resolution: int = flag(84, "width and height of the frames in pixels, rounded to a multiple of 28")
+    num_generations: int = flag(8, "completions per prompt (G)")
+    completion_length: int = flag(32, "tokens of every completion")
+    freeze_vision_tower: bool = flag(False, "do not train the vision tower")
+    gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
+    runs: int = flag(3, "counted runs, of which the median is shown; one more comes before, uncounted")
+    baseline: bool = flag(True, "also measure repeated rows")
+    json: str = flag("", "file to write the figures to")
+
+
+def random_model(size: str, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
+    """Build a Qwen2.5-VL of a named size with random weights."""
+    (hidden, layers, heads, key_heads, intermediate, vocabulary, tied, sections), vision = SIZES[size]
+    vision = dict(zip(("hidden_size", "depth", "num_heads", "intermediate_size"), vision[:4], strict=True)) | {
+        "fullatt_block_indexes": vision[4],
+        "out_hidden_size": hidden,
+        "tokens_per_second": 2,
+    }
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    text = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "intermediate_size": intermediate,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
+        "tie_word_embeddings": tied,
+        **special,
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=tied,
+        **special,
+    )
+    torch.manual_seed(0)
+    with device:
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def random_prompt(options: Options) -> Prompt:
+    """Make a prompt of random text and pixels."""
+    side = max(1, round(options.resolution / SIZE_FACTOR)) * SIZE_FACTOR // PATCH_SIZE
+    t = options.frames // TEMPORAL_PATCH_SIZE
+    grid = torch.tensor([[t, side, side]] * options.num_videos)
+    seconds = torch.ones(options.num_videos)
+    video = [VISION_START, *[VIDEO_TOKEN] * (t * side * side // MERGE_SIZE**2), VISION_END]
+    ids = torch.tensor([5] * (NUM_TEXT_TOKENS // 2) + video * options.num_videos + [6] * (NUM_TEXT_TOKENS // 2))
+    pixels = torch.randn(int(grid.prod(dim=1).sum()), 1176)
+    positions = mrope_positions(ids, grid, seconds, VIDEO_TOKEN, 2)
+    return Prompt(Sample("random", (), (), ""), ids, positions, pixels, grid, seconds)
+
+
+def repeated_rollout(model, prompt: Prompt, options: Options, banned_ids: Tensor) -> Tensor:
+    """Sample G rows, each with its own copy of the videos, by Hugging Face's `generate`; return (G, C)."""
+    G, C = options.num_generations, options.completion_length
+    ids = prompt.prompt_ids.expand(G, -1)
+    return model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=2 * (ids == VIDEO_TOKEN).int(),
+        pixel_values_videos=prompt.pixel_values_videos.repeat(G, 1),
+        video_grid_thw=prompt.video_grid_thw.repeat(G, 1),
+        second_per_grid_ts=prompt.second_per_grid_ts.repeat(G),
+        min_new_tokens=C,
+        max_new_tokens=C,
+        do_sample=True,
+        top_k=0,
+        suppress_tokens=banned_ids.tolist(),
+    )[:, ids.shape[1] :]
+
+
+def repeated_update(model, optimizer, prompt: Prompt, ids: Tensor, advantages: Tensor, banned_ids: Tensor) -> None:
+    """Do an update of the policy on G rows `[prompt | completion]`; ids: (G, C), advantages: (G,)."""
+    G, C = ids.shape
+    own = prompt.position_ids.max() + 1 + torch.arange(C, device=ids.device)
+    optimizer.zero_grad()
+    hidden = model(
+        input_ids=torch.cat([prompt.prompt_ids.expand(G, -1), ids], dim=1),
+        position_ids=torch.cat([prompt.position_ids, own.expand(3, -1)], dim=1)[:, None].expand(-1, G, -1),
+        pixel_values_videos=prompt.pixel_values_videos.repeat(G, 1),
+        video_grid_thw=prompt.video_grid_thw.repeat(G, 1),
+        logits_to_keep=C + 1,
+        use_cache=False,
+    ).logits[:, :-1]
+    logprobs = torch.log_softmax(hidden.float().index_fill(2, banned_ids, -torch.inf), dim=2)
+    logprobs = logprobs.gather(2, ids[:, :, None])[:, :, 0]
+    loss, _, _ = clipped_loss((logprobs - logprobs.detach()).exp(), advantages, 0.05, 0.1)
+    loss.mean().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory_gb` begin anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # hand freed memory back, or it would count for whoever comes next
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak of resident memory is what is resident now: man 5 proc
+
+
+def seconds(function, *arguments) -> tuple[float, object]:
+    """Time a call on all ranks together; return the seconds and the result."""
+    dist.barrier()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = function(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, result
+
+
+def measure(rollout, update) -> dict[str, float]:
+    """Time a step of two phases, of which the second takes what the first returns, and its peak memory."""
+    reset_peak_memory()
+    rollout_seconds, rollouts = seconds(rollout)
+    update_seconds, _ = seconds(update, rollouts)
+    return dict(
+        zip(FIGURES, (rollout_seconds, update_seconds, rollout_seconds + update_seconds, peak_memory_gb()), strict=True)
+    )
+
+
+def best_of(function, times: int = 5) -> float:
+    """Return the least seconds of a few calls."""
+    return min(seconds(function)[0] for _ in range(times))
+
+
+def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_seconds: float, update_seconds: float):
+    """Compare a decoding step with the time to read what it must read, and an update with its matrix products alone.
+
+    model: with whole weights. The limits are measured here: a copy of 1 GB, and a product of large matrices. Attention
+    and what is recomputed are not counted as work.
+    """
+    device, dtype = model.device, model.dtype
+    words = torch.ones(2**29 // dtype.itemsize, dtype=dtype, device=device)
+    there = torch.empty_like(words)
+    bandwidth = 2 * 2**29 / best_of(lambda: there.copy_(words))  # read and written, bytes per second
+    side = 8192 if device.type == "cuda" else 2048
+    square = words[: side * side].view(side, side)
+    flops = 2 * side**3 / best_of(lambda: square @ square)
+
+    def size(module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    G, C, P, S = options.num_generations, options.completion_length, len(prompt.prompt_ids), len(prompt.position_ids)
+    S = int(prompt.video_grid_thw.prod(dim=1).sum())
+    text, visual = model.config.text_config, model.model.visual
+    layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    read = (layers + head + per_token * (P + G * C // 2)) * dtype.itemsize  # bytes per decoding step
+    tower, merger = size(visual) - size(visual.merger), size(visual.merger)
+    tower = 0 if options.freeze_vision_tower else tower
+    work = 6 * (layers * (P + G * C) + head * G * C + tower * S + merger * S // MERGE_SIZE**2)
+    return {
+        "decode_tokens_per_second": G / decode_seconds,
+        "decode_share_of_bandwidth": read / decode_seconds / bandwidth,
+        "update_share_of_flops": work / update_seconds / flops,
+        "machine": {"bandwidth_gb_per_second": bandwidth / 1e9, "tflop_per_second": flops / 1e12},
+    }
+
+
+def run(options: Options, device: torch.device) -> dict:
+    """Measure, ours and the baseline in turn; return all figures of this rank."""
+    G, C = options.num_generations, options.completion_length
+    config = Config(
+        num_generations=G,
+        max_completion_length=C,
+        temperature=1.0,
+        per_device_train_batch_size=1,
+        freeze_vision_tower=options.freeze_vision_tower,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    loaded = random_model(options.size, device) if dist.get_rank() == 0 else None
+    model, whole, _ = make_trainable(loaded, config, device)
+    del loaded
+    optimizer, _ = make_optimizer(model, config, total_steps=1)
+    tokens = SpecialTokens(
+        stop_ids=torch.tensor([-1], device=device),  # no token: every completion has its full length
+        banned_ids=torch.tensor([VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN], device=device),
+    )
+    prompt, totals = random_prompt(options), Totals(G * C * dist.get_world_size(), G * dist.get_world_size(), 1.0)
+    advantages = torch.linspace(-1, 1, G, device=device)
+
+    def rollout(length: int = C):
+        whole.refresh(model)
+        settings = dataclasses.replace(config, max_completion_length=length)
+        return rollout_phase(whole.module, [prompt], tokens, settings, step=1)
+
+    def update(rollouts):
+        for one in rollouts:
+            one.train_mask, one.advantages = one.completion_mask, advantages
+        return update_phase(model, None, optimizer, rollouts, totals, tokens.banned_ids, config)
+
+    def baseline_rollout():
+        whole.refresh(model)
+        return repeated_rollout(whole.module, prompt.to(device), options, tokens.banned_ids)
+
+    def baseline_update(ids):
+        repeated_update(model, optimizer, prompt.to(device), ids, advantages, tokens.banned_ids)
+
+    ours, theirs, out_of_memory = [], [], False
+    for _ in range(options.runs + 1):
+        ours.append(measure(rollout, update))
+        if options.baseline and not out_of_memory:
+            for module in (model, whole.module):
+                module.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+            try:
+                theirs.append(measure(baseline_rollout, baseline_update))
+            except torch.OutOfMemoryError:
+                out_of_memory = True
+                optimizer.zero_grad()
+            for module in (model, whole.module):
+                use_our_attention(module)
+
+    def medians(runs: list[dict]) -> dict[str, float]:
+        return {name: statistics.median(figures[name] for figures in runs[1:]) for name in FIGURES}
+
+    figures = medians(ours) | {"baseline": medians(theirs) if len(theirs) > options.runs else None}
+    prefill_seconds = best_of(lambda: rollout(1))
+    decode_seconds = (figures["rollout_seconds"] - prefill_seconds) / max(1, C - 1)
+    figures |= {"prefill_seconds": prefill_seconds, "baseline_out_of_memory": out_of_memory}
+    return figures | shares_of_the_machine(whole.module, prompt, options, decode_seconds, figures["update_seconds"])
+
+
+def table(figures: dict) -> str:
+    """Show the figures, ours beside the baseline's."""
+    lines = [f"{'':24} {'ours':>10} {'repeated rows':>14} {'ratio':>8}"]
+    theirs = figures["baseline"]
+    missing = "out of memory" if figures["baseline_out_of_memory"] else "-"
+    for name in FIGURES:
+        other = f"{theirs[name]:14.3f} {theirs[name] / figures[name]:7.1f}x" if theirs else f"{missing:>14}"
+        lines.append(f"{name.replace('_', ' '):24} {figures[name]:10.3f} {other}")
+    lines.append(
+        f"decoding: {figures['decode_tokens_per_second']:,.0f} tokens per second, "
+        f"{figures['decode_share_of_bandwidth']:.0%} of the memory bandwidth measured here "
+        f"({figures['machine']['bandwidth_gb_per_second']:,.0f} GB/s)\n"
+        f"update: {figures['update_share_of_flops']:.0%} of the matrix products measured here "
+        f"({figures['machine']['tflop_per_second']:,.2f} TFLOP/s)"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Run; print a table and write the JSON file on rank 0."""
+    parser = HfArgumentParser(Options, prog="python -m grpo.benchmark", allow_abbrev=False)
+    (options,) = parser.parse_args_into_dataclasses(argv)
+    for name in ("num_videos", "frames", "resolution", "num_generations", "completion_length", "runs"):
+        if getattr(options, name) < 1 + (name in ("frames", "num_generations")):
+            parser.error(f"--{name} {getattr(options, name)} is too small")
+    device = start_processes()
+    figures = {
+        "options": dataclasses.asdict(options),
+        "ranks": dist.get_world_size(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "precision": str(compute_dtype(device)),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **run(options, device),
+    }
+    if dist.get_rank() == 0:
+        print(table(figures))
+        if options.json:
+            with open(options.json, "w") as file:
+                json.dump(figures, file, indent=2)
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
