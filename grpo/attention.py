@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 # (query (N, H, L, D), key (N, K, L, D), value (N, K, L, D), layer index) -> (N, H, L, D)
@@ -38,7 +39,6 @@ def group_attention(query: Tensor, key: Tensor, value: Tensor, P: int, G: int) -
 
     query: (1, H, P + G·C, D); key, value: (1, K, P + G·C, D). Returns the shape of query.
     """
-    H, K, D = query.shape[1], key.shape[1], query.shape[3]
     C = (query.shape[2] - P) // G
 
     def completions(x: Tensor) -> Tensor:
@@ -47,13 +47,10 @@ def group_attention(query: Tensor, key: Tensor, value: Tensor, P: int, G: int) -
     prompt_out = causal(query[:, :, :P], key[:, :, :P], value[:, :, :P])  # (1, H, P, D)
     keys = torch.cat([key[:, :, :P].expand(G, -1, -1, -1), completions(key)], dim=2)  # (G, K, P + C, D)
     values = torch.cat([value[:, :, :P].expand(G, -1, -1, -1), completions(value)], dim=2)
-    # The H / K query heads of a key head become rows of one query, so that keys and values need no repeating.
-    queries = completions(query).reshape(G, K, H // K * C, D)
-    own = torch.ones(C, C, dtype=torch.bool, device=query.device).tril()
-    mask = torch.cat([own.new_ones(C, P), own], dim=1).repeat(H // K, 1)  # (H / K · C, P + C), True: is seen
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-    out = out.reshape(G, H, C, D).transpose(0, 1).reshape(1, H, G * C, D)
-    return torch.cat([prompt_out, out], dim=2)
+    # The last row sees all. Completions shorter than C need no mask: what follows their end is behind all that counts.
+    bias = causal_lower_right(C, P + C)  # no tensor: on a GPU, SDPA's flash kernel knows it
+    out = F.scaled_dot_product_attention(completions(query), keys, values, attn_mask=bias, enable_gqa=True)
+    return torch.cat([prompt_out, out.transpose(0, 1).flatten(1, 2)[None]], dim=2)
 
 
 def packed(prompt_lengths: list[int], group_lengths: list[int], num_completions: int) -> AttendFn:
@@ -89,16 +86,17 @@ class GroupCache:
         D = D // config.num_attention_heads
         # Zeros: what is not held yet must be finite, since it is weighed with 0.
         self.prompt_keys, self.prompt_values = torch.zeros(2, layers, B, K, P, D, dtype=dtype, device=device)
-        self.own_keys, self.own_values = torch.zeros(2, layers, B, G, K, C, D, dtype=dtype, device=device)
-        self.is_empty = torch.zeros(B, P, dtype=torch.bool, device=device)  # beyond the end of a prompt
+        self.own_keys, self.own_values = torch.zeros(2, layers, B, K, G, C, D, dtype=dtype, device=device)
+        self.bias = torch.zeros(B, 1, 1, P + C, device=device)  # 0 for what is held, -inf for empty room
         self.length = torch.zeros(1, dtype=torch.long, device=device)  # completion tokens held
         self.prompt_lengths: list[int] = []
 
     def begin(self, prompt_lengths: list[int]) -> None:
         """Forget what is held; expect prompts of these lengths."""
         self.prompt_lengths = prompt_lengths
-        lengths = torch.tensor(prompt_lengths, device=self.length.device)
-        self.is_empty.copy_(torch.arange(self.is_empty.shape[1], device=lengths.device) >= lengths[:, None])
+        lengths = torch.tensor(prompt_lengths, device=self.bias.device)
+        is_held = torch.arange(self.bias.shape[3], device=lengths.device) < lengths[:, None]
+        self.bias.copy_(torch.where(is_held, 0.0, -torch.inf)[:, None, None])
         self.length.zero_()
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
@@ -109,26 +107,28 @@ class GroupCache:
             self.prompt_values[layer, b, :, : v.shape[2]] = v[0]
         return torch.cat([causal(q, k, v) for q, k, v in prompts], dim=2)
 
+    def open_slot(self) -> None:
+        """Let the next token of each completion be seen; once per step, before the layers `decode`."""
+        self.bias.index_fill_(3, self.length + self.prompt_keys.shape[3], 0.0)
+
     def decode(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
         """Attend from one new token of each completion, (B·G, H, 1, D), to its prompt and to what precedes it."""
+        prompt_keys, prompt_values = self.prompt_keys[layer].flatten(0, 1), self.prompt_values[layer].flatten(0, 1)
         own_keys, own_values = self.own_keys[layer], self.own_values[layer]
-        B, G, K, C, D = own_keys.shape
-        R, P = query.shape[1] // K, self.is_empty.shape[1]  # R query heads share a key head
-        own_keys.index_copy_(3, self.length, key.view(B, G, K, 1, D))
-        own_values.index_copy_(3, self.length, value.view(B, G, K, 1, D))
+        B, K, G, C, D = own_keys.shape
+        P, R = prompt_keys.shape[1], query.shape[1] // K  # R query heads share a key head
+        own_keys.index_copy_(3, self.length, key.view(B, G, K, 1, D).transpose(1, 2))
+        own_values.index_copy_(3, self.length, value.view(B, G, K, 1, D).transpose(1, 2))
 
         # All G·R queries of a key head read the prompt in one matrix product; no per-completion copy of it exists.
-        grouped = query.view(B, G, K, R, D).transpose(1, 2).reshape(B * K, G * R, D)
-        prompt_scores = matmul_float32(grouped, self.prompt_keys[layer].flatten(0, 1).transpose(1, 2))
-        prompt_scores = prompt_scores.view(B, K, G * R, P).masked_fill(self.is_empty[:, None, None], -torch.inf)
-        prompt_scores = prompt_scores.view(B, K, G, R, P).transpose(1, 2)
-        own_scores = matmul_float32(query.view(B * G * K, R, D), own_keys.flatten(0, 2).transpose(1, 2))
-        is_ahead = torch.arange(C, device=query.device) > self.length
-        own_scores = own_scores.view(B, G, K, R, C).masked_fill(is_ahead, -torch.inf)
-        weights = (torch.cat([prompt_scores, own_scores], dim=4) * D**-0.5).softmax(dim=4).to(value.dtype)
-        grouped = weights[..., :P].transpose(1, 2).reshape(B * K, G * R, P) @ self.prompt_values[layer].flatten(0, 1)
-        out = grouped.view(B, K, G, R, D).transpose(1, 2)  # (B, G, K, R, D)
-        return (out + weights[..., P:] @ own_values).reshape(B * G, K * R, 1, D)
+        queries = query.view(B, G, K, R, D).transpose(1, 2).reshape(B * K, G * R, D)
+        prompt_scores = matmul_float32(queries, prompt_keys.transpose(1, 2))  # (B·K, G·R, P)
+        own_scores = matmul_float32(queries.view(-1, R, D), own_keys.view(-1, C, D).transpose(1, 2))  # (B·K·G, R, C)
+        scores = torch.cat([prompt_scores, own_scores.view(B * K, G * R, C)], dim=2).view(B, K, G * R, P + C)
+        weights = torch.add(self.bias, scores, alpha=D**-0.5).softmax(dim=3).to(value.dtype).flatten(0, 1)
+        out = weights[:, :, P:].reshape(-1, R, C) @ own_values.view(-1, C, D)  # (B·K·G, R, D)
+        out = out.view(B * K, G * R, D) + weights[:, :, :P] @ prompt_values
+        return out.view(B, K, G, R, D).transpose(1, 2).reshape(B * G, K * R, 1, D)
 
 
 def attend(module, query, key, value, attention_mask, attend_fn: AttendFn = causal, **kwargs):

@@ -29,7 +29,7 @@ from data.prompt import mrope_positions
 from data.video import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from grpo.config import Config, flag
 from grpo.loss import clipped_loss
-from grpo.model import SpecialTokens, make_optimizer, use_our_attention
+from grpo.model import SpecialTokens, make_optimizer, use_our_layers
 from grpo.sharding import compute_dtype, make_trainable, start_processes
 from grpo.tracking import Totals, peak_memory_gb
 from train import rollout_phase, update_phase
@@ -38,7 +38,7 @@ from train import rollout_phase, update_phase
 # vision tower: hidden size, blocks, heads, intermediate size, blocks with full attention. 3b and 7b: as published.
 SIZES = {
     "tiny": ((128, 4, 4, 2, 256, 512, True, [4, 6, 6]), (64, 2, 2, 128, [1])),
-    "cpu": ((512, 8, 8, 2, 1408, 4096, True, [8, 12, 12]), (256, 4, 4, 512, [3])),
+    "cpu": ((512, 8, 8, 2, 1152, 4096, True, [8, 12, 12]), (320, 4, 4, 855, [3])),
     "3b": ((2048, 36, 16, 2, 11008, 151936, True, [16, 24, 24]), (1280, 32, 16, 3420, [7, 15, 23, 31])),
     "7b": ((3584, 28, 28, 4, 18944, 152064, False, [16, 24, 24]), (1280, 32, 16, 3420, [7, 15, 23, 31])),
 }
@@ -270,15 +270,16 @@ def run(options: Options, device: torch.device) -> dict:
     for _ in range(options.runs + 1):
         ours.append(measure(rollout, update))
         if options.baseline and not out_of_memory:
-            for module in (model, whole.module):
-                module.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+            for module in (model, whole.module):  # Hugging Face's own layers
+                module.set_attn_implementation("sdpa")
+                del module.model.visual.patch_embed.forward
             try:
                 theirs.append(measure(baseline_rollout, baseline_update))
             except torch.OutOfMemoryError:
                 out_of_memory = True
                 optimizer.zero_grad()
             for module in (model, whole.module):
-                use_our_attention(module)
+                use_our_layers(module)
 
     def medians(runs: list[dict]) -> dict[str, float]:
         return {name: statistics.median(figures[name] for figures in runs[1:]) for name in FIGURES}

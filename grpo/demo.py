@@ -26,7 +26,7 @@ from data.video import VideoOptions
 from grpo.config import Config
 from grpo.evaluate import evaluate
 from grpo.export import load_merged
-from grpo.model import load_model, load_tokenizer, use_our_attention
+from grpo.model import load_model, load_tokenizer, use_our_layers
 from reward.numerical import extract_number
 
 NUM_TRAIN, NUM_HELDOUT = 640, 96
@@ -77,7 +77,7 @@ def build_model(tokenizer, seed: int, hidden_size: int = 128, layers: int = 4) -
         **special,
     )
     torch.manual_seed(seed)
-    return use_our_attention(Qwen2_5_VLForConditionalGeneration(config))
+    return use_our_layers(Qwen2_5_VLForConditionalGeneration(config))
 
 
 def supervised_loss(model, prompts: list[Prompt], answer_ids: list[Tensor]) -> Tensor:

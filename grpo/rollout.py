@@ -45,6 +45,7 @@ def prefill(model, prompts: list[Prompt], cache: GroupCache) -> Tensor:
 
 def decode_one_token(model, token_ids: Tensor, positions: Tensor, cache: GroupCache) -> Tensor:
     """Pass one further token of each completion, (B·G,), at its mRoPE position, (B·G,); return (B·G, E)."""
+    cache.open_slot()
     return model.model.language_model(
         inputs_embeds=model.get_input_embeddings()(token_ids[:, None]),
         position_ids=positions.expand(3, -1)[:, :, None],

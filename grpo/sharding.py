@@ -20,7 +20,7 @@ from data.dataset import InputError
 from grpo.config import Config
 from grpo.logprobs import completion_logprobs
 from grpo.lora import add_adapters, lora_layers, merged_weight, trains_adapters_alone
-from grpo.model import freeze, use_our_attention
+from grpo.model import freeze, use_our_layers
 
 
 def start_processes() -> torch.device:
@@ -151,7 +151,7 @@ def make_trainable(loaded, config: Config, device: torch.device) -> tuple:
     dist.broadcast_object_list(description)
     with torch.device("meta"):  # shapes alone
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(description[0][0]))
-    use_our_attention(model)
+    use_our_layers(model)
     model.generation_config = description[0][1]
     reference = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
     if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):

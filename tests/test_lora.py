@@ -26,7 +26,7 @@ from grpo.lora import (
     trains_adapters_alone,
     without_dropout,
 )
-from grpo.model import freeze, make_optimizer, save_model, use_our_attention
+from grpo.model import freeze, make_optimizer, save_model, use_our_layers
 from tests.conftest import Tiny, run_ranks
 from tests.test_sharding import relative, rollouts_of, with_advantages
 from tests.test_train import curves, flags, run_main, weights
@@ -158,7 +158,7 @@ def test_every_adapter_and_every_trained_part_gets_a_gradient_and_nothing_else(t
 
 def test_peft_loads_what_was_saved_and_it_is_what_was_trained(tiny, case):
     _, result, folder = case
-    base = use_our_attention(Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny.folder / "model"))
+    base = use_our_layers(Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny.folder / "model"))
     loaded = PeftModel.from_pretrained(base, folder).eval()
     assert distance(score(loaded.get_base_model(), tiny), result["after"]) < 1e-4
     assert json.loads(Path(folder, "adapter_config.json").read_text())["inference_mode"]
@@ -266,7 +266,7 @@ def test_the_exported_model_has_the_bases_precision_and_the_adapters_answers(tin
     merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "merged", dtype="auto")
     assert merged.dtype == torch.bfloat16
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "base", dtype=torch.float32)
-    peft_model = PeftModel.from_pretrained(use_our_attention(base), folder / "out" / "final").eval()
+    peft_model = PeftModel.from_pretrained(use_our_layers(base), folder / "out" / "final").eval()
     rounded = peft_model.merge_and_unload().to(torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), rounded.parameters(), strict=True))
     assert not torch.equal(weights(folder / "merged"), weights(folder / "base"))

@@ -55,9 +55,10 @@ def separate_rows(model, prompt, ids, mask, banned_ids):
 
 
 def hf_twin(model):
-    """The same weights with Hugging Face's own attention."""
+    """The same weights with Hugging Face's own attention and patch embedding."""
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("sdpa")
+    del twin.model.visual.patch_embed.forward
     return twin
 
 
@@ -178,6 +179,7 @@ def test_decoding_keeps_its_precision_with_bfloat16_and_large_keys():
     query, own_key, own_value = (
         torch.randn(G, heads, 1, D).bfloat16() + shift for heads, shift in ((2, 1), (1, 12), (1, 0))
     )
+    cache.open_slot()
     out = cache.decode(query, own_key, own_value, layer=0).double()
     keys = torch.cat([key.expand(G, -1, -1, -1), own_key], dim=2).double()
     values = torch.cat([value.expand(G, -1, -1, -1), own_value], dim=2).double()
