@@ -8,8 +8,8 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import MethodType
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -91,7 +91,7 @@ def use_our_layers(model) -> Qwen2_5_VLForConditionalGeneration:
     """Let the language model and the vision tower call the functions of `grpo/attention.py`, and `embed_patches`."""
     model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "segments_like_flash"})
     patch_embed = model.model.visual.patch_embed
-    patch_embed.forward = MethodType(embed_patches, patch_embed)
+    patch_embed.forward = partial(embed_patches, patch_embed)
     return model
 
 

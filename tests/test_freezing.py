@@ -6,17 +6,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
 
 import train
 from data.dataset import InputError
 from grpo import sharding
 from grpo.config import Config, parse_config
+from grpo.logprobs import completion_logprobs, encode_videos
 from grpo.lora import add_adapters
 from grpo.model import freeze, make_optimizer, part_of
 from tests.conftest import run_ranks
 from tests.test_config import GIVEN
 from tests.test_lora import LORA
-from tests.test_sharding import one_rank, relative, step  # noqa: F401  a fixture
+from tests.test_sharding import one_rank, relative, rollouts_of, step  # noqa: F401  a fixture
 from tests.test_train import flags
 
 PARTS = {"language model", "vision tower", "merger"}
@@ -134,6 +136,30 @@ def test_frozen_weights_are_gathered_once_and_all_stay_where_they_are(tiny, tmp_
         "left": {"vision tower"},
         "moved": [],  # graphs that were captured read from there
     }
+
+
+def test_a_frozen_tower_encodes_once_and_gives_the_same_log_probabilities_and_gradients(tiny):
+    rollouts, results = rollouts_of(tiny), []
+    ids, masks = [r.completion_ids for r in rollouts], [r.completion_mask for r in rollouts]
+    for encode in (False, True):
+        model = copy.deepcopy(tiny.model)
+        freeze(model, Config(freeze_vision_tower=True))
+        prompts = [encode_videos(model, prompt) for prompt in tiny.prompts] if encode else tiny.prompts
+        assert all(len(prompt.pixel_values_videos) == 0 for prompt in prompts) == encode
+        logprobs = [logprobs for logprobs, _ in completion_logprobs(model, prompts, ids, masks, 0.7, tiny.banned_ids)]
+        sum(row.sum() for row in logprobs).backward()
+        results.append((logprobs, [p.grad for p in model.parameters() if p.grad is not None]))
+    assert relative(results[1][0], results[0][0]) < 1e-6
+    assert len(results[0][1]) == len(results[1][1]) and relative(results[1][1], results[0][1]) < 1e-5
+
+
+@pytest.mark.parametrize(("more", "passes"), [([], 2 + 2 * 2), (["--freeze_vision_tower"], 2)])
+def test_a_run_encodes_the_videos_of_a_frozen_tower_once_per_step(tiny, tmp_path, monkeypatch, more, passes):
+    calls, block = [], Qwen2_5_VLVisionBlock.forward
+    monkeypatch.setattr(Qwen2_5_VLVisionBlock, "forward", lambda *a, **k: (calls.append(1), block(*a, **k))[1])
+    run = ["--max_steps", "2", "--num_iterations", "2", "--global_batch_size", "1", *more]
+    assert train.main(flags(tiny, tmp_path / "out", *run)) == 0
+    assert len(calls) == passes * tiny.model.config.vision_config.depth
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from grpo.logprobs import completion_logprobs
 from grpo.loss import clipped_loss, importance_ratios, weighted_sum
-from grpo.rollout import generate
+from grpo.rollout import Decoder, decoder_for, generate, prefill
 from tests.test_packed import hf_twin
 
 
@@ -112,3 +112,30 @@ def test_sampled_tokens_follow_the_distribution(tiny):
     for token, count in zip(first.tolist(), counts.tolist(), strict=True):
         probability = rollout.logprobs[rollout.completion_ids[:, 0] == token][0, 0].exp().item()
         assert abs(count / 2000 - probability) < 0.05  # five standard deviations
+
+
+def test_a_decoder_serves_many_rollouts_and_remembers_nothing_of_them(tiny):
+    decoder_for.cache_clear()
+    first = sample(tiny, tiny.prompts[:2], C=7)
+    sample(tiny, tiny.prompts[2:], C=7, seed=5)  # shorter or longer ones in between
+    again = sample(tiny, tiny.prompts[:2], C=7)
+    assert decoder_for.cache_info().hits > 0
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.completion_ids, b.completion_ids) and torch.equal(a.logprobs, b.logprobs)
+
+
+def test_room_that_stays_empty_changes_nothing(tiny):
+    (exact,) = sample(tiny, tiny.prompts[:1], C=6, stop_ids=[-1])
+    P = len(tiny.prompts[0].prompt_ids)
+    logits = []
+    with torch.no_grad():
+        for room in (P, P + 100):  # as on a GPU, where a graph serves prompts of many lengths
+            decoder = Decoder(tiny.model, 1, 4, room, 6)
+            prefill(tiny.model, tiny.prompts[:1], decoder.cache)
+            for t in range(5):
+                position = tiny.prompts[0].position_ids.max() + 1 + t
+                hidden = decoder.step(exact.completion_ids[:, t], position.expand(4))
+            logits.append(hidden @ tiny.model.lm_head.weight.T)
+    assert torch.allclose(logits[0], logits[1], atol=1e-5)
+    chosen = torch.log_softmax((logits[1] / 0.7).index_fill(1, tiny.banned_ids, -torch.inf), dim=1)
+    assert torch.allclose(chosen.gather(1, exact.completion_ids[:, 5:])[:, 0], exact.logprobs[:, 5], atol=1e-5)

@@ -12,6 +12,7 @@ from data.dataset import InputError
 from data.loader import checked
 from grpo import sharding
 from grpo.config import Config, resolve_batch_sizes
+from grpo.inputs import load_inputs
 from grpo.logprobs import completion_logprobs
 from grpo.model import freeze, make_optimizer
 from grpo.rollout import generate
@@ -221,6 +222,56 @@ def test_whole_weights_are_those_of_the_sharded_model_on_every_rank(tiny, tmp_pa
     run_ranks(two_models, world_size, tiny, str(tmp_path / "rank"))
     for rank in range(world_size):
         assert torch.load(tmp_path / f"rank{rank}") == {"wrong": [], "shared": True}
+
+
+def spread(tiny: Tiny, path: str, settings: dict) -> None:
+    """Let rank 0 alone have the model, as a run does; write what each rank then has of it."""
+    device = sharding.start_processes()
+    loaded = copy.deepcopy(tiny.model) if dist.get_rank() == 0 else None
+    model, whole, reference = sharding.make_trainable(loaded, Config(**settings), device)
+    whole.refresh(model)
+    result = {
+        "whole": {name: p.detach().clone() for name, p in whole.module.named_parameters()},
+        "sharded": {name: p.full_tensor().detach() for name, p in model.named_parameters()},
+        "own": sum(p.to_local().numel() for p in model.parameters()),
+        "reference": reference and {name: p.full_tensor().detach() for name, p in reference.named_parameters()},
+        "buffers": {name: b.clone() for name, b in [*model.named_buffers(), *whole.module.named_buffers()]},
+        "stop": model.generation_config.eos_token_id,
+    }
+    torch.save(result, f"{path}{dist.get_rank()}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("settings", [{"beta": 0.1}, {"lora_enable": True, "lora_rank": 2}], ids=["whole", "adapters"])
+def test_the_model_that_rank_0_has_read_is_spread_over_all_ranks(tiny, tmp_path, settings):
+    run_ranks(spread, 2, tiny, str(tmp_path / "rank"), settings)
+    expected, ranks = dict(tiny.model.named_parameters()), [torch.load(tmp_path / f"rank{rank}") for rank in (0, 1)]
+    for rank in ranks:
+        assert rank["whole"].keys() == expected.keys()
+        assert all(torch.equal(p, rank["whole"][name]) for name, p in expected.items())
+        assert all(torch.equal(p, ranks[0]["sharded"][name]) for name, p in rank["sharded"].items())
+        assert all(torch.equal(b, rank["buffers"][name]) for name, b in tiny.model.named_buffers())
+        assert rank["stop"] == tiny.model.generation_config.eos_token_id
+        if "beta" in settings:
+            assert all(torch.equal(p, rank["reference"][name]) for name, p in expected.items())
+        else:  # random adapters, the same on both
+            assert any(".lora_A." in name and p.any() for name, p in rank["sharded"].items())
+    number = sum(p.numel() for p in ranks[0]["sharded"].values())
+    assert sum(rank["own"] for rank in ranks) == number and max(rank["own"] for rank in ranks) < 0.6 * number
+
+
+def test_only_rank_0_reads_the_weights(tiny, tmp_path):
+    run_ranks(load, 2, tiny, str(tmp_path / "rank"))
+    assert [torch.load(tmp_path / f"rank{rank}") for rank in (0, 1)] == [True, False]
+
+
+def load(tiny: Tiny, path: str) -> None:
+    """Load what a run needs; write whether this rank got a model."""
+    sharding.start_processes()
+    where = {"data_path": str(tiny.folder / "data.json"), "image_folder": str(tiny.folder / "videos")}
+    config = Config(model_id=str(tiny.folder / "model"), output_dir=f"{path}out", **where)
+    torch.save(load_inputs(config)[-1] is not None, f"{path}{dist.get_rank()}")
+    dist.destroy_process_group()
 
 
 def in_bfloat16(tiny: Tiny, path: str) -> None:

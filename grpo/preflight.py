@@ -1,0 +1,94 @@
+"""Find out before a run whether its largest step fits into memory, not hours later when that sample comes up."""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data.dataset import InputError, Sample
+from data.loader import PromptDataset, load_prompt
+from data.prompt import encode_prompt
+from data.video import BadVideo, video_grid
+from grpo.config import Config
+from grpo.model import SpecialTokens
+from grpo.sharding import raise_together
+from grpo.tracking import Totals, peak_memory_gb
+
+NUM_THREADS = 16  # that open videos; opening waits for disks
+
+
+def prompt_length(dataset: PromptDataset, sample: Sample) -> int:
+    """Count the prompt tokens of a sample, from the headers of its videos; 0 if one cannot be read."""
+    try:
+        grids = torch.tensor([video_grid(path, dataset.options) for path in sample.videos])
+        seconds = torch.ones(len(grids))
+        return len(encode_prompt(sample.turns, dataset.tokenizer, grids, seconds, dataset.tokens_per_second)[0])
+    except (BadVideo, FileNotFoundError, ValueError):
+        return 0  # reported when its turn comes
+
+
+def longest_prompt(dataset: PromptDataset) -> tuple[int, Sample]:
+    """Return the length and the sample of the longest prompt; the ranks share the work. Collective."""
+    own = range(dist.get_rank(), len(dataset.samples), dist.get_world_size())
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        lengths = pool.map(lambda i: prompt_length(dataset, dataset.samples[i]), own)
+        longest = max(zip(lengths, own, strict=True), default=(0, 0))
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, longest)
+    length, index = max(of_ranks)
+    return length, dataset.samples[index]
+
+
+def memory_preflight(dataset: PromptDataset, tokens: SpecialTokens, optimizer, config: Config, rollout, update) -> str:
+    """Run one step on the longest prompt with completions of full length, change nothing; return a line about it.
+
+    rollout(prompts, tokens) -> rollouts and update(rollouts, totals) are the phases of `train.py`. The optimizer must
+    not have stepped yet. Raises InputError where memory does not suffice.
+    """
+    length, sample = longest_prompt(dataset)
+    prompt = raise_together(loaded, dataset, sample)
+    G, C, world_size = config.num_generations, config.max_completion_length, dist.get_world_size()
+    endless = SpecialTokens(torch.full_like(tokens.stop_ids, -1), tokens.banned_ids)  # nothing ends a completion
+    rates = [group["lr"] for group in optimizer.param_groups]
+    what = (
+        f"sample {sample.id!r} with {len(sample.videos)} videos ({length:,} prompt tokens, {G} completions of {C} "
+        f"tokens, {config.per_device_train_batch_size} such prompts at a time)"
+    )
+    try:
+        rollouts = rollout([prompt] * config.per_device_train_batch_size, endless)
+        for one in rollouts:
+            one.train_mask = one.completion_mask
+            one.advantages = torch.linspace(-1, 1, G, device=tokens.device)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        num_completions = len(rollouts) * G * world_size
+        update(rollouts, Totals(num_completions * C, num_completions, 1.0))
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        line = (
+            f"out of memory in a trial step on {what}: lower --max_videos, --nframes or --fps, the video size, "
+            "--num_generations, --max_completion_length or --per_device_train_batch_size, add "
+            "--gradient_checkpointing true or --lora_enable, or take more GPUs"
+        )
+        if dist.get_rank() > 0:  # rank 0 may have had enough
+            tqdm.write(f"train.py: error: rank {dist.get_rank()}: {line}", file=sys.stderr)
+        raise InputError(line) from error
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.zero_grad()
+    optimizer.state.clear()  # the step of rate 0 has left the weights as they were
+    peaks = [None] * world_size
+    dist.all_gather_object(peaks, peak_memory_gb())
+    by_rank = ", ".join(f"{peak:.1f}" for peak in peaks)
+    return f"memory: at most {max(peaks):.1f} GB in a trial step on {what}; by rank: {by_rank}"
+
+
+def loaded(dataset: PromptDataset, sample: Sample):
+    """Load the prompt of a sample; raise InputError if it cannot be read."""
+    try:
+        return load_prompt(sample, dataset.tokenizer, dataset.tokens_per_second, dataset.options)
+    except (BadVideo, FileNotFoundError, ValueError) as error:
+        raise InputError(f"sample {sample.id!r}: {error}") from error

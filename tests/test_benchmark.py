@@ -1,0 +1,65 @@
+"""The benchmark runs the trainer's own phases, and measures the repeated rows beside them."""
+
+import json
+
+import pytest
+import torch
+
+from grpo import benchmark
+from grpo.logprobs import completion_logprobs
+from grpo.model import special_tokens
+from tests.conftest import run_ranks
+from tests.test_packed import hf_twin
+
+FLAGS = "--size tiny --num_videos 2 --frames 4 --resolution 56 --num_generations 4 --completion_length 5 --runs 1"
+
+
+def bench(path: str) -> None:
+    assert benchmark.main([*FLAGS.split(), "--json", path]) == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_figures_of_both_ways_are_written(tmp_path, world_size):
+    run_ranks(bench, world_size, str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["ranks"] == world_size and figures["options"]["num_videos"] == 2
+    for one in (figures, figures["baseline"]):
+        assert all(one[name] > 0 for name in benchmark.FIGURES)
+        assert one["step_seconds"] == pytest.approx(one["rollout_seconds"] + one["update_seconds"])
+    lines = benchmark.table(figures).splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["rollout", "update", "step", "peak"]
+
+
+def test_repeated_rows_are_the_same_work(tiny):
+    """Given the same completions, the baseline's gradient is that of the packed pass."""
+    options = benchmark.Options(num_generations=3, completion_length=5)
+    banned = special_tokens(tiny.model, tiny.tokenizer, "cpu").banned_ids
+    prompt, twin = tiny.prompts[1], hf_twin(tiny.model)
+    word = benchmark.VIDEO_TOKEN
+    benchmark.VIDEO_TOKEN = tiny.model.config.video_token_id
+    ids = benchmark.repeated_rollout(twin, prompt, options, banned)
+    benchmark.VIDEO_TOKEN = word
+    assert ids.shape == (3, 5) and len(set(map(tuple, ids.tolist()))) > 1
+    advantages = torch.tensor([1.0, -0.5, 0.25])
+    stay = torch.optim.SGD(twin.parameters(), lr=0.0)
+    benchmark.repeated_update(twin, stay, prompt, ids, advantages, banned)
+    ((logprobs, _),) = completion_logprobs(tiny.model, [prompt], [ids], [torch.ones_like(ids).bool()], 1.0, banned)
+    ours = torch.autograd.grad(-(logprobs * advantages[:, None]).mean(), list(tiny.model.parameters()))
+    norm = torch.cat([g.flatten() for g in ours]).norm()
+    for g, p in zip(ours, twin.parameters(), strict=True):
+        assert torch.allclose(p.grad * max(1.0, norm.item()), g, atol=1e-4 * norm.item())
+
+
+def test_sizes_are_those_that_the_help_names():
+    text = benchmark.Options.__dataclass_fields__["size"].metadata["help"]
+    with torch.device("meta"):
+        sizes = [benchmark.random_model(size, torch.device("meta")) for size in benchmark.SIZES]
+    found = [sum(p.numel() for p in model.parameters()) / 1e6 for model in sizes]
+    assert text == "the model: 1, 29, 3,755 or 8,292 million parameters"
+    assert [f"{number:,.0f}" for number in found] == ["1", "29", "3,755", "8,292"]
+
+
+def test_what_is_too_small_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--size", "tiny", "--num_videos", "0"])
+    assert "--num_videos 0 is too small" in capsys.readouterr().err
