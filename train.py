@@ -45,6 +45,7 @@ from grpo.loss import (
     weighted_sum,
 )
 from grpo.model import SpecialTokens, make_optimizer, processor_files, save_model, special_tokens, table_of_parts
+from grpo.preflight import memory_preflight
 from grpo.rollout import Rollout, generate
 from grpo.scoring import score
 from grpo.sharding import make_trainable, raise_together, start_processes
@@ -167,6 +168,9 @@ def train(config: Config, device: torch.device) -> None:
     if num_cut:
         tracker.say(f"{num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out")
     tracker.say(table_of_parts(model, config))
+    if config.memory_preflight or (config.memory_preflight is None and device.type == "cuda"):
+        models, phases = (model, whole, reference), (rollout_phase, update_phase)
+        tracker.say(memory_preflight(dataset, tokens, optimizer, config, models, phases))
     extras = processor_files(config.model_id)
 
     def save(name: str) -> None:

@@ -144,10 +144,15 @@ def attend_segments(module, query, key, value, attention_mask, cu_seq_lens_q: Te
     query, key, value: (1, H, S, D); cu_seq_lens_q: (segments + 1,) where segments begin and the last one ends.
     """
     starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff().long()
+    sizes = lengths.unique().tolist()
+    if len(sizes) == 1:  # views alone, nothing is copied
+        q, k, v = (x[0].unflatten(1, (-1, sizes[0])).transpose(0, 1) for x in (query, key, value))  # (n, H, length, D)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).flatten(0, 1)[None], None
     out = torch.empty_like(query.transpose(1, 2))  # (1, S, H, D)
-    for length in lengths.unique().tolist():
+    for length in sizes:
         rows = starts[lengths == length, None] + torch.arange(length, device=query.device)  # (n, length)
-        q, k, v = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))  # (n, H, length, D)
+        q, k, v = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
         out[0, rows] = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return out, None
 

@@ -83,6 +83,7 @@ class Config:
     gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
 
     # the run
+    memory_preflight: bool | None = flag(None, "first try a step on the longest prompt, for its memory (on a GPU: on)")
     logging_steps: int = flag(1, "steps between points of the curves")
     log_completions: int = flag(4, "completions shown in TensorBoard at a logging step")
     save_steps: int = flag(0, "steps between saved models; 0: only at the end")

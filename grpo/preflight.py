@@ -41,12 +41,15 @@ def longest_prompt(dataset: PromptDataset) -> tuple[int, Sample]:
     return length, dataset.samples[index]
 
 
-def memory_preflight(dataset: PromptDataset, tokens: SpecialTokens, optimizer, config: Config, rollout, update) -> str:
+def memory_preflight(
+    dataset: PromptDataset, tokens: SpecialTokens, optimizer, config: Config, models: tuple, phases: tuple
+) -> str:
     """Run one step on the longest prompt with completions of full length, change nothing; return a line about it.
 
-    rollout(prompts, tokens) -> rollouts and update(rollouts, totals) are the phases of `train.py`. The optimizer must
+    models: what `make_trainable` returns; phases: `rollout_phase` and `update_phase` of `train.py`. The optimizer must
     not have stepped yet. Raises InputError where memory does not suffice.
     """
+    (model, whole, reference), (rollout_phase, update_phase) = models, phases
     length, sample = longest_prompt(dataset)
     prompt = raise_together(loaded, dataset, sample)
     G, C, world_size = config.num_generations, config.max_completion_length, dist.get_world_size()
@@ -57,14 +60,16 @@ def memory_preflight(dataset: PromptDataset, tokens: SpecialTokens, optimizer, c
         f"tokens, {config.per_device_train_batch_size} such prompts at a time)"
     )
     try:
-        rollouts = rollout([prompt] * config.per_device_train_batch_size, endless)
+        prompts = [prompt] * config.per_device_train_batch_size
+        rollouts = rollout_phase(whole.refresh(model), prompts, endless, config, step=0)
         for one in rollouts:
             one.train_mask = one.completion_mask
             one.advantages = torch.linspace(-1, 1, G, device=tokens.device)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         num_completions = len(rollouts) * G * world_size
-        update(rollouts, Totals(num_completions * C, num_completions, 1.0))
+        totals = Totals(num_completions * C, num_completions, 1.0)
+        update_phase(model, reference, optimizer, rollouts, totals, tokens.banned_ids, config)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise

@@ -104,8 +104,8 @@ class WholeWeights:
             setattr(self.module.get_submodule(owner), own_name, buffer)
 
     @torch.no_grad()
-    def refresh(self, model) -> None:
-        """Bring in the present weights of the sharded `model`."""
+    def refresh(self, model):
+        """Bring in the present weights of the sharded `model`; return `module`."""
         if not self.is_filled:
             self.allocate(model)
         adapted = lora_layers(model)
@@ -124,6 +124,7 @@ class WholeWeights:
             else:  # into the same memory, from which captured graphs read
                 whole.copy_(sharded.to(whole.dtype).full_tensor())
         self.is_filled = True
+        return self.module
 
 
 @torch.no_grad()

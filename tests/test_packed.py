@@ -187,8 +187,8 @@ def test_decoding_keeps_its_precision_with_bfloat16_and_large_keys():
     assert relative(out, exact) < 0.01
 
 
-def test_segments_attention_equals_attention_within_each_segment():
-    lengths = [4, 16, 4, 1, 16]
+@pytest.mark.parametrize("lengths", [[4, 16, 4, 1, 16], [6, 6, 6], [9]])
+def test_segments_attention_equals_attention_within_each_segment(lengths):
     query, key, value = torch.randn(3, 1, 2, sum(lengths), 8).unbind(0)
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     out, _ = attend_segments(None, query, key, value, None, cu_seq_lens_q=starts)
