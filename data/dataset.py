@@ -10,6 +10,7 @@ order; without any tag the videos come first. Whatever is wrong is an InputError
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 VIDEO_TAG = "<video>"
@@ -18,6 +19,14 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 class InputError(Exception):
     """What the user gave is wrong; str() is the one line to print: what, where and how to mend it."""
+
+
+class TagMismatch(InputError):
+    """A sample has more tags than videos, or fewer."""
+
+
+class DuplicateId(InputError):
+    """A sample has the id of an earlier one."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +44,10 @@ def load_samples(data_path: str, image_folder: str = "") -> list[Sample]:
 
     A video path is used as it is if that file exists, else joined to `image_folder`. Raises InputError.
     """
-    samples, seen, missing = [], set(), {}
-    entries = _read_entries(data_path)
-    if not entries:
-        raise InputError(f"{data_path!r} holds no samples: give a file with at least one")
-    for position, entry in enumerate(entries, start=1):
-        sample = _read_sample(entry, f"{data_path!r}: entry #{position}", data_path, f"#{position}", image_folder)
-        if sample.id in seen:
-            raise InputError(f"{data_path!r}: the id {sample.id!r} occurs twice: give every sample its own")
-        seen.add(sample.id)
+    samples, missing = [], {}
+    for _, sample in read_samples(data_path, image_folder):
+        if isinstance(sample, InputError):
+            raise sample
         samples.append(sample)
         for path in sample.videos:
             if not os.path.isfile(path):
@@ -55,6 +59,25 @@ def load_samples(data_path: str, image_folder: str = "") -> list[Sample]:
             f"set --image_folder (now {image_folder!r}) to the folder that holds them, or mend the paths"
         )
     return samples
+
+
+def read_samples(data_path: str, image_folder: str = "") -> Iterator[tuple[object, Sample | InputError]]:
+    """Yield every entry of a file, beside it its sample, or what is wrong with it.
+
+    Videos need not exist. Of samples with the same id the first is good. Raises InputError for a file without entries.
+    """
+    entries, seen = _read_entries(data_path), set()
+    if not entries:
+        raise InputError(f"{data_path!r} holds no samples: give a file with at least one")
+    for position, entry in enumerate(entries, start=1):
+        try:
+            sample = _read_sample(entry, f"{data_path!r}: entry #{position}", data_path, f"#{position}", image_folder)
+            if sample.id in seen:
+                raise DuplicateId(f"{data_path!r}: the id {sample.id!r} occurs twice: give every sample its own")
+            seen.add(sample.id)
+        except InputError as error:
+            sample = error
+        yield entry, sample
 
 
 def _read_entries(data_path: str) -> list:
@@ -116,7 +139,7 @@ def _read_sample(entry, where: str, data_path: str, default_id: str, image_folde
         first_user = [role for role, _ in prompt].index("user")
         prompt[first_user] = ("user", f"{VIDEO_TAG}\n" * len(videos) + prompt[first_user][1])
     elif tags != len(videos):
-        raise InputError(
+        raise TagMismatch(
             f"{where}: {tags} {VIDEO_TAG} tag(s) in the human turns but {len(videos)} in 'video': "
             "make them equal, or leave out all tags"
         )

@@ -9,6 +9,7 @@ T frames, H x W pixels, S = t·h·w patches of one video with t = T / 2, h = H /
 """
 
 import math
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import torch  # before decord, whose bundled libraries otherwise clash with torch's on some machines
 import torch.nn.functional as F  # noqa: N812
 from decord import DECORDError, VideoReader
+
+from data.mp4_check import check_mp4
 
 PATCH_SIZE = 14
 MERGE_SIZE = 2  # the tower merges 2 x 2 patches into one token
@@ -35,6 +38,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 class BadVideo(Exception):
     """A file that exists but gives no usable frames; the message is one line with its path and the reason."""
+
+
+class TooFewFrames(BadVideo):
+    """A video is shorter than the options ask for."""
 
 
 @dataclass(frozen=True)
@@ -159,34 +166,72 @@ def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
     return patches.reshape(t * h * w, -1), (t, h, w)  # (S, 1176)
 
 
+def open_video(path: str | Path, options: VideoOptions) -> tuple[VideoReader, list[int], float]:
+    """Open a video file: a reader, the frames to read, and how many of them are in a second of video.
+
+    Raises FileNotFoundError when there is no file, BadVideo when it is none, TooFewFrames when it is too short.
+    """
+    path = str(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no video at {path!r}")
+    try:
+        check_mp4(path)
+        # An absolute path, since FFmpeg would take "view:2.mp4" for an address.
+        reader = VideoReader(os.path.abspath(path), num_threads=1)  # the data workers are the parallelism
+        total_frames, video_fps = len(reader), reader.get_avg_fps()
+        times = reader.get_frame_timestamp(range(total_frames))[:, 0]
+    except OSError as error:
+        raise BadVideo(f"{path!r} cannot be read ({error.strerror})") from error
+    except UnicodeEncodeError as error:  # a ValueError
+        raise BadVideo(f"{path!r} has a name that decord cannot open: it is not UTF-8") from error
+    except ValueError as error:
+        raise BadVideo(f"{path!r} {error}") from error
+    except (DECORDError, RuntimeError, AssertionError) as error:
+        raise BadVideo(f"{path!r} is not a video that decord can open") from error
+    if not 0 < video_fps < math.inf:  # nor nan
+        raise BadVideo(f"{path!r} has no frame rate (decord reads {video_fps})")
+    if (times[1:] <= times[:-1]).any():  # decord finds a frame by its time
+        raise BadVideo(f"{path!r} is damaged: several of its frames have the same time")
+    try:
+        indices = frame_indices(total_frames, video_fps, options)
+    except ValueError as error:
+        raise TooFewFrames(f"{path!r} {error}") from error
+    return reader, indices, len(indices) / total_frames * video_fps
+
+
+def decode(path: str | Path, reader: VideoReader, indices: list[int]) -> torch.Tensor:
+    """Return these frames of an open video: uint8 (T, 3, H, W); raise BadVideo."""
+    try:
+        frames = torch.from_numpy(reader.get_batch(indices).asnumpy())  # (T, H, W, 3)
+    except (DECORDError, RuntimeError, IndexError) as error:
+        raise BadVideo(f"{str(path)!r} is damaged: its frames cannot be decoded") from error
+    if len(frames) != len(indices):
+        raise BadVideo(f"{str(path)!r} is damaged: it gives {len(frames)} of {len(indices)} frames")
+    return frames.permute(0, 3, 1, 2)  # (T, 3, H, W)
+
+
 def read_frames(path: str | Path, options: VideoOptions) -> tuple[torch.Tensor, float]:
     """Decode the frames that the options ask for: uint8 (T, 3, H, W), and how many of them are in a second of video.
 
     Raises FileNotFoundError when there is no file, BadVideo when it gives no such frames.
     """
-    path = str(path)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no video at {path!r}")
+    reader, indices, sampled_fps = open_video(path, options)
+    return decode(path, reader, indices), sampled_fps
+
+
+def grid_of(path: str | Path, frames: torch.Tensor, num_frames: int, options: VideoOptions) -> tuple[int, int, int]:
+    """Return the grid (t, h, w) of a video of num_frames such frames (T, 3, H, W); raise BadVideo for their shape."""
     try:
-        reader = VideoReader(path, num_threads=1)  # the data workers are the parallelism
-        total_frames, video_fps = len(reader), reader.get_avg_fps()
-    except (DECORDError, RuntimeError) as error:
-        raise BadVideo(f"{path!r} is not a video that decord can open") from error
-    if total_frames < 1:
-        raise BadVideo(f"{path!r} has no frames")
-    if not 0 < video_fps < math.inf:  # nor nan
-        raise BadVideo(f"{path!r} has no frame rate (decord reads {video_fps})")
-    try:
-        indices = frame_indices(total_frames, video_fps, options)
+        height, width = target_size(frames.shape[2], frames.shape[3], num_frames, options)
     except ValueError as error:
-        raise BadVideo(f"{path!r} {error}") from error
-    try:
-        frames = torch.from_numpy(reader.get_batch(indices).asnumpy())  # (T, H, W, 3)
-    except (DECORDError, RuntimeError, IndexError) as error:
-        raise BadVideo(f"{path!r} is damaged: its frames cannot be decoded") from error
-    if len(frames) != len(indices):
-        raise BadVideo(f"{path!r} is damaged: it gives {len(frames)} of {len(indices)} frames")
-    return frames.permute(0, 3, 1, 2), len(indices) / total_frames * video_fps  # (T, 3, H, W)
+        raise BadVideo(f"{str(path)!r} {error}") from error
+    return num_frames // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE
+
+
+def video_grid(path: str | Path, options: VideoOptions) -> tuple[int, int, int]:
+    """Return the grid (t, h, w) that load_video gives, from the first frame alone; raise what it raises."""
+    reader, indices, _ = open_video(path, options)
+    return grid_of(path, decode(path, reader, indices[:1]), len(indices), options)
 
 
 def load_video(path: str | Path, options: VideoOptions) -> tuple[torch.Tensor, tuple[int, int, int], float]:
@@ -197,9 +242,6 @@ def load_video(path: str | Path, options: VideoOptions) -> tuple[torch.Tensor, t
     Raises FileNotFoundError when there is no file, BadVideo when it gives no usable frames.
     """
     frames, sampled_fps = read_frames(path, options)
-    try:
-        height, width = target_size(frames.shape[2], frames.shape[3], len(frames), options)
-    except ValueError as error:
-        raise BadVideo(f"{str(path)!r} {error}") from error
-    pixel_values, grid_thw = patchify(resize(frames, height, width))
+    _, h, w = grid_of(path, frames, len(frames), options)
+    pixel_values, grid_thw = patchify(resize(frames, h * PATCH_SIZE, w * PATCH_SIZE))
     return pixel_values, grid_thw, TEMPORAL_PATCH_SIZE / sampled_fps

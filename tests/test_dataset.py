@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from data.dataset import InputError, Sample, load_samples
+from data.dataset import DuplicateId, InputError, Sample, load_samples, read_samples
 
 HUMAN = {"from": "human", "value": "What is the EF?"}
 GPT = {"from": "gpt", "value": "55%"}
@@ -123,6 +123,9 @@ def test_malformed_json_is_named_with_line_and_column(folder):
     assert "line 2, column 4" in error_of(folder, '[\n{} {}]')  # fmt: skip
     assert "line 3, column 6" in error_of(folder, '{"id": 1}\n\n{"a" 1}', "train.jsonl")
     assert "line 2, column 5" in error_of(folder, '{\n"a" 1}')
+    assert "line 1, column 10" in error_of(folder, '[{"id": 1')  # cut off
+    assert "line 1, column 11" in error_of(folder, '[{"id": 1,}]')
+    assert "line 1, column 10 (Invalid" in error_of(folder, '[{"id": "\x00\x1b"}]')
     assert "line 1, column" in error_of(folder, f'{{"id": 1,\n{json.dumps(entry())}', "train.jsonl")
 
 
@@ -131,6 +134,7 @@ def test_json_that_no_parser_takes_is_an_input_error(folder):
         assert "line 1" in error_of(folder, opening * 100_000)
     assert "line 2" in error_of(folder, "{}\n" + '{"id": ' + "9" * 5000 + "}", "train.jsonl")
     assert "byte 2" in error_of(folder, b'["\xff"]')
+    assert "is not UTF-8" in error_of(folder, json.dumps([entry()]).encode("utf-16"))
 
 
 @pytest.mark.parametrize("content", ["", " \n", "[]"])
@@ -197,6 +201,7 @@ def test_a_wrong_conversation_is_an_error_that_names_the_sample(folder, turns, m
         ("", "'video' holds an empty string"),
         (["a.mp4", " "], "'video' holds an empty string"),
         (["a.mp4", 3], "'video' holds a number"),
+        ([["a.mp4", "b.mp4"]], "'video' holds a list"),
         ({"a": 1}, "'video' is an object"),
         (3, "'video' is a number"),
     ],
@@ -224,6 +229,20 @@ def test_all_missing_videos_are_counted_and_three_are_named(folder):
 
 def test_other_errors_come_before_missing_videos(folder):
     assert "occurs twice" in error_of(folder, [entry(video="gone.mp4"), entry()])
+
+
+def test_all_entries_can_be_read_beside_what_is_wrong_with_them(folder):
+    entries = [
+        entry(video="gone.mp4"),
+        3,
+        entry(id="s2", conversations=[HUMAN]),
+        entry(),
+        entry(id="s3", video="a.mp4"),
+    ]
+    read = list(read_samples(write(folder, entries), str(folder)))
+    assert [written for written, _ in read] == entries
+    assert [type(sample) for _, sample in read] == [Sample, InputError, InputError, DuplicateId, Sample]
+    assert read[0][1].videos == (str(folder / "gone.mp4"),)
 
 
 def test_control_characters_do_not_break_the_line(folder):

@@ -20,6 +20,7 @@ from data.video import (
     resize,
     smart_resize,
     target_size,
+    video_grid,
 )
 
 TOKEN = 28 * 28  # pixels
@@ -240,6 +241,48 @@ def test_second_per_grid_comes_from_the_frames_really_used(tmp_path, num_frames,
     write_mp4(tmp_path / "clip.mp4", gray_clip(num_frames), fps=fps)
     options = VideoOptions(resized_width=56, resized_height=56, **options)
     assert load_video(tmp_path / "clip.mp4", options)[2] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((16, 56, 84), {"nframes": 6}),
+        ((9, 100, 60), {}),
+        ((20, 100, 60), {"fps": 8.0, "max_pixels": 130 * TOKEN}),
+        ((16, 64, 64), {"nframes": 4, "resized_width": 64, "resized_height": 90}),
+    ],
+)
+def test_the_grid_is_that_of_the_loaded_video(tmp_path, shape, options):
+    path, options = tmp_path / "clip.mp4", VideoOptions(**options)
+    write_mp4(path, random_frames(*shape, 3).numpy(), fps=8)
+    assert video_grid(path, options) == load_video(path, options)[1]
+
+
+def test_the_grid_is_known_without_the_last_frame(tmp_path):
+    path, options = tmp_path / "clip.mp4", VideoOptions(nframes=4, resized_width=56, resized_height=56)
+    write_mp4(path, random_frames(300, 56, 56, 3).numpy(), fps=8)  # so many, because decord reads ahead
+    last_frame = path.read_bytes().rindex(b"\xff\xd8\xff")
+    with open(path, "r+b") as file:
+        file.seek(last_frame)
+        file.write(bytes(500))
+    with pytest.raises(BadVideo):
+        load_video(path, options)
+    assert video_grid(path, options) == (2, 4, 4)
+
+
+def test_the_grid_of_a_bad_video_is_the_error_of_loading_it(tmp_path):
+    long, short, text = tmp_path / "long.mp4", tmp_path / "short.mp4", tmp_path / "text.mp4"
+    write_mp4(long, random_frames(4, 8, 2000, 3).numpy(), fps=8)
+    write_mp4(short, gray_clip(1), fps=8)
+    text.write_text("no video")
+    for path in (long, short, text):
+        with pytest.raises(BadVideo) as expected:
+            load_video(path, VideoOptions())
+        with pytest.raises(BadVideo) as error:
+            video_grid(path, VideoOptions())
+        assert str(error.value) == str(expected.value)
+    with pytest.raises(FileNotFoundError):
+        video_grid(tmp_path / "gone.mp4", VideoOptions())
 
 
 def with_index_first(mp4: bytes) -> bytes:
