@@ -82,10 +82,7 @@ def continued(folder: Path, config: Config, run: dict) -> Start:
     if old["total_steps"] != total_steps:
         words.append(f"of {old['total_steps']} steps so far: the learning rate goes on as in a run of {total_steps}")
     if old["ranks"] != run["ranks"]:
-        noise = " and dropout" if config.lora_enable and config.lora_dropout else ""
-        words.append(
-            f"saved by {old['ranks']} ranks, now on {run['ranks']}: sharded anew, equal but for rounding{noise}"
-        )
+        words.append(f"saved by {old['ranks']} ranks, now {run['ranks']}: the same run, but for rounding and dropout")
     return Start(run, step, old["counts"], folder, words=words)
 
 

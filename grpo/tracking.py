@@ -11,9 +11,13 @@ import os
 import resource
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -144,6 +148,7 @@ class Tracker:
             os.makedirs(config.output_dir, exist_ok=True)
             with open(os.path.join(config.output_dir, "config.json"), "w") as file:
                 json.dump(dataclasses.asdict(config), file, indent=2)
+            forget(Path(config.output_dir, "tensorboard"), first_step)
         self.write(lambda writer: None, first_step + 1)
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not self.is_main)
 
@@ -196,13 +201,14 @@ class Tracker:
             say(f"step {step}: the loss or its gradient is not finite: the weights stay as they are")
 
     def write(self, add, step: int) -> None:
-        """Let rank 0 add to TensorBoard's files, of which all that was written from `step` on no longer shows; a full
-        disk costs what was added, not the run."""
+        """Let rank 0 add to TensorBoard's files; a full disk costs what was to be added, not the run."""
         if not self.is_main:
             return
         try:
             if self.writer is None:
-                self.writer = SummaryWriter(os.path.join(self.config.output_dir, "tensorboard"), purge_step=step)
+                self.writer = SummaryWriter(
+                    os.path.join(self.config.output_dir, "tensorboard"), purge_step=step
+                )  # for who looks on
             add(self.writer)
             self.writer.flush()
         except OSError as error:
@@ -226,6 +232,17 @@ class Tracker:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
+
+
+def forget(folder: Path, step: int) -> None:
+    """Drop from TensorBoard's files what a run that was killed has written after `step`: it is done again."""
+    for path in folder.glob("events.out.tfevents.*"):
+        with open(folder / "kept", "wb") as file:
+            writer = RecordWriter(file)
+            for record in RawEventFileLoader(str(path)).Load():
+                if Event.FromString(record).step <= step:
+                    writer.write(record)
+        os.replace(folder / "kept", path)
 
 
 def printable(text: str) -> str:
