@@ -136,7 +136,12 @@ def prompt_batches(dataset: PromptDataset, slots: Iterator[list[Slot]], num_work
     """Load each step's prompts in order, workers some steps ahead. Iterating gives list[Prompt | InputError]."""
     atexit.register(kill_workers)
     return DataLoader(
-        dataset, batch_sampler=slots, num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_signals
+        dataset,
+        batch_sampler=slots,
+        num_workers=num_workers,
+        collate_fn=list,
+        worker_init_fn=ignore_signals,
+        multiprocessing_context="fork" if num_workers else None,  # as children, they notice when their rank is killed
     )
 
 

@@ -88,7 +88,6 @@ def free_port() -> int:
 def as_rank(rank: int, function, world_size: int, local_world_size: int, port: int, arguments: tuple) -> None:
     """Call a function in a new process as torchrun would start it."""
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # data workers, as in a program of its own
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank % local_world_size),
