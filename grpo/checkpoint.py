@@ -106,7 +106,7 @@ def save(config: Config, name: str, model_parts: tuple, state: dict, progress: d
             try:
                 dcp.save(state, checkpoint_id=unfinished / STATE)
             except CheckpointException as error:  # on all ranks
-                raise InputError(f"{str(folder)!r} cannot be saved ({reason(error)})") from error
+                raise InputError(cannot_save(folder, error)) from error
         on_rank_0(finish, folder)
     except InputError as error:
         if dist.get_rank() == 0:
@@ -124,7 +124,7 @@ def on_rank_0(function: Callable[[], None], folder: Path) -> None:
             if dist.get_rank() == 0:
                 function()
         except Exception as error:  # a full disk: OSError here, SafetensorError there, and a plain Exception elsewhere
-            raise InputError(f"{str(folder)!r} cannot be saved ({reason(error)})") from error
+            raise InputError(cannot_save(folder, error)) from error
 
     raise_together(attempt)
 
@@ -133,6 +133,12 @@ def check_shared(folder: Path) -> None:
     """Raise InputError if rank 0 has made a folder that this rank does not see: its shards would be elsewhere."""
     if not folder.is_dir():
         raise InputError(f"{str(folder.parent)!r} is not the same folder on all nodes: name a shared --output_dir")
+
+
+def cannot_save(folder: Path, error: BaseException) -> str:
+    """Say that and why, with the space that is left, since libraries word a full disk in many ways."""
+    free = shutil.disk_usage(folder.parent).free / 2**30
+    return f"{str(folder)!r} cannot be saved ({reason(error)}; {free:.2f} GB are free there)"
 
 
 def reason(error: BaseException) -> str:

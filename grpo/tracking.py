@@ -142,6 +142,7 @@ class Tracker:
     def __init__(self, config: Config, total_steps: int, first_step: int = 0, counts: dict[str, int] | None = None):
         """Go on after `first_step` steps with what was counted in them; of a run that is resumed, forget the rest."""
         self.config, self.is_main, self.writer = config, dist.get_rank() == 0, None
+        self.is_full = False
         self.counts = {"skipped_samples": 0, "monotonous_in_a_row": 0, "warnings": 0, "bad_steps": 0, "bad_in_a_row": 0}
         self.counts |= counts or {}
         if self.is_main:
@@ -204,16 +205,19 @@ class Tracker:
         """Let rank 0 add to TensorBoard's files; a full disk costs what was to be added, not the run."""
         if not self.is_main:
             return
+        folder = Path(self.config.output_dir, "tensorboard")
         try:
             if self.writer is None:
-                self.writer = SummaryWriter(
-                    os.path.join(self.config.output_dir, "tensorboard"), purge_step=step
-                )  # for who looks on
+                try_to_write(folder)
+                self.writer = SummaryWriter(str(folder), purge_step=step)
             add(self.writer)
             self.writer.flush()
+            self.is_full = False
         except OSError as error:
-            self.writer = None  # what has failed once fails for good: another file, the next time
-            say(f"step {step}: the curves cannot be written ({error}): they lack this step")
+            self.writer = None  # what has failed once fails for good: another file, once there is space
+            if not self.is_full:
+                say(f"step {step}: the curves cannot be written ({error}): they have a gap from here")
+            self.is_full = True
 
     def show_completions(self, step: int, rollouts: list[Rollout], texts: list[str], rewards, advantages) -> None:
         """Show the first completions of rank 0 as a table; texts: B·G, rewards and advantages: (B, G)."""
@@ -232,6 +236,15 @@ class Tracker:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
+
+
+def try_to_write(folder: Path) -> None:
+    """Raise OSError if the disk is full; TensorBoard would find out in a thread of its own, which prints a page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "probe").write_bytes(bytes(2**16))
+    finally:
+        (folder / "probe").unlink(missing_ok=True)
 
 
 def forget(folder: Path, step: int) -> None:
