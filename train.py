@@ -17,21 +17,20 @@ place in the batch): neither the number of ranks nor what a rank did before chan
 """
 
 import hashlib
-import math
-import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from data.dataset import InputError
 from data.loader import Prompt, PromptDataset, checked, prompt_batches, rank_slots
-from grpo import demo
-from grpo.config import Config, parse_config, video_options
+from grpo import checkpoint, demo
+from grpo.config import Config, count_steps, parse_config, video_options
 from grpo.inputs import load_inputs
 from grpo.logprobs import encode_videos
 from grpo.lora import adapters_off, gather_adapter, without_dropout
@@ -44,12 +43,13 @@ from grpo.loss import (
     trained_tokens,
     weighted_sum,
 )
-from grpo.model import SpecialTokens, make_optimizer, processor_files, save_model, special_tokens, table_of_parts
+from grpo.model import SpecialTokens, make_optimizer, processor_files, special_tokens, table_of_parts
 from grpo.preflight import memory_preflight
 from grpo.rollout import Rollout, generate
 from grpo.scoring import score
-from grpo.sharding import make_trainable, raise_together, start_processes
-from grpo.tracking import LOGP_DIFFERENCE, SUMS, Clock, Totals, Tracker, add_up, gather_groups, update_metrics
+from grpo.sharding import any_rank, from_rank_0, make_trainable, raise_together, start_processes
+from grpo.stopping import StopRequest
+from grpo.tracking import LOGP_DIFFERENCE, SUMS, Clock, Totals, Tracker, add_up, gather_groups, say, update_metrics
 from reward.numerical import numerical_video_reward
 
 REWARD_FUNCTIONS = [numerical_video_reward]  # a completion's reward is their sum
@@ -91,6 +91,7 @@ def update_phase(
 ) -> dict[str, float]:
     """Improve the policy on one batch of rollouts; returns the metrics of all ranks."""
     sums, difference_max = torch.zeros(len(SUMS), device=banned_ids.device), torch.zeros((), device=banned_ids.device)
+    is_bad = False
     for iteration in range(config.num_iterations):
         optimizer.zero_grad()
         for batch in batched(rollouts, config.per_device_train_batch_size):
@@ -126,10 +127,13 @@ def update_phase(
                 sums[:5] += torch.stack([share.detach(), entropy, clipped["low"], clipped["high"], kl])
             # FSDP takes the mean of the ranks' gradients; the loss is the sum of their shares.
             (loss * dist.get_world_size()).backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).full_tensor()
+        if any_rank(not torch.isfinite(sums[0] + grad_norm)):  # sums[0] is the loss
+            is_bad = True  # weights and optimizer stay as they are
+        else:
+            optimizer.step()
     metrics = update_metrics(sums, difference_max, totals.num_tokens, config.num_iterations)
-    return metrics | {"grad_norm": grad_norm.full_tensor().item()}
+    return metrics | {"grad_norm": grad_norm.item(), "bad_steps": float(is_bad)}
 
 
 def group_loss(rollout: Rollout, logprobs: Tensor, totals: Totals, config: Config) -> tuple[Tensor, dict, Tensor]:
@@ -148,44 +152,44 @@ def group_loss(rollout: Rollout, logprobs: Tensor, totals: Totals, config: Confi
     return weighted_sum(loss, mask, weights), clipped, (kl.detach() * mask).sum()
 
 
-def train(config: Config, device: torch.device) -> None:
-    """Train as the flags say; raise InputError, on all ranks, for what the user can mend."""
-    config, samples, num_cut, tokenizer, loaded = raise_together(load_inputs, config)
+def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
+    """Train as the flags say, or until `stop`, which gives False; raise InputError, on all ranks, for what the user
+    can mend."""
+    config, samples, num_cut, start, tokenizer, loaded = raise_together(load_inputs, config)
+    start = from_rank_0(start)
+    if start.is_complete:
+        say(*start.words)
+        return True
     model, whole, reference = make_trainable(loaded, config, device)
     del loaded  # what rank 0 has read
     tokens = special_tokens(model, tokenizer, device)
-
-    steps_per_epoch = math.ceil(len(samples) / config.global_batch_size)
-    total_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
+    total_steps = count_steps(config, len(samples))
     optimizer, schedule = make_optimizer(model, config, total_steps)
     pace = model.config.vision_config.tokens_per_second
     dataset = PromptDataset(samples, tokenizer, pace, video_options(config), config.on_bad_video)
-    slots = rank_slots(
-        len(samples), config.global_batch_size, total_steps, config.seed, dist.get_rank(), dist.get_world_size()
-    )
-    tracker = Tracker(config, total_steps)
-    tracker.say(f"{len(samples)} samples, {total_steps} steps of {config.global_batch_size} prompts")
-    if num_cut:
-        tracker.say(f"{num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out")
-    tracker.say(table_of_parts(model, config))
     if config.memory_preflight or (config.memory_preflight is None and device.type == "cuda"):
         models, phases = (model, whole, reference), (rollout_phase, update_phase)
-        tracker.say(memory_preflight(dataset, tokens, optimizer, config, models, phases))
+        say(memory_preflight(dataset, tokens, optimizer, config, models, phases))
+    checkpoint.load(start.folder, start.step, model, optimizer, schedule)
+    place = dist.get_rank(), dist.get_world_size()
+    slots = rank_slots(len(samples), config.global_batch_size, total_steps, config.seed, *place, start.step)
+    tracker = Tracker(config, total_steps, start.step, start.counts)
+    say(f"{len(samples)} samples, {total_steps} steps of {config.global_batch_size} prompts")
+    if num_cut:
+        say(f"{num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out")
+    say(*table_of_parts(model, config).splitlines(), *start.words)
     extras = processor_files(config.model_id)
 
-    def save(name: str) -> None:
-        """Write the trained model, or its adapters."""
-        if config.lora_enable:
-            trained = gather_adapter(model, config)
-        else:
-            whole.refresh(model)
-            trained = whole.module
-        if dist.get_rank() == 0:
-            save_model(trained, tokenizer, os.path.join(config.output_dir, name), extras)
-        dist.barrier()
+    def save(name: str, step: int, is_needed: bool = True) -> None:
+        """Write the trained model, or its adapters, and beside it what it takes to go on."""
+        trained = gather_adapter(model, config) if config.lora_enable else whole.refresh(model)
+        state = {} if name == "final" else checkpoint.trainer_state(model, optimizer)
+        progress = start.run | {"step": step, "counts": tracker.counts}
+        checkpoint.save(config, name, (trained, tokenizer, extras), state, progress, is_needed)
 
+    stop.listen()
     clock = Clock()
-    for step, batch in enumerate(prompt_batches(dataset, slots, config.dataloader_num_workers), start=1):
+    for step, batch in enumerate(prompt_batches(dataset, slots, config.dataloader_num_workers), start=start.step + 1):
         prompts = raise_together(checked, batch)
         clock.lap("data")
 
@@ -194,7 +198,7 @@ def train(config: Config, device: torch.device) -> None:
         clock.lap("rollout")
 
         texts = [text for r in rollouts for text in tokenizer.batch_decode(r.completion_ids, skip_special_tokens=True)]
-        by_function = raise_together(score, REWARD_FUNCTIONS, rollouts, texts, step)
+        by_function = raise_together(score, REWARD_FUNCTIONS, rollouts, texts, step, config.reward_timeout)
         rewards = sum(by_function.values())  # (B, G), nan where a completion was not scored
         for rollout, row in zip(rollouts, rewards, strict=True):
             rollout.train_mask = rollout.prompt.counts & trained_tokens(
@@ -207,6 +211,7 @@ def train(config: Config, device: torch.device) -> None:
             rollout.advantages = row
         clock.lap("reward")
 
+        torch.manual_seed(hash((config.seed, step, dist.get_rank())) % 2**63)  # dropout, too, depends on nothing else
         metrics = update_phase(model, reference, optimizer, rollouts, totals, tokens.banned_ids, config)
         metrics["learning_rate"] = schedule.get_last_lr()[0]
         schedule.step()
@@ -214,35 +219,41 @@ def train(config: Config, device: torch.device) -> None:
 
         if tracker.log(step, groups, metrics, clock):
             tracker.show_completions(step, rollouts, texts, rewards, advantages)
-        if config.save_steps and step % config.save_steps == 0 and step < total_steps:
-            save(f"checkpoint-{step}")
+        is_stopped = stop.is_made()
+        if is_stopped or (config.save_steps and step % config.save_steps == 0):
+            save(f"checkpoint-{step}", step, is_needed=is_stopped)
+        if is_stopped:
+            tracker.close()
+            say(f"stopped after step {step}: the same command with --resume_from_checkpoint auto goes on from there")
+            return False
         clock = Clock()  # what logging and saving took is no part of the next step
-    save("final")
-    tracker.say(f"done: the trained model is in {os.path.join(config.output_dir, 'final')}")
+    save("final", total_steps)
     tracker.close()
+    say(f"done: the trained model is in {Path(config.output_dir, 'final')}")
+    return True
 
 
 def main(argv: list[str]) -> int:
     """Run; return 2, with one line, for what the user can mend."""
-    began = time.time()
+    began, code, stop = time.time(), 0, StopRequest()
     try:
         config = parse_config(argv)
         device = start_processes()
         if config.demo:
             config = demo.prepare(config)
-            train(config, device)
-            demo.report(config, began)
+            if train(config, device, stop):
+                demo.report(config, began)
         else:
-            train(config, device)
+            train(config, device, stop)
     except InputError as error:  # raised on all ranks together
-        if int(os.environ.get("RANK", 0)) == 0:
-            tqdm.write(f"train.py: error: {error}", file=sys.stderr)  # on a line of its own, not behind the bar
-        return 2
+        say(f"train.py: error: {error}", file=sys.stderr)
+        code = 2
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+        stop.release()
+    if dist.is_initialized():  # after any other error the ranks do not wait for each other
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(record(main)(sys.argv[1:]))

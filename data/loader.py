@@ -3,7 +3,10 @@
 | B | prompts on this rank in a step | P | prompt tokens | M | videos | S | vision patches |
 """
 
+import atexit
 import dataclasses
+import multiprocessing
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -106,18 +109,24 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
 
 
 def rank_slots(
-    num_samples: int, global_batch_size: int, total_steps: int, seed: int, rank: int, world_size: int
+    num_samples: int,
+    global_batch_size: int,
+    total_steps: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    first_step: int = 0,
 ) -> Iterator[list[Slot]]:
-    """Yield this rank's slots of every step.
+    """Yield this rank's slots of every step from `first_step` on, the number of steps that are done already.
 
     A step takes the next `global_batch_size` samples of the epoch, the last step of an epoch what remains. Every rank
     gets equally many slots, because sharded ranks must run equally many passes: where the samples do not suffice, some
     are repeated and do not count.
     """
     steps_per_epoch = -(-num_samples // global_batch_size)
-    for step in range(total_steps):
+    for step in range(first_step, total_steps):
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        if step_in_epoch == 0:
+        if step_in_epoch == 0 or step == first_step:
             order = epoch_order(num_samples, seed, epoch)
         batch = order[step_in_epoch * global_batch_size :][:global_batch_size]
         slots = [Slot(position, index, counts=True) for position, index in enumerate(batch)]
@@ -128,4 +137,25 @@ def rank_slots(
 
 def prompt_batches(dataset: PromptDataset, slots: Iterator[list[Slot]], num_workers: int) -> DataLoader:
     """Load each step's prompts in order, workers some steps ahead. Iterating gives list[Prompt | InputError]."""
-    return DataLoader(dataset, batch_sampler=slots, num_workers=num_workers, collate_fn=list)
+    atexit.register(kill_workers)
+    return DataLoader(
+        dataset,
+        batch_sampler=slots,
+        num_workers=num_workers,
+        collate_fn=list,
+        worker_init_fn=ignore_signals,
+        multiprocessing_context="fork" if num_workers else None,  # as children, they notice when their rank is killed
+    )
+
+
+def ignore_signals(worker: int) -> None:
+    """Let a worker outlive the signals that stop a run: they reach all processes, and the step needs its prompts."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def kill_workers() -> None:
+    """End the workers that are left when the program ends; Python would ask with a SIGTERM, and wait."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

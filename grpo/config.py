@@ -1,6 +1,7 @@
 """Every flag of `train.py`, each with its meaning; nothing else decides how a run goes."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,7 @@ class Config:
     model_id: str = flag("", "Qwen2.5-VL: a local folder or a hub name")
     data_path: str = flag("", "JSON or JSONL file of samples (README, 'Data')")
     image_folder: str = flag("", "folder of the videos whose path in the JSON does not exist as it is")
-    output_dir: str = flag("", "new folder for curves, flags and trained models")
+    output_dir: str = flag("", "new folder for curves, flags, checkpoints and the trained model")
     demo: bool = flag(False, "make synthetic beating hearts and a small model, train on them, show before and after")
 
     # videos
@@ -86,7 +87,11 @@ class Config:
     memory_preflight: bool | None = flag(None, "first try a step on the longest prompt, for its memory (on a GPU: on)")
     logging_steps: int = flag(1, "steps between points of the curves")
     log_completions: int = flag(4, "completions shown in TensorBoard at a logging step")
-    save_steps: int = flag(0, "steps between saved models; 0: only at the end")
+    save_steps: int = flag(0, "steps between checkpoints; 0: only where a signal stops the run")
+    save_total_limit: int = flag(0, "checkpoints kept, the newest; 0: all of them")
+    resume_from_checkpoint: str = flag("none", "go on from a folder checkpoint-N, or auto: the newest in --output_dir")
+    max_bad_steps: int = flag(10, "steps in a row without a finite loss and gradient (left out) after which to stop")
+    reward_timeout: float = flag(600.0, "seconds that a reward function may take for a step's completions")
     seed: int = flag(0, "seed of the data order and of the sampling")
 
 
@@ -150,11 +155,14 @@ def _check(config: Config) -> None:
         raise InputError(str(error)) from error
     positive = "max_completion_length temperature epsilon_high num_iterations global_batch_size learning_rate "
     positive += "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_grad_norm logging_steps "
-    positive += "lora_rank lora_alpha vision_lr merger_lr"
+    positive += "lora_rank lora_alpha vision_lr merger_lr max_bad_steps"
     for name in positive.split():
         if getattr(c, name) is not None and not 0 < getattr(c, name) <= 1e9:
             raise InputError(f"--{name} {getattr(c, name)}: must be above 0, and at most 1e9")
-    not_negative = "max_videos dataloader_num_workers max_steps weight_decay log_completions save_steps seed beta top_k"
+    not_negative = (
+        "max_videos dataloader_num_workers max_steps weight_decay log_completions save_steps seed beta top_k "
+    )
+    not_negative += "save_total_limit"
     for name in not_negative.split():
         if not 0 <= getattr(c, name) <= 1e9:
             raise InputError(f"--{name} {getattr(c, name)}: must lie between 0 and 1e9")
@@ -162,6 +170,10 @@ def _check(config: Config) -> None:
         raise InputError(f"--temperature {c.temperature}: must be 0.01 or more, so that completions of a group differ")
     if not 0 < c.top_p <= 1:
         raise InputError(f"--top_p {c.top_p}: must be above 0, and at most 1")
+    if not 0 < c.reward_timeout <= 1500:  # the other ranks wait meanwhile: see `start_processes`
+        raise InputError(f"--reward_timeout {c.reward_timeout}: must be above 0, and at most 1500 seconds")
+    if not c.resume_from_checkpoint:
+        raise InputError("--resume_from_checkpoint '': name a folder checkpoint-N, or auto, or none")
     for name in ("epsilon", "warmup_ratio"):
         if not 0 <= getattr(c, name) <= 1:
             raise InputError(f"--{name} {getattr(c, name)}: must lie between 0 and 1")
@@ -200,6 +212,12 @@ def video_options(config: Config) -> VideoOptions:
         min_pixels=config.video_min_pixels,
         max_pixels=config.video_max_pixels,
     )
+
+
+def count_steps(config: Config, num_samples: int) -> int:
+    """Return the steps of the whole run: --max_steps, or as many as the epochs take."""
+    steps_per_epoch = math.ceil(num_samples / config.global_batch_size)
+    return config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
 
 
 def resolve_batch_sizes(config: Config, world_size: int) -> Config:

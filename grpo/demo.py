@@ -131,10 +131,11 @@ def prepare(config: Config) -> Config:
     """Make data and a warm-started model in `output_dir`; return the ordinary flags that train on them."""
     output = Path(config.output_dir)
     data, model_folder = output / "data", output / "warm_start"
-    if output.exists():
+    is_made = config.resume_from_checkpoint != "none" and (output / "config.json").exists()  # which comes after both
+    if output.exists() and not is_made:
         raise InputError(f"--output_dir {config.output_dir!r} exists: name a new folder, or delete this one")
     dist.barrier()
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and not is_made:
         print(f"Drawing {NUM_TRAIN + NUM_HELDOUT} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
         train_json = write_samples(data, "train", NUM_TRAIN, config.seed)
         write_samples(data, "heldout", NUM_HELDOUT, config.seed)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from data.dataset import InputError
 from grpo.model import first_line, load_model, load_tokenizer, processor_files, save_model
+from grpo.tracking import say
 
 
 def base_of(adapter: str) -> str:
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> int:
         arguments = parser.parse_args(argv)
         export(**vars(arguments))
     except InputError as error:
-        print(f"grpo.export: error: {error}", file=sys.stderr)
+        say(f"grpo.export: error: {error}", file=sys.stderr)
         return 2
     print(f"the merged model is in {arguments.output}")
     return 0

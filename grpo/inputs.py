@@ -10,21 +10,21 @@ from data.video_cap import cap_all
 from grpo.config import Config, resolve_batch_sizes
 from grpo.lora import layers_to_adapt
 from grpo.model import load_model, load_tokenizer
+from grpo.resume import find_start
 from reward.numerical import numerical_video_reward
 
 
 def load_inputs(config: Config) -> tuple:
-    """Load and check what a run needs; return the resolved flags, the capped samples, how many were cut, the tokenizer
-    and, on rank 0, the model."""
+    """Load and check what a run needs; return the resolved flags, the capped samples, how many were cut, where the run
+    begins, the tokenizer and, on rank 0, the model."""
     config = resolve_batch_sizes(config, dist.get_world_size())
-    if os.path.exists(os.path.join(config.output_dir, "config.json")):
-        raise InputError(f"--output_dir {config.output_dir!r} holds another run: name a new folder")
     samples, num_cut = cap_all(load_samples(config.data_path, config.image_folder), config.max_videos)
     for sample in samples:
         try:
             check_text(sample.turns)
         except ValueError as error:
             raise InputError(f"sample {sample.id!r}: {error}") from error
+    start = find_start(config, samples)
     tokenizer = load_tokenizer(config.model_id)
     model = load_model(config.model_id) if dist.get_rank() == 0 else None  # `make_trainable` spreads it
     if config.lora_enable and model is not None:
@@ -36,4 +36,4 @@ def load_inputs(config: Config) -> tuple:
         raise InputError(f"{error.filename!r} cannot be written ({error.strerror}): name another place") from error
     if not os.access(config.output_dir, os.W_OK):
         raise InputError(f"--output_dir {config.output_dir!r} cannot be written: name another folder")
-    return config, samples, num_cut, tokenizer, model
+    return config, samples, num_cut, start, tokenizer, model

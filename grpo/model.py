@@ -188,11 +188,16 @@ def save_model(model, tokenizer, folder: str, processor_files: list[str]) -> Non
     model: with whole, not sharded, weights; or an `Adapter`.
     """
     unfinished = Path(f"{folder}.unfinished")
-    if unfinished.exists():  # left by a run that was killed while saving
+    if unfinished.exists():  # left by a program that was killed while saving
         shutil.rmtree(unfinished)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    for path in processor_files:
-        if not (unfinished / Path(path).name).exists():
-            shutil.copy(path, unfinished)
+    write_model(model, tokenizer, processor_files, unfinished)
     os.rename(unfinished, folder)
+
+
+def write_model(model, tokenizer, processor_files: list[str], folder: Path) -> None:
+    """Write weights, config, tokenizer and what else an inference server wants to find."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in processor_files:
+        if not (folder / Path(path).name).exists():
+            shutil.copy(path, folder)

@@ -8,6 +8,7 @@ one per GPU. Sampling wants whole weights, thousands of times in a row; `WholeWe
 import copy
 import os
 import types
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -30,10 +31,13 @@ def start_processes() -> torch.device:
     if gpu:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    # Ranks wait long for one with the most to sample, or that writes a large model; not for one that died: connections
+    # to it break, and torchrun ends the others.
+    timeout = timedelta(hours=1)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 
@@ -50,6 +54,20 @@ def raise_together(function, *arguments):
         if error is not None:
             raise InputError(error)
     return result
+
+
+def from_rank_0(value):
+    """Return rank 0's value on all ranks; collective."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Return True on all ranks if `flag` is on any; collective."""
+    flags = torch.tensor([int(flag)])
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 def device_mesh(device: torch.device) -> DeviceMesh:

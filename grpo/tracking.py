@@ -11,13 +11,18 @@ import os
 import resource
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from data.dataset import InputError
 from grpo.config import Config
 from grpo.loss import is_uniform
 from grpo.rollout import Rollout
@@ -112,6 +117,13 @@ def update_metrics(sums: Tensor, difference_max: Tensor, num_tokens: int, num_it
     return metrics | {"sampling/sampling_logp_difference/max": difference_max.item()}
 
 
+def say(*lines: str, file=None) -> None:
+    """Let rank 0 print lines, not behind the progress bar; nothing in a line can break it."""
+    if int(os.environ.get("RANK", 0)) == 0:  # also before the ranks know each other
+        for line in lines:
+            tqdm.write(printable(line), file=file)
+
+
 class Clock:
     """Seconds since the last lap, by name; a step is the sum of its laps."""
 
@@ -127,54 +139,85 @@ class Clock:
 class Tracker:
     """The records of a run in `output_dir`, written by rank 0: `config.json`, TensorBoard's files, the progress bar."""
 
-    def __init__(self, config: Config, total_steps: int):
-        self.config, self.is_main = config, dist.get_rank() == 0
-        self.num_skipped, self.num_monotonous, self.was_warned = 0, 0, False
+    def __init__(self, config: Config, total_steps: int, first_step: int = 0, counts: dict[str, int] | None = None):
+        """Go on after `first_step` steps with what was counted in them; of a run that is resumed, forget the rest."""
+        self.config, self.is_main, self.writer = config, dist.get_rank() == 0, None
+        self.is_full = False
+        self.counts = {"skipped_samples": 0, "monotonous_in_a_row": 0, "warnings": 0, "bad_steps": 0, "bad_in_a_row": 0}
+        self.counts |= counts or {}
         if self.is_main:
             os.makedirs(config.output_dir, exist_ok=True)
             with open(os.path.join(config.output_dir, "config.json"), "w") as file:
                 json.dump(dataclasses.asdict(config), file, indent=2)
-            self.writer = SummaryWriter(os.path.join(config.output_dir, "tensorboard"))
-        self.bar = tqdm(total=total_steps, unit="step", disable=not self.is_main)
-
-    def say(self, line: str) -> None:
-        """Print a line, once and not through the bar."""
-        if self.is_main:
-            tqdm.write(line)
+            forget(Path(config.output_dir, "tensorboard"), first_step)
+        self.write(lambda writer: None, first_step + 1)
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not self.is_main)
 
     def log(self, step: int, groups: list[dict], metrics: dict[str, float], clock: Clock) -> bool:
         """Count the finished step; at a logging step add a point to every curve and return True.
 
-        groups: the records of all ranks.
+        groups: the records of all ranks. Raises InputError, on all ranks, after too many bad steps in a row.
         """
-        for group in groups:
-            if group["bad_video"]:
-                self.num_skipped += 1
-                self.say(f"left out: {group['bad_video']}")
         seconds = sum(clock.seconds.values())
         metrics = rollout_metrics(groups) | metrics
-        is_monotonous = metrics.get("frac_reward_zero_std", 0) >= 0.9
-        self.num_monotonous = self.num_monotonous + 1 if is_monotonous else 0
-        if self.num_monotonous == MONOTONOUS_STEPS and not self.was_warned:
-            self.was_warned = True
-            self.say(
-                f"step {step}: for {MONOTONOUS_STEPS} steps nearly all groups have had equal rewards, from which "
-                "nothing is learned: look at the completions, and raise --temperature or mend the reward"
-            )
+        self.count(step, groups, metrics)
         metrics |= {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/step": seconds}
         metrics["tokens_per_second"] = sum(int(g["lengths"].sum()) for g in groups if g["counts"]) / seconds
         metrics["memory/peak_gb"] = peak_memory_gb()
-        metrics["data/skipped_samples"] = self.num_skipped
+        metrics["data/skipped_samples"] = self.counts["skipped_samples"]
+        metrics["bad_steps"] = self.counts["bad_steps"]
         reward = metrics.get("reward", float("nan"))
         self.bar.set_postfix_str(f"reward {reward:.3f}, {seconds:.2f} s/step", refresh=False)
         self.bar.update()
-        if step % self.config.logging_steps:
-            return False
-        if self.is_main:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step)
+        is_logged = step % self.config.logging_steps == 0
+        if is_logged:
+            self.write(lambda writer: [writer.add_scalar(name, value, step) for name, value in metrics.items()], step)
+        if self.counts["bad_in_a_row"] == self.config.max_bad_steps:
+            raise InputError(
+                f"step {step}: no finite loss and gradient for --max_bad_steps {self.config.max_bad_steps} steps in a "
+                "row, so that nothing was learned: lower --learning_rate or --max_grad_norm, and go on from an earlier "
+                "checkpoint with a new --output_dir"
+            )
+        return is_logged
+
+    def count(self, step: int, groups: list[dict], metrics: dict[str, float]) -> None:
+        """Count what went wrong in a step, and say what calls for a word."""
+        counts = self.counts
+        for group in groups:
+            if group["bad_video"]:
+                counts["skipped_samples"] += 1
+                say(f"left out: {group['bad_video']}")
+        is_monotonous = metrics.get("frac_reward_zero_std", 0) >= 0.9
+        counts["monotonous_in_a_row"] = counts["monotonous_in_a_row"] + 1 if is_monotonous else 0
+        if counts["monotonous_in_a_row"] == MONOTONOUS_STEPS and not counts["warnings"]:
+            counts["warnings"] = 1
+            say(
+                f"step {step}: for {MONOTONOUS_STEPS} steps nearly all groups have had equal rewards, from which "
+                "nothing is learned: look at the completions, and raise --temperature or mend the reward"
+            )
+        is_bad = metrics["bad_steps"] > 0
+        counts["bad_in_a_row"] = counts["bad_in_a_row"] + 1 if is_bad else 0
+        counts["bad_steps"] += is_bad
+        if is_bad:
+            say(f"step {step}: the loss or its gradient is not finite: the weights stay as they are")
+
+    def write(self, add, step: int) -> None:
+        """Let rank 0 add to TensorBoard's files; a full disk costs what was to be added, not the run."""
+        if not self.is_main:
+            return
+        folder = Path(self.config.output_dir, "tensorboard")
+        try:
+            if self.writer is None:
+                try_to_write(folder)
+                self.writer = SummaryWriter(str(folder), purge_step=step)
+            add(self.writer)
             self.writer.flush()
-        return True
+            self.is_full = False
+        except OSError as error:
+            self.writer = None  # what has failed once fails for good: another file, once there is space
+            if not self.is_full:
+                say(f"step {step}: the curves cannot be written ({error}): they have a gap from here")
+            self.is_full = True
 
     def show_completions(self, step: int, rollouts: list[Rollout], texts: list[str], rewards, advantages) -> None:
         """Show the first completions of rank 0 as a table; texts: B·G, rewards and advantages: (B, G)."""
@@ -186,13 +229,38 @@ class Tracker:
             sample = rollouts[i // rewards.shape[1]].prompt.sample
             cells = " | ".join(table_cell(cell) for cell in (sample.turns[-1][1], sample.answer, text))
             lines.append(f"| {cells} | {reward:.3f} | {advantage:+.3f} |")
-        self.writer.add_text("completions", "\n".join(lines), step)
+        self.write(lambda writer: writer.add_text("completions", "\n".join(lines), step), step)
 
     def close(self) -> None:
         """End the bar and the files."""
         self.bar.close()
-        if self.is_main:
+        if self.writer is not None:
             self.writer.close()
+
+
+def try_to_write(folder: Path) -> None:
+    """Raise OSError if the disk is full; TensorBoard would find out in a thread of its own, which prints a page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "probe").write_bytes(bytes(2**16))
+    finally:
+        (folder / "probe").unlink(missing_ok=True)
+
+
+def forget(folder: Path, step: int) -> None:
+    """Drop from TensorBoard's files what a run that was killed has written after `step`: it is done again."""
+    for path in folder.glob("events.out.tfevents.*"):
+        with open(folder / "kept", "wb") as file:
+            writer = RecordWriter(file)
+            for record in RawEventFileLoader(str(path)).Load():
+                if Event.FromString(record).step <= step:
+                    writer.write(record)
+        os.replace(folder / "kept", path)
+
+
+def printable(text: str) -> str:
+    """Keep foreign text within its line of a log: control characters, line breaks and the like become visible."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def table_cell(text: str) -> str:

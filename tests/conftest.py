@@ -85,7 +85,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _as_rank(rank: int, function, world_size: int, local_world_size: int, port: int, arguments: tuple) -> None:
+def as_rank(rank: int, function, world_size: int, local_world_size: int, port: int, arguments: tuple) -> None:
+    """Call a function in a new process as torchrun would start it."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -102,4 +103,4 @@ def run_ranks(function, world_size: int, *arguments, local_world_size: int | Non
     """Call a module-level function in `world_size` new processes that find each other as under torchrun."""
     local = local_world_size or world_size
     arguments = (function, world_size, local, free_port(), arguments)
-    mp.start_processes(_as_rank, arguments, nprocs=world_size, start_method="forkserver")
+    mp.start_processes(as_rank, arguments, nprocs=world_size, start_method="forkserver")

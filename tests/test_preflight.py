@@ -35,7 +35,9 @@ def test_the_longest_prompt_is_found_without_decoding_and_broken_videos_do_not_m
     assert json.loads((tmp_path / "found").read_text()) == [lengths[1], "s1"]
 
 
-@pytest.mark.parametrize("more", [[], ["--lora_enable", "--lora_rank", "2", "--beta", "0.1"]], ids=["whole", "adapters"])
+@pytest.mark.parametrize(
+    "more", [[], ["--lora_enable", "--lora_rank", "2", "--beta", "0.1"]], ids=["whole", "adapters"]
+)
 def test_the_trial_step_names_the_sample_and_leaves_no_trace(tiny, tmp_path, capsys, more):
     more = ["--max_steps", "3", "--global_batch_size", "2", "--weight_decay", "0.1", *more]
     assert train.main(flags(tiny, tmp_path / "without", *more)) == 0

@@ -23,7 +23,7 @@ TAGS = """
     completions/mean_length completions/min_length completions/max_length completions/clipped_ratio loss
     clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean entropy sampling/sampling_logp_difference/mean
     sampling/sampling_logp_difference/max grad_norm learning_rate time/rollout time/reward time/update time/data
-    time/step tokens_per_second memory/peak_gb data/skipped_samples completions/unscored kl
+    time/step tokens_per_second memory/peak_gb data/skipped_samples completions/unscored kl bad_steps
 """.split()
 
 
@@ -100,7 +100,7 @@ def test_debug_mode_logs_every_completion_with_its_step_and_sample(run):
 
 def test_saved_models_are_ordinary_folders_and_training_changes_them(tiny, run):
     assert {path.name for path in run.iterdir()} == {
-        *("config.json", "tensorboard", "checkpoint-1", "checkpoint-2", "checkpoint-3", "final")
+        *("config.json", "tensorboard", "checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4", "final")
     }
     assert (run / "final" / "model.safetensors").exists()
     assert AutoTokenizer.from_pretrained(run / "final").chat_template == tiny.tokenizer.chat_template
