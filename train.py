@@ -16,7 +16,6 @@ Each rank samples the whole groups of its own prompts. What is sampled is a func
 place in the batch): neither the number of ranks nor what a rank did before changes it.
 """
 
-import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -45,7 +44,7 @@ from grpo.loss import (
 )
 from grpo.model import SpecialTokens, make_optimizer, processor_files, special_tokens, table_of_parts
 from grpo.preflight import memory_preflight
-from grpo.rollout import Rollout, generate
+from grpo.rollout import Rollout, generate, generators
 from grpo.scoring import score
 from grpo.sharding import any_rank, from_rank_0, make_trainable, raise_together, start_processes
 from grpo.stopping import StopRequest
@@ -64,10 +63,6 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
     """Sample a group for every prompt of this rank, with whole weights and without waiting for other ranks."""
     rollouts = []
     for batch in batched(prompts, config.per_device_train_batch_size):
-        generators = []
-        for prompt in batch:
-            digest = hashlib.sha256(f"{config.seed} {step} {prompt.slot}".encode()).digest()
-            generators.append(torch.Generator(tokens.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1))
         batch = [prompt.to(tokens.device) for prompt in batch]
         if config.freeze_vision_tower and not config.vision_lora:
             batch = [encode_videos(model, prompt) for prompt in batch]  # once, for the update too
@@ -79,11 +74,28 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
             config.temperature,
             tokens.stop_ids,
             tokens.banned_ids,
-            generators,
+            generators(batch, config.seed, step),
             config.top_p,
             config.top_k,
         )
     return rollouts
+
+
+def reward_phase(rollouts: list[Rollout], tokenizer, config: Config, step: int) -> tuple:
+    """Score the completions; return the records of all ranks, their totals, and own texts, rewards, advantages."""
+    texts = [text for r in rollouts for text in tokenizer.batch_decode(r.completion_ids, skip_special_tokens=True)]
+    by_function = raise_together(score, REWARD_FUNCTIONS, rollouts, texts, step, config.reward_timeout)
+    rewards = sum(by_function.values())  # (B, G), nan where a completion was not scored
+    for rollout, row in zip(rollouts, rewards.to(rollouts[0].logprobs.device), strict=True):
+        rollout.train_mask = rollout.prompt.counts & trained_tokens(
+            rollout.completion_mask, row, rollout.is_stopped, config.mask_truncated_completions
+        )
+    groups = gather_groups(rollouts, by_function, rewards)  # of all ranks
+    totals = add_up(groups)  # among them the one denominator
+    advantages = group_advantages(rewards, config.scale_rewards, totals.reward_std)  # (B, G)
+    for rollout, row in zip(rollouts, advantages, strict=True):
+        rollout.advantages = row.to(rollout.logprobs.device)
+    return groups, totals, texts, rewards, advantages
 
 
 def update_phase(
@@ -197,18 +209,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
         rollouts = rollout_phase(whole.module, prompts, tokens, config, step)
         clock.lap("rollout")
 
-        texts = [text for r in rollouts for text in tokenizer.batch_decode(r.completion_ids, skip_special_tokens=True)]
-        by_function = raise_together(score, REWARD_FUNCTIONS, rollouts, texts, step, config.reward_timeout)
-        rewards = sum(by_function.values())  # (B, G), nan where a completion was not scored
-        for rollout, row in zip(rollouts, rewards, strict=True):
-            rollout.train_mask = rollout.prompt.counts & trained_tokens(
-                rollout.completion_mask, row.to(device), rollout.is_stopped, config.mask_truncated_completions
-            )
-        groups = gather_groups(rollouts, by_function, rewards)  # of all ranks
-        totals = add_up(groups)  # among them the one denominator
-        advantages = group_advantages(rewards, config.scale_rewards, totals.reward_std)  # (B, G)
-        for rollout, row in zip(rollouts, advantages.to(device), strict=True):
-            rollout.advantages = row
+        groups, totals, texts, rewards, advantages = reward_phase(rollouts, tokenizer, config, step)
         clock.lap("reward")
 
         torch.manual_seed(hash((config.seed, step, dist.get_rank())) % 2**63)  # dropout, too, depends on nothing else

@@ -8,7 +8,7 @@ A group shares its prompt, and with 30 videos the prompt is nearly all of the wo
 
 That equals G separate rows `[prompt | ci]` (proved in `tests/test_packed.py`) at about 1/G of the cost. Several groups
 may follow each other in a row. While sampling, the same split lets G completions read one copy of the prompt's keys
-and values.
+and values (`grpo/decoding.py`).
 
 How it is plugged in: the model's attention layers call `attend` with their query, key and value; which tokens see which
 is decided by the function that the caller passes down through the model's keyword arguments.
@@ -71,64 +71,6 @@ def matmul_float32(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype == torch.bfloat16:
         return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
-
-
-class GroupCache:
-    """Keys and values of B prompts, one copy each, and of their G completions, by layer.
-
-    All memory is taken at once and stays where it is, and what is held where is known to tensors alone, so that one
-    decoding step can be captured as a CUDA graph and replayed for every other. P and C are what there is room for.
-    """
-
-    def __init__(self, model, B: int, G: int, P: int, C: int):
-        config, dtype, device = model.config.text_config, model.dtype, model.device
-        layers, K, D = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size
-        D = D // config.num_attention_heads
-        # Zeros: what is not held yet must be finite, since it is weighed with 0.
-        self.prompt_keys, self.prompt_values = torch.zeros(2, layers, B, K, P, D, dtype=dtype, device=device)
-        self.own_keys, self.own_values = torch.zeros(2, layers, B, K, G, C, D, dtype=dtype, device=device)
-        self.bias = torch.zeros(B, 1, 1, P + C, device=device)  # 0 for what is held, -inf for empty room
-        self.length = torch.zeros(1, dtype=torch.long, device=device)  # completion tokens held
-        self.prompt_lengths: list[int] = []
-
-    def begin(self, prompt_lengths: list[int]) -> None:
-        """Forget what is held; expect prompts of these lengths."""
-        self.prompt_lengths = prompt_lengths
-        lengths = torch.tensor(prompt_lengths, device=self.bias.device)
-        is_held = torch.arange(self.bias.shape[3], device=lengths.device) < lengths[:, None]
-        self.bias.copy_(torch.where(is_held, 0.0, -torch.inf)[:, None, None])
-        self.length.zero_()
-
-    def prefill(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-        """Attend causally within each prompt of the row `[p1 | … | pB]`, (1, H, L, D); keep keys and values."""
-        prompts = list(zip(*(x.split(self.prompt_lengths, dim=2) for x in (query, key, value)), strict=True))
-        for b, (_, k, v) in enumerate(prompts):
-            self.prompt_keys[layer, b, :, : k.shape[2]] = k[0]
-            self.prompt_values[layer, b, :, : v.shape[2]] = v[0]
-        return torch.cat([causal(q, k, v) for q, k, v in prompts], dim=2)
-
-    def open_slot(self) -> None:
-        """Let the next token of each completion be seen; once per step, before the layers `decode`."""
-        self.bias.index_fill_(3, self.length + self.prompt_keys.shape[3], 0.0)
-
-    def decode(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-        """Attend from one new token of each completion, (B·G, H, 1, D), to its prompt and to what precedes it."""
-        prompt_keys, prompt_values = self.prompt_keys[layer].flatten(0, 1), self.prompt_values[layer].flatten(0, 1)
-        own_keys, own_values = self.own_keys[layer], self.own_values[layer]
-        B, K, G, C, D = own_keys.shape
-        P, R = prompt_keys.shape[1], query.shape[1] // K  # R query heads share a key head
-        own_keys.index_copy_(3, self.length, key.view(B, G, K, 1, D).transpose(1, 2))
-        own_values.index_copy_(3, self.length, value.view(B, G, K, 1, D).transpose(1, 2))
-
-        # All G·R queries of a key head read the prompt in one matrix product; no per-completion copy of it exists.
-        queries = query.view(B, G, K, R, D).transpose(1, 2).reshape(B * K, G * R, D)
-        prompt_scores = matmul_float32(queries, prompt_keys.transpose(1, 2))  # (B·K, G·R, P)
-        own_scores = matmul_float32(queries.view(-1, R, D), own_keys.view(-1, C, D).transpose(1, 2))  # (B·K·G, R, C)
-        scores = torch.cat([prompt_scores, own_scores.view(B * K, G * R, C)], dim=2).view(B, K, G * R, P + C)
-        weights = torch.add(self.bias, scores, alpha=D**-0.5).softmax(dim=3).to(value.dtype).flatten(0, 1)
-        out = weights[:, :, P:].reshape(-1, R, C) @ own_values.view(-1, C, D)  # (B·K·G, R, D)
-        out = out.view(B * K, G * R, D) + weights[:, :, :P] @ prompt_values
-        return out.view(B, K, G, R, D).transpose(1, 2).reshape(B * G, K * R, 1, D)
 
 
 def attend(module, query, key, value, attention_mask, attend_fn: AttendFn = causal, **kwargs):

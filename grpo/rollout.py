@@ -4,15 +4,15 @@
 | V | vocabulary | E | hidden size |
 """
 
-import functools
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from data.loader import Prompt
-from grpo.attention import GroupCache
-from grpo.logprobs import embed, sampling_logprobs
+from grpo.decoding import decoder_for, prefill
+from grpo.logprobs import sampling_logprobs
 
 
 @dataclass
@@ -31,73 +31,13 @@ class Rollout:
     reference_logprobs: Tensor | None = None  # (G, C), of the initial policy
 
 
-def prefill(model, prompts: list[Prompt], cache: GroupCache) -> Tensor:
-    """Pass the prompts through the model, keep their keys and values, return their last hidden states: (B, E)."""
-    cache.begin([len(prompt.prompt_ids) for prompt in prompts])
-    hidden = model.model.language_model(
-        inputs_embeds=embed(model, torch.cat([prompt.prompt_ids for prompt in prompts]), prompts),
-        position_ids=torch.cat([prompt.position_ids for prompt in prompts], dim=1)[:, None],
-        use_cache=False,
-        attend_fn=cache.prefill,
-    ).last_hidden_state[0]
-    return torch.stack([row[-1] for row in hidden.split(cache.prompt_lengths)])
-
-
-def decode_one_token(model, token_ids: Tensor, positions: Tensor, cache: GroupCache) -> Tensor:
-    """Pass one further token of each completion, (B·G,), at its mRoPE position, (B·G,); return (B·G, E)."""
-    cache.open_slot()
-    return model.model.language_model(
-        inputs_embeds=model.get_input_embeddings()(token_ids[:, None]),
-        position_ids=positions.expand(3, -1)[:, :, None],
-        use_cache=False,
-        attend_fn=cache.decode,
-    ).last_hidden_state[:, 0]
-
-
-class Decoder:
-    """Decode token by token over tensors that stay where they are.
-
-    On a GPU a step is captured once, as a CUDA graph, and replayed from then on: a token costs what the GPU needs for
-    it, not what Python needs to launch some thousand kernels.
-    """
-
-    def __init__(self, model, B: int, G: int, P: int, C: int):
-        self.model, self.cache = model, GroupCache(model, B, G, P, C)
-        self.token_ids, self.positions = torch.zeros(2, B * G, dtype=torch.long, device=model.device)
-        self.graph = None
-
-    def step(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Pass one further token of each completion; return the last hidden states, valid until the next step."""
-        self.token_ids.copy_(token_ids)
-        self.positions.copy_(positions)
-        if self.graph is None and self.token_ids.is_cuda:
-            self.capture()
-        if self.graph is None:
-            hidden = decode_one_token(self.model, self.token_ids, self.positions, self.cache)
-        else:
-            self.graph.replay()
-            hidden = self.hidden
-        self.cache.length += 1
-        return hidden
-
-    def capture(self) -> None:
-        """Record a step, which writes what the replay writes again."""
-        arguments = (self.model, self.token_ids, self.positions, self.cache)
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            decode_one_token(*arguments)  # libraries set themselves up, which cannot be captured
-        torch.cuda.current_stream().wait_stream(beside)
-        self.graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads, such as NCCL's, may go on calling CUDA meanwhile
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.hidden = decode_one_token(*arguments)
-
-
-@functools.lru_cache(maxsize=4)
-def decoder_for(model, B: int, G: int, P: int, C: int) -> Decoder:
-    """Keep the decoders of the latest shapes: memory and graphs serve a whole run."""
-    return Decoder(model, B, G, P, C)
+def generators(prompts: list[Prompt], seed: int, step: int) -> list[torch.Generator]:
+    """Make the random numbers of each prompt a function of seed, step and place in the batch, and of nothing else."""
+    seeds = [hashlib.sha256(f"{seed} {step} {prompt.slot}".encode()).digest()[:8] for prompt in prompts]
+    return [
+        torch.Generator(p.prompt_ids.device).manual_seed(int.from_bytes(s) >> 1)
+        for p, s in zip(prompts, seeds, strict=True)
+    ]
 
 
 def most_probable(logprobs: Tensor, top_p: float, top_k: int) -> Tensor:

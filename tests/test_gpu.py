@@ -10,9 +10,10 @@ import train
 from grpo.attention import matmul_float32
 from grpo.benchmark import Options as BenchmarkOptions
 from grpo.benchmark import random_model, random_prompt
+from grpo.decoding import Decoder, decoder_for
 from grpo.logprobs import Logits, completion_logprobs
 from grpo.model import use_our_layers
-from grpo.rollout import Decoder, decoder_for, generate
+from grpo.rollout import generate
 from tests.test_packed import hf_twin
 from tests.test_train import curves, flags
 

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo.attention import GroupCache, attend_segments
+from grpo.attention import attend_segments
+from grpo.decoding import GroupCache
 from grpo.logprobs import completion_logprobs, sampling_logprobs
 from tests.conftest import make_tiny
 

@@ -11,7 +11,7 @@ from data.loader import PromptDataset
 from grpo import sharding
 from grpo.preflight import longest_prompt
 from tests.conftest import OPTIONS, run_ranks
-from tests.test_train import curves, flags, run_main, weights
+from tests.test_train import curves, flags, main_on_a_rank, run_main, weights
 
 
 def find_longest(dataset: PromptDataset, path: str) -> None:
@@ -58,15 +58,15 @@ def test_the_trial_step_runs_on_two_ranks(tiny, tmp_path):
     assert len(line.split("by rank: ")[1].split(", ")) == 2
 
 
-def run_in_little_memory(arguments: list[str]) -> None:
+def run_in_little_memory(arguments: list[str], log: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (64 * 2**30, 64 * 2**30))
-    assert train.main(arguments) == 2
+    main_on_a_rank(arguments, log, 2)
 
 
-def test_what_does_not_fit_is_named_in_one_line_before_training(tiny, tmp_path, capfd):
+def test_what_does_not_fit_is_named_in_one_line_before_training(tiny, tmp_path):
     huge = ["--max_completion_length", "100000000", "--memory_preflight", "true"]
-    run_ranks(run_in_little_memory, 1, flags(tiny, tmp_path / "out", *huge))
-    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: error"))
+    run_ranks(run_in_little_memory, 1, flags(tiny, tmp_path / "out", *huge), str(tmp_path / "log"))
+    (line,) = (line for line in (tmp_path / "log.0").read_text().splitlines() if "train.py: error" in line)
     words = ["out of memory", "sample 's1' with 3 videos", "--max_videos", "--max_completion_length", "--lora_enable"]
     assert all(word in line for word in words)
     assert not (tmp_path / "out" / "final").exists()

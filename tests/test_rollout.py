@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from grpo.decoding import Decoder, decoder_for, prefill
 from grpo.logprobs import completion_logprobs
 from grpo.loss import clipped_loss, importance_ratios, weighted_sum
-from grpo.rollout import Decoder, decoder_for, generate, prefill
+from grpo.rollout import generate
 from tests.test_packed import hf_twin
 
 
