@@ -133,7 +133,8 @@ def prepare(config: Config) -> Config:
     data, model_folder = output / "data", output / "warm_start"
     is_made = config.resume_from_checkpoint != "none" and (output / "config.json").exists()  # which comes after both
     if output.exists() and not is_made:
-        raise InputError(f"--output_dir {config.output_dir!r} exists: name a new folder, or delete this one")
+        mend = "name a new folder, or go on in it with --resume_from_checkpoint auto"
+        raise InputError(f"--output_dir {config.output_dir!r} exists: {mend}")
     dist.barrier()
     if dist.get_rank() == 0 and not is_made:
         print(f"Drawing {NUM_TRAIN + NUM_HELDOUT} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")

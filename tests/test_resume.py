@@ -19,6 +19,7 @@ from tests.test_train import weights
 
 AUTO = ["--resume_from_checkpoint", "auto"]
 STEPS = ["--max_steps", "6", "--save_steps", "1"]
+FEW_SAVES = ["--max_steps", "6", "--save_steps", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +59,9 @@ LORA = "--lora_enable --lora_rank 4 --lora_dropout 0.3 --beta 0.1 --vision_lr 1e
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tiny, tmp_path, ranks, more):
     whole, output, logs = tmp_path / "whole", tmp_path / "resumed", (tmp_path / "1", tmp_path / "2")
-    run(ranks, run_flags(tiny.folder, whole, *STEPS, *more), logs[0])
+    run(ranks, run_flags(tiny.folder, whole, *FEW_SAVES, *more), logs[0])
     stopped_after(2, whole, output)  # of 3 steps in an epoch
-    printed = run(ranks, run_flags(tiny.folder, output, *STEPS, *AUTO, *more), logs[1])
+    printed = run(ranks, run_flags(tiny.folder, output, *FEW_SAVES, *AUTO, *more), logs[1])
     assert "checkpoint-2: 2 of 6 steps are done" in printed
     assert "33%|" in printed and " 0%|" not in printed  # the bar begins where the run does
     assert scored(logs[1]) == scored(logs[0], after=2) != []
@@ -95,8 +96,8 @@ def whole(tiny, tmp_path_factory):
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_another_number_of_ranks_goes_on_with_the_same_run(tiny, tmp_path, before, after):
     whole, output = tmp_path / "whole", tmp_path / "resumed"
-    run(before, run_flags(tiny.folder, whole, *STEPS), tmp_path / "log")
-    printed = run(after, run_flags(tiny.folder, stopped_after(3, whole, output), *STEPS, *AUTO), tmp_path / "log")
+    run(before, run_flags(tiny.folder, whole, *FEW_SAVES), tmp_path / "log")
+    printed = run(after, run_flags(tiny.folder, stopped_after(2, whole, output), *FEW_SAVES, *AUTO), tmp_path / "log")
     assert f"saved by {before} ranks, now {after}" in printed
     difference = weights(output / "final") - weights(whole / "final")
     assert difference.norm() / weights(whole / "final").norm() < 1e-5
@@ -229,17 +230,17 @@ def wait_for_step(log: Path, step: int) -> None:
 )
 def test_a_signal_stops_all_ranks_after_the_step_and_no_step_is_lost(tiny, tmp_path, number, ranks, reached):
     whole, output, logs = tmp_path / "whole", tmp_path / "out", (tmp_path / "1", tmp_path / "2")
-    run(ranks, run_flags(tiny.folder, whole, "--max_steps", "20"), logs[0])
-    processes = start(ranks, run_flags(tiny.folder, output, "--max_steps", "20"), logs[1])
+    run(ranks, run_flags(tiny.folder, whole, "--max_steps", "12"), logs[0])
+    processes = start(ranks, run_flags(tiny.folder, output, "--max_steps", "12"), logs[1])
     wait_for_step(logs[1], 1 if number == signal.SIGTERM else 4)
     for process in processes if reached == "group" else processes[-1:]:
         for pid in [process.pid, *children(process.pid)] if reached == "group" else [process.pid]:
             os.kill(pid, number)  # with its workers
     assert wait(processes) == [0] * ranks
     done = max(checkpoints(output))
-    assert done < 20 and f"stopped after step {done}" in logs[1].read_text()
+    assert done < 12 and f"stopped after step {done}" in logs[1].read_text()
     assert max(steps_of(logs[1])) == done  # the last step that was begun
-    run(ranks, run_flags(tiny.folder, output, "--max_steps", "20", *AUTO), logs[1])
+    run(ranks, run_flags(tiny.folder, output, "--max_steps", "12", *AUTO), logs[1])
     assert scored(logs[1]) == scored(logs[0])  # each step once
     assert result(output) == result(whole)
 
