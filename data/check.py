@@ -166,18 +166,20 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, VideoOptions]:
     """Read the flags; raise InputError."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m data.check", description=__doc__, formatter_class=style)
-    parser.allow_abbrev, parser.error, add = False, _fail, parser.add_argument
-    add("--data_path", required=True, help="JSON or JSONL file of samples")
-    add("--image_folder", default="", help="folder of the videos whose path in the JSON does not exist as it is")
-    add("--write_clean", default="", help="new file for the fit samples, each as it was written")
-    add("--model_id", default="", help="count prompt tokens with this model's tokenizer; without: of videos alone")
-    add("--num_workers", type=int, default=os.cpu_count(), help="videos that are opened at a time")
-    add("--max_videos", type=int, default=5, help="as in train.py, like all that follow")
-    add("--fps", type=float)
+    parser.allow_abbrev, parser.error = False, _fail
+    parser.add_argument("--data_path", required=True, help="JSON or JSONL file of samples")
+    parser.add_argument("--image_folder", default="", help="folder of videos whose path in the JSON does not exist")
+    parser.add_argument("--write_clean", default="", help="new file for the fit samples, each as it was written")
+    parser.add_argument(
+        "--model_id", default="", help="count prompt tokens with its tokenizer; without: of videos alone"
+    )
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="videos that are opened at a time")
+    parser.add_argument("--max_videos", type=int, default=5, help="as in train.py, like all that follow")
+    parser.add_argument("--fps", type=float)
     for name in ("nframes", "video_resized_width", "video_resized_height"):
-        add(f"--{name}", type=int)
-    add("--video_min_pixels", type=int, default=VideoOptions.min_pixels)
-    add("--video_max_pixels", type=int, default=VideoOptions.max_pixels)
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--video_min_pixels", type=int, default=VideoOptions.min_pixels)
+    parser.add_argument("--video_max_pixels", type=int, default=VideoOptions.max_pixels)
     a = parser.parse_args(argv)
     if a.num_workers < 1 or a.max_videos < 0:
         _fail("--num_workers must be at least 1, --max_videos at least 0")

@@ -2,9 +2,8 @@
 
 Builds a Qwen2.5-VL of random weights, takes random pixels for videos, and times the trainer's own rollout and update.
 Beside them, run by run, the repeated rows that other trainers compute: each of the G completions a row with its own
-copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and sharding.
-
-All completions run to `--completion_length`. Under torchrun every rank has one prompt, as in training.
+copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and sharding. All
+completions run to `--completion_length`. Under torchrun every rank has one prompt, as in training.
 """
 
 import ctypes
@@ -15,6 +14,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -73,12 +73,8 @@ def random_model(size: str, device: torch.device) -> Qwen2_5_VLForConditionalGen
         "tokens_per_second": 2,
     }
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    text = {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
-        "intermediate_size": intermediate,
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    text = dict(zip(names, (hidden, layers, heads, key_heads, intermediate), strict=True)) | {
         "vocab_size": vocabulary,
         "max_position_embeddings": 128000,
         "rms_norm_eps": 1e-6,
@@ -138,7 +134,7 @@ def repeated_update(model, optimizer, prompt: Prompt, ids: Tensor, advantages: T
     G, C = ids.shape
     own = prompt.position_ids.max() + 1 + torch.arange(C, device=ids.device)
     optimizer.zero_grad()
-    hidden = model(
+    logits = model(
         input_ids=torch.cat([prompt.prompt_ids.expand(G, -1), ids], dim=1),
         position_ids=torch.cat([prompt.position_ids, own.expand(3, -1)], dim=1)[:, None].expand(-1, G, -1),
         pixel_values_videos=prompt.pixel_values_videos.repeat(G, 1),
@@ -146,7 +142,7 @@ def repeated_update(model, optimizer, prompt: Prompt, ids: Tensor, advantages: T
         logits_to_keep=C + 1,
         use_cache=False,
     ).logits[:, :-1]
-    logprobs = torch.log_softmax(hidden.float().index_fill(2, banned_ids, -torch.inf), dim=2)
+    logprobs = torch.log_softmax(logits.float().index_fill(2, banned_ids, -torch.inf), dim=2)
     logprobs = logprobs.gather(2, ids[:, :, None])[:, :, 0]
     loss, _, _ = clipped_loss((logprobs - logprobs.detach()).exp(), advantages, 0.05, 0.1)
     loss.mean().backward()
@@ -169,12 +165,11 @@ def reset_peak_memory() -> None:
 def seconds(function, *arguments) -> tuple[float, object]:
     """Time a call on all ranks together; return the seconds and the result."""
     dist.barrier()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     began = time.perf_counter()
     result = function(*arguments)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - began, result
 
 
@@ -183,9 +178,8 @@ def measure(rollout, update) -> dict[str, float]:
     reset_peak_memory()
     rollout_seconds, rollouts = seconds(rollout)
     update_seconds, _ = seconds(update, rollouts)
-    return dict(
-        zip(FIGURES, (rollout_seconds, update_seconds, rollout_seconds + update_seconds, peak_memory_gb()), strict=True)
-    )
+    figures = rollout_seconds, update_seconds, rollout_seconds + update_seconds, peak_memory_gb()
+    return dict(zip(FIGURES, figures, strict=True))
 
 
 def best_of(function, times: int = 5) -> float:
@@ -210,8 +204,8 @@ def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_second
     def size(module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
-    G, C, P, S = options.num_generations, options.completion_length, len(prompt.prompt_ids), len(prompt.position_ids)
-    S = int(prompt.video_grid_thw.prod(dim=1).sum())
+    G, C = options.num_generations, options.completion_length
+    P, S = len(prompt.prompt_ids), len(prompt.pixel_values_videos)
     text, visual = model.config.text_config, model.model.visual
     layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
@@ -246,8 +240,8 @@ def run(options: Options, device: torch.device) -> dict:
         stop_ids=torch.tensor([-1], device=device),  # no token: every completion has its full length
         banned_ids=torch.tensor([VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN], device=device),
     )
-    prompt, totals = random_prompt(options), Totals(G * C * dist.get_world_size(), G * dist.get_world_size(), 1.0)
-    advantages = torch.linspace(-1, 1, G, device=device)
+    prompt, advantages = random_prompt(options), torch.linspace(-1, 1, G, device=device)
+    totals = Totals(G * C * dist.get_world_size(), G * dist.get_world_size(), 1.0)
 
     def rollout(length: int = C):
         whole.refresh(model)
@@ -267,7 +261,7 @@ def run(options: Options, device: torch.device) -> dict:
         repeated_update(model, optimizer, prompt.to(device), ids, advantages, tokens.banned_ids)
 
     ours, theirs, out_of_memory = [], [], False
-    for _ in range(options.runs + 1):
+    for _ in range(options.runs + 1):  # in turn, so that a machine that slows down slows both
         ours.append(measure(rollout, update))
         if options.baseline and not out_of_memory:
             for module in (model, whole.module):  # Hugging Face's own layers
@@ -299,14 +293,13 @@ def table(figures: dict) -> str:
     for name in FIGURES:
         other = f"{theirs[name]:14.3f} {theirs[name] / figures[name]:7.1f}x" if theirs else f"{missing:>14}"
         lines.append(f"{name.replace('_', ' '):24} {figures[name]:10.3f} {other}")
-    lines.append(
-        f"decoding: {figures['decode_tokens_per_second']:,.0f} tokens per second, "
+    return "\n".join(lines) + (
+        f"\ndecoding: {figures['decode_tokens_per_second']:,.0f} tokens per second, "
         f"{figures['decode_share_of_bandwidth']:.0%} of the memory bandwidth measured here "
         f"({figures['machine']['bandwidth_gb_per_second']:,.0f} GB/s)\n"
         f"update: {figures['update_share_of_flops']:.0%} of the matrix products measured here "
         f"({figures['machine']['tflop_per_second']:,.2f} TFLOP/s)"
     )
-    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
@@ -317,10 +310,11 @@ def main(argv: list[str]) -> int:
         if getattr(options, name) < 1 + (name in ("frames", "num_generations")):
             parser.error(f"--{name} {getattr(options, name)} is too small")
     device = start_processes()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     figures = {
         "options": dataclasses.asdict(options),
         "ranks": dist.get_world_size(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": name,
         "precision": str(compute_dtype(device)),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         **run(options, device),
@@ -328,8 +322,7 @@ def main(argv: list[str]) -> int:
     if dist.get_rank() == 0:
         print(table(figures))
         if options.json:
-            with open(options.json, "w") as file:
-                json.dump(figures, file, indent=2)
+            Path(options.json).write_text(json.dumps(figures, indent=2))
     dist.destroy_process_group()
     return 0
 
