@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 import train
 from data.dataset import InputError
@@ -155,8 +155,8 @@ def test_a_frozen_tower_encodes_once_and_gives_the_same_log_probabilities_and_gr
 
 @pytest.mark.parametrize(("more", "passes"), [([], 2 + 2 * 2), (["--freeze_vision_tower"], 2)])
 def test_a_run_encodes_the_videos_of_a_frozen_tower_once_per_step(tiny, tmp_path, monkeypatch, more, passes):
-    calls, block = [], Qwen2_5_VLVisionBlock.forward
-    monkeypatch.setattr(Qwen2_5_VLVisionBlock, "forward", lambda *a, **k: (calls.append(1), block(*a, **k))[1])
+    calls, attention = [], Qwen2_5_VLVisionAttention.forward
+    monkeypatch.setattr(Qwen2_5_VLVisionAttention, "forward", lambda *a, **k: (calls.append(1), attention(*a, **k))[1])
     run = ["--max_steps", "2", "--num_iterations", "2", "--global_batch_size", "1", *more]
     assert train.main(flags(tiny, tmp_path / "out", *run)) == 0
     assert len(calls) == passes * tiny.model.config.vision_config.depth

@@ -38,13 +38,18 @@ def test_the_longest_prompt_is_found_without_decoding_and_broken_videos_do_not_m
 @pytest.mark.parametrize(
     "more", [[], ["--lora_enable", "--lora_rank", "2", "--beta", "0.1"]], ids=["whole", "adapters"]
 )
-def test_the_trial_step_names_the_sample_and_leaves_no_trace(tiny, tmp_path, capsys, more):
+def test_the_trial_step_names_the_sample_and_leaves_no_trace(tiny, tmp_path, capsys, monkeypatch, more):
     more = ["--max_steps", "3", "--global_batch_size", "2", "--weight_decay", "0.1", *more]
+    more += ["--max_completion_length", "40", "--temperature", "1.5"]  # some would end early
     assert train.main(flags(tiny, tmp_path / "without", *more)) == 0
     capsys.readouterr()
+    sampled, rollout_phase = [], train.rollout_phase
+    monkeypatch.setattr(train, "rollout_phase", lambda *a, **k: sampled.append(rollout_phase(*a, **k)) or sampled[-1])
     assert train.main(flags(tiny, tmp_path / "with", *more, "--memory_preflight", "true")) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("memory:"))
-    assert "sample 's1' with 3 videos" in line and "8 completions of 6 tokens, 2 such prompts" in line
+    assert "sample 's1' with 3 videos" in line and "8 completions of 40 tokens, 2 such prompts" in line
+    assert len(sampled) == 1 + 3 and len(sampled[0]) == 2
+    assert all(one.completion_mask.all() and one.completion_mask.shape == (8, 40) for one in sampled[0])
     for name in ("reward", "grad_norm", "loss", "learning_rate"):
         assert curves(tmp_path / "with")[name] == curves(tmp_path / "without")[name]
     if "--lora_enable" not in more:
