@@ -54,8 +54,8 @@ LORA = "--lora_enable --lora_rank 4 --lora_dropout 0.3 --beta 0.1 --vision_lr 1e
 
 @pytest.mark.parametrize(
     ("ranks", "more"),
-    [(1, []), (1, LORA), (2, LORA), (2, ["--on_bad_video", "skip"])],
-    ids=["all weights", "adapters with dropout, KL", "adapters on two ranks", "two ranks"],
+    [(1, []), (1, LORA), (2, LORA)],
+    ids=["all weights", "adapters with dropout, KL", "adapters on two ranks"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tiny, tmp_path, ranks, more):
     whole, output, logs = tmp_path / "whole", tmp_path / "resumed", (tmp_path / "1", tmp_path / "2")
@@ -230,17 +230,17 @@ def wait_for_step(log: Path, step: int) -> None:
 )
 def test_a_signal_stops_all_ranks_after_the_step_and_no_step_is_lost(tiny, tmp_path, number, ranks, reached):
     whole, output, logs = tmp_path / "whole", tmp_path / "out", (tmp_path / "1", tmp_path / "2")
-    run(ranks, run_flags(tiny.folder, whole, "--max_steps", "12"), logs[0])
-    processes = start(ranks, run_flags(tiny.folder, output, "--max_steps", "12"), logs[1])
+    run(ranks, run_flags(tiny.folder, whole, "--max_steps", "9"), logs[0])
+    processes = start(ranks, run_flags(tiny.folder, output, "--max_steps", "9"), logs[1])
     wait_for_step(logs[1], 1 if number == signal.SIGTERM else 4)
     for process in processes if reached == "group" else processes[-1:]:
         for pid in [process.pid, *children(process.pid)] if reached == "group" else [process.pid]:
             os.kill(pid, number)  # with its workers
     assert wait(processes) == [0] * ranks
     done = max(checkpoints(output))
-    assert done < 12 and f"stopped after step {done}" in logs[1].read_text()
+    assert done < 9 and f"stopped after step {done}" in logs[1].read_text()
     assert max(steps_of(logs[1])) == done  # the last step that was begun
-    run(ranks, run_flags(tiny.folder, output, "--max_steps", "12", *AUTO), logs[1])
+    run(ranks, run_flags(tiny.folder, output, "--max_steps", "9", *AUTO), logs[1])
     assert scored(logs[1]) == scored(logs[0])  # each step once
     assert result(output) == result(whole)
 
@@ -260,7 +260,7 @@ def test_a_second_signal_ends_the_program_at_once(tiny, tmp_path):
     assert set(checkpoints(tmp_path / "out")) == {1}
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 3), (2, 2)])
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 2), (2, 1)])
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, ranks, kills):
     tiny = make_tiny(tmp_path / "tiny", num_videos=(1, 2, 1))
-    assert kill_and_resume(tiny.folder, ranks, kills, signal.SIGKILL, 0, ["--max_steps", "8"])
+    assert kill_and_resume(tiny.folder, ranks, kills, signal.SIGKILL, 0, ["--max_steps", "6"])
