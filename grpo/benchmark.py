@@ -173,9 +173,11 @@ def seconds(function, *arguments) -> tuple[float, object]:
     return time.perf_counter() - began, result
 
 
-def measure(rollout, update) -> dict[str, float]:
-    """Time a step of two phases, of which the second takes what the first returns, and its peak memory."""
-    reset_peak_memory()
+def measure(rollout, update, is_first: bool) -> dict[str, float]:
+    """Time a step of two phases, of which the second takes what the first returns; and its peak memory, if it is the
+    first: memory that was handed back must be fetched again, which takes time that training does not spend."""
+    if is_first:
+        reset_peak_memory()
     rollout_seconds, rollouts = seconds(rollout)
     update_seconds, _ = seconds(update, rollouts)
     figures = rollout_seconds, update_seconds, rollout_seconds + update_seconds, peak_memory_gb()
@@ -261,14 +263,14 @@ def run(options: Options, device: torch.device) -> dict:
         repeated_update(model, optimizer, prompt.to(device), ids, advantages, tokens.banned_ids)
 
     ours, theirs, out_of_memory = [], [], False
-    for _ in range(options.runs + 1):  # in turn, so that a machine that slows down slows both
-        ours.append(measure(rollout, update))
+    for i in range(options.runs + 1):  # in turn, so that a machine that slows down slows both
+        ours.append(measure(rollout, update, i == 0))
         if options.baseline and not out_of_memory:
             for module in (model, whole.module):  # Hugging Face's own layers
                 module.set_attn_implementation("sdpa")
                 del module.model.visual.patch_embed.forward
             try:
-                theirs.append(measure(baseline_rollout, baseline_update))
+                theirs.append(measure(baseline_rollout, baseline_update, i == 0))
             except torch.OutOfMemoryError:
                 out_of_memory = True
                 optimizer.zero_grad()
@@ -276,7 +278,8 @@ def run(options: Options, device: torch.device) -> dict:
                 use_our_layers(module)
 
     def medians(runs: list[dict]) -> dict[str, float]:
-        return {name: statistics.median(figures[name] for figures in runs[1:]) for name in FIGURES}
+        times = {name: statistics.median(figures[name] for figures in runs[1:]) for name in FIGURES}
+        return times | {"peak_memory_gb": runs[0]["peak_memory_gb"]}
 
     figures = medians(ours) | {"baseline": medians(theirs) if len(theirs) > options.runs else None}
     prefill_seconds = best_of(lambda: rollout(1))
