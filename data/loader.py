@@ -5,6 +5,7 @@
 
 import atexit
 import dataclasses
+import gc
 import multiprocessing
 import signal
 from collections.abc import Iterator
@@ -138,18 +139,23 @@ def rank_slots(
 def prompt_batches(dataset: PromptDataset, slots: Iterator[list[Slot]], num_workers: int) -> DataLoader:
     """Load each step's prompts in order, workers some steps ahead. Iterating gives list[Prompt | InputError]."""
     atexit.register(kill_workers)
+    gc.collect()  # here, where its threads are, not in a worker
     return DataLoader(
         dataset,
         batch_sampler=slots,
         num_workers=num_workers,
         collate_fn=list,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=begin_worker,
         multiprocessing_context="fork" if num_workers else None,  # as children, they notice when their rank is killed
     )
 
 
-def ignore_signals(worker: int) -> None:
-    """Let a worker outlive the signals that stop a run: they reach all processes, and the step needs its prompts."""
+def begin_worker(worker: int) -> None:
+    """Let a worker outlive the signals that stop a run: they reach all processes, and the step needs its prompts.
+
+    What it has inherited it must not collect: the end of a process group waits for threads that a fork leaves behind.
+    """
+    gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
