@@ -42,7 +42,7 @@ from grpo.loss import (
     trained_tokens,
     weighted_sum,
 )
-from grpo.model import SpecialTokens, make_optimizer, processor_files, special_tokens, table_of_parts
+from grpo.model import SpecialTokens, make_optimizer, processor_files, special_tokens, table_of_parts, whole_tensor
 from grpo.preflight import memory_preflight
 from grpo.rollout import Rollout, generate, generators
 from grpo.scoring import score
@@ -139,7 +139,7 @@ def update_phase(
                 sums[:5] += torch.stack([share.detach(), entropy, clipped["low"], clipped["high"], kl])
             # FSDP takes the mean of the ranks' gradients; the loss is the sum of their shares.
             (loss * dist.get_world_size()).backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).full_tensor()
+        grad_norm = whole_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
         if any_rank(not torch.isfinite(sums[0] + grad_norm)):  # sums[0] is the loss
             is_bad = True  # weights and optimizer stay as they are
         else:

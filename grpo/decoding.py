@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.loader import Prompt
 from grpo.attention import causal, matmul_float32
-from grpo.logprobs import embed
+from grpo.logprobs import PATCHES_PER_PASS, embed
 
 
 class GroupCache:
@@ -76,8 +76,9 @@ class GroupCache:
 def prefill(model, prompts: list[Prompt], cache: GroupCache) -> Tensor:
     """Pass the prompts through the model, keep their keys and values, return their last hidden states: (B, E)."""
     cache.begin([len(prompt.prompt_ids) for prompt in prompts])
+    token_ids = torch.cat([prompt.prompt_ids for prompt in prompts])
     hidden = model.model.language_model(
-        inputs_embeds=embed(model, torch.cat([prompt.prompt_ids for prompt in prompts]), prompts),
+        inputs_embeds=embed(model, token_ids, prompts, PATCHES_PER_PASS),
         position_ids=torch.cat([prompt.position_ids for prompt in prompts], dim=1)[:, None],
         use_cache=False,
         attend_fn=cache.prefill,

@@ -14,6 +14,7 @@ from data.loader import Prompt
 from grpo.attention import matmul_float32, packed
 
 TOKENS_PER_CHUNK = 1024  # logits of so many tokens exist at a time: 0.6 GB each copy, with Qwen's 152k words in float32
+PATCHES_PER_PASS = 2048  # enough to keep a GPU busy; more would be slower on a CPU, whose caches they outgrow
 
 
 class Logits(torch.autograd.Function):
@@ -49,16 +50,25 @@ def _chosen_logprobs(hidden, ids, lm_head, temperature, banned_ids) -> tuple[Ten
     return logprobs.gather(1, ids[:, None])[:, 0], entropy
 
 
-def embed(model, token_ids: Tensor, prompts: list[Prompt]) -> Tensor:
+def video_features(model, prompts: list[Prompt], patches_per_pass: int | None = None) -> list[Tensor]:
+    """Encode the videos of some prompts: per video the states that take its placeholders' place, (tokens, E).
+
+    patches_per_pass: go on by as many whole videos; None: all at once, as sharded weights are best used.
+    """
+    pixels = torch.cat([prompt.pixel_values_videos for prompt in prompts])
+    grids = torch.cat([prompt.video_grid_thw for prompt in prompts])  # (M of all, 3)
+    sizes = grids.prod(dim=1)
+    at_once = len(grids) if patches_per_pass is None else max(1, patches_per_pass // int(sizes.max()))
+    pieces = pixels.split([int(size.sum()) for size in sizes.split(at_once)])
+    passes = zip(pieces, grids.split(at_once), strict=True)
+    return [states for piece in passes for states in model.model.get_video_features(*piece).pooler_output]
+
+
+def embed(model, token_ids: Tensor, prompts: list[Prompt], patches_per_pass: int | None = None) -> Tensor:
     """Embed a row of tokens, (L,), and put the encoded videos of the prompts in it into their places: (1, L, E)."""
     embeddings = model.get_input_embeddings()(token_ids[None])
     if prompts[0].vision_states is None:
-        features = torch.cat(
-            model.model.get_video_features(
-                torch.cat([prompt.pixel_values_videos for prompt in prompts]),
-                torch.cat([prompt.video_grid_thw for prompt in prompts]),
-            ).pooler_output
-        )
+        features = torch.cat(video_features(model, prompts, patches_per_pass))
     else:
         features = model.model.visual.merger(torch.cat([prompt.vision_states for prompt in prompts]))
     is_video = (token_ids == model.config.video_token_id)[None, :, None]
@@ -75,7 +85,7 @@ def encode_videos(model, prompt: Prompt) -> Prompt:
     # In the merger's place, keep its input: four neighbouring patches a row, which the tower puts back into order.
     hook = model.model.visual.merger.register_forward_hook(lambda _, inputs, out: inputs[0].reshape(len(out), -1))
     try:
-        (*states,) = model.model.get_video_features(prompt.pixel_values_videos, prompt.video_grid_thw).pooler_output
+        states = video_features(model, [prompt], PATCHES_PER_PASS)
     finally:
         hook.remove()
     states = torch.cat(states).view(len(prompt.pixel_values_videos), -1)
@@ -118,15 +128,16 @@ def completion_logprobs(
         first, rest = row[P - 1].expand(G, 1, -1), row[P:].unflatten(0, mask.shape)[:, :-1]
         predictors.append(torch.cat([first, rest], dim=1)[mask])  # (tokens, E)
     chosen = [ids[mask] for ids, mask in zip(completion_ids, completion_mask, strict=True)]  # (tokens,)
-    # Recomputing the logits of a chunk in the backward pass keeps memory free of (tokens, V).
-    chunks = [
-        checkpoint(_chosen_logprobs, h, ids, model.lm_head.weight, temperature, banned_ids, use_reentrant=False)
-        for h, ids in zip(
-            torch.cat(predictors).split(TOKENS_PER_CHUNK), torch.cat(chosen).split(TOKENS_PER_CHUNK), strict=True
-        )
-    ]
+    # Recomputing the logits of a chunk in the backward pass keeps memory free of (tokens, V). The backward pass begins
+    # with the last chunk: nothing is gained by forgetting that one.
+    *chunks, last = zip(
+        torch.cat(predictors).split(TOKENS_PER_CHUNK), torch.cat(chosen).split(TOKENS_PER_CHUNK), strict=True
+    )
+    head = model.lm_head.weight, temperature, banned_ids
+    results = [checkpoint(_chosen_logprobs, *chunk, *head, use_reentrant=False) for chunk in chunks]
+    results.append(_chosen_logprobs(*last, *head))
     num_tokens = [len(ids) for ids in chosen]
-    logprobs, entropy = (torch.cat(parts).split(num_tokens) for parts in zip(*chunks, strict=True))
+    logprobs, entropy = (torch.cat(parts).split(num_tokens) for parts in zip(*results, strict=True))
     return [
         tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values) for values in pair)
         for mask, *pair in zip(completion_mask, logprobs, entropy, strict=True)

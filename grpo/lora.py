@@ -18,11 +18,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 
 from data.dataset import InputError
 from grpo.config import Config
-from grpo.model import part_of
+from grpo.model import part_of, whole_tensor
 
 
 def layers_to_adapt(model, config: Config) -> list[str]:
@@ -78,7 +78,8 @@ def merged_weight(layer: LoraLayer) -> Tensor:
     W and B are split into the same rows, so each rank merges its own and nothing but the small A is gathered.
     """
     weight, A, B = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    A = A.redistribute(placements=[Replicate()] * A.device_mesh.ndim)
+    if isinstance(A, DTensor):
+        A = A.redistribute(placements=[Replicate()] * A.device_mesh.ndim)
     return weight + layer.scaling["default"] * (B @ A)
 
 
@@ -140,7 +141,7 @@ def gather_adapter(model, config: Config) -> Adapter:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             peft_name = "base_model.model." + name.replace(".default.", ".")
-            weights[peft_name] = parameter.full_tensor().cpu().contiguous()
+            weights[peft_name] = whole_tensor(parameter).cpu().contiguous()
             if not part_of(name).startswith("adapters"):
                 # model.visual.blocks.0, model.visual.patch_embed, model.visual.merger: peft takes no lists of modules
                 module = re.match(r"model\.visual\.(blocks\.\d+|\w+)", name).group()

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import cached_file, logging
@@ -102,6 +103,11 @@ def embed_patches(patch_embed, pixels: Tensor) -> Tensor:
     """
     weight = patch_embed.proj.weight
     return F.linear(pixels.to(weight.dtype), weight.flatten(1))
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor that is sharded, as in `grpo/sharding.py`; collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def special_tokens(model, tokenizer, device) -> SpecialTokens:

@@ -1,8 +1,9 @@
 """Processes and sharding: the same code on one CPU, one GPU, or many nodes.
 
 FSDP2 (`fully_shard`) splits float32 master weights, gradients and optimizer states over the ranks and computes in
-bfloat16 on GPUs. Rank 0 alone reads the weights and hands out the shards, so that a host holds one copy of them, not
-one per GPU. Sampling wants whole weights, thousands of times in a row; `WholeWeights` gathers them once per step.
+bfloat16 on GPUs; a CPU process of its own has nothing to split. Rank 0 alone reads the weights and hands out the
+shards, so that a host holds one copy of them, not one per GPU. Sampling wants whole weights, thousands of times in a
+row; `WholeWeights` gathers them once per step.
 """
 
 import copy
@@ -13,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import distribute_tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -85,6 +86,9 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def shard(model, device: torch.device):
     """Shard each decoder layer, each vision block and the rest, in place; make `model.completion_logprobs` callable."""
+    model.completion_logprobs = types.MethodType(completion_logprobs, model)
+    if dist.get_world_size() == 1 and compute_dtype(device) == torch.float32:
+        return model  # nothing to split, nothing to round, and FSDP's copies would cost a tenth of the update
     mesh = device_mesh(device)
     # Inputs keep their dtype: the rotary tables of the vision tower are float32, when sampling as in the update.
     precision = MixedPrecisionPolicy(
@@ -93,7 +97,6 @@ def shard(model, device: torch.device):
     for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
-    model.completion_logprobs = types.MethodType(completion_logprobs, model)
     register_fsdp_forward_method(model, "completion_logprobs")  # the root gathers its weights around this call
     return model
 
@@ -137,27 +140,29 @@ class WholeWeights:
             elif self.is_filled and not sharded.requires_grad:
                 continue  # frozen: as it was
             whole = own[name.replace(".base_layer.", ".")]
-            if dist.get_world_size() == 1 and whole.device.type == "cpu":
-                whole.data = sharded.to_local().to(whole.dtype)
-            else:  # into the same memory, from which captured graphs read
+            if isinstance(model, FSDPModule):  # into the same memory, from which captured graphs read
                 whole.copy_(sharded.to(whole.dtype).full_tensor())
+            else:
+                whole.data = sharded.data
         self.is_filled = True
         return self.module
 
 
 @torch.no_grad()
-def distribute(model, loaded) -> None:
+def distribute(model, loaded, device: torch.device) -> None:
     """Fill the sharded `model`, in place, with the weights and buffers of rank 0's `loaded`; collective."""
-    device = model.lm_head.weight.device_mesh.device_type
     buffers = [None if loaded is None else dict(loaded.named_buffers())]
     dist.broadcast_object_list(buffers)
     model.to_empty(device=device)
+    model.tie_weights()
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[0][name])
     whole = {} if loaded is None else dict(loaded.named_parameters())
     for name, sharded in model.named_parameters():
         weight = torch.empty(sharded.shape, device=device) if loaded is None else whole[name].to(device)
-        sharded.to_local().copy_(distribute_tensor(weight, sharded.device_mesh, sharded.placements).to_local())
+        if isinstance(model, FSDPModule):
+            weight = distribute_tensor(weight, sharded.device_mesh, sharded.placements)
+        sharded.copy_(weight)
 
 
 def make_trainable(loaded, config: Config, device: torch.device) -> tuple:
@@ -182,8 +187,8 @@ def make_trainable(loaded, config: Config, device: torch.device) -> tuple:
     if reference is not None and trains_adapters_alone(model):
         reference = model  # without its adapters it is the initial policy
     elif reference is not None:
-        distribute(shard(reference, device), loaded)
+        distribute(shard(reference, device), loaded, device)
     if config.lora_enable and loaded is not None:
         add_adapters(loaded, config)
-    distribute(shard(model, device), loaded)
+    distribute(shard(model, device), loaded, device)
     return model, whole, reference

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import train
@@ -26,7 +27,7 @@ from grpo.lora import (
     trains_adapters_alone,
     without_dropout,
 )
-from grpo.model import freeze, make_optimizer, save_model, use_our_layers
+from grpo.model import freeze, make_optimizer, save_model, use_our_layers, whole_tensor
 from tests.conftest import Tiny, run_ranks
 from tests.test_sharding import relative, rollouts_of, with_advantages
 from tests.test_train import curves, flags, run_main, weights
@@ -55,7 +56,9 @@ def set_B(model) -> None:
         for layer in lora_layers(model).values():
             B = layer.lora_B["default"].weight
             values = torch.randn(B.shape, generator=generator) * 0.1
-            B.copy_(torch.distributed.tensor.distribute_tensor(values, B.device_mesh, B.placements))
+            if isinstance(B, DTensor):
+                values = distribute_tensor(values, B.device_mesh, B.placements)
+            B.copy_(values)
 
 
 def score(model, tiny: Tiny, compute=None) -> list[torch.Tensor]:
@@ -71,14 +74,13 @@ def sharded_score(model, tiny: Tiny) -> list[torch.Tensor]:
     return score(model, tiny, model.completion_logprobs)
 
 
-def update(tiny: Tiny, model, config: Config) -> list[torch.Tensor]:
+def update(tiny: Tiny, model, optimizer, config: Config) -> list[torch.Tensor]:
     """Do one step on this rank's share of the groups; return the whole gradients."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config = resolve_batch_sizes(config, world_size)
     rollouts, totals = with_advantages(rollouts_of(tiny))
-    optimizer, _ = make_optimizer(model, config, total_steps=1)
     train.update_phase(model, None, optimizer, rollouts[rank::world_size], totals, tiny.banned_ids, config)
-    return [p.grad.full_tensor() for p in model.parameters() if p.grad is not None]
+    return [whole_tensor(p.grad) for p in model.parameters() if p.grad is not None]
 
 
 def distance(a, b) -> float:
@@ -88,13 +90,14 @@ def distance(a, b) -> float:
 def step(tiny: Tiny, path: str, settings: dict) -> None:
     config = Config(**LORA | {"max_grad_norm": 1e9, "global_batch_size": 4} | settings)
     whole, model = adapted(tiny, config)
+    optimizer, _ = make_optimizer(model, config, total_steps=1)  # before FSDP puts whole weights in its weights' place
     set_B(model)
     whole.refresh(model)
     result = {"merged": score(whole.module, tiny), "unmerged": sharded_score(model, tiny)}
     with adapters_off(model):
         result["off"] = sharded_score(model, tiny)
     result["on again"] = sharded_score(model, tiny)
-    result["gradients"] = update(tiny, model, config)
+    result["gradients"] = update(tiny, model, optimizer, config)
     result["alone"] = trains_adapters_alone(model)
     whole.refresh(model)
     result["after"] = score(whole.module, tiny)
@@ -206,11 +209,12 @@ def in_bfloat16(tiny: Tiny, path: str) -> None:
     sharding.compute_dtype = lambda device: torch.bfloat16
     config = Config(**LORA | {"max_grad_norm": 1e9, "global_batch_size": 4})
     whole, model = adapted(tiny, config)
+    optimizer, _ = make_optimizer(model, config, total_steps=1)  # before FSDP puts whole weights in its weights' place
     set_B(model)
     whole.refresh(model)
     result = {"merged": score(whole.module, tiny), "unmerged": sharded_score(model, tiny)}
     result["dtypes"] = {parameter.dtype for parameter in whole.module.parameters()}
-    result["gradients"] = update(tiny, model, config)
+    result["gradients"] = update(tiny, model, optimizer, config)
     torch.save(result, path)
     dist.destroy_process_group()
 

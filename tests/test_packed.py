@@ -1,6 +1,7 @@
 """The packed pass equals G separate rows through Hugging Face's own model, vision tower and gradients included."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from grpo.attention import attend_segments
 from grpo.decoding import GroupCache
-from grpo.logprobs import completion_logprobs, sampling_logprobs
+from grpo.logprobs import completion_logprobs, sampling_logprobs, video_features
 from tests.conftest import make_tiny
 
 T = 0.7
@@ -205,3 +206,18 @@ def test_vision_features_equal_hf_when_windows_differ_in_size(tmp_path):
         ours = tiny.model.model.get_video_features(pixels, grid).pooler_output
         theirs = hf_twin(tiny.model).model.get_video_features(pixels, grid).pooler_output
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("patches_per_pass", [1, 450])
+def test_videos_encoded_some_at_a_time_equal_videos_encoded_at_once(tiny, patches_per_pass):
+    prompts = [
+        replace(prompt, pixel_values_videos=torch.randn(patches, 1176), video_grid_thw=torch.tensor(grids))
+        for prompt, patches, grids in zip(
+            tiny.prompts[:2], (200 + 96, 96 + 64), ([[2, 10, 10], [1, 8, 12]], [[1, 8, 12], [4, 4, 4]]), strict=True
+        )
+    ]
+    with torch.no_grad():
+        at_once = video_features(tiny.model, prompts)
+        in_passes = video_features(tiny.model, prompts, patches_per_pass)
+    assert [len(states) for states in in_passes] == [50, 24, 24, 16]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(in_passes, at_once, strict=True))

@@ -14,7 +14,7 @@ from grpo import sharding
 from grpo.config import Config, resolve_batch_sizes
 from grpo.inputs import load_inputs
 from grpo.logprobs import completion_logprobs
-from grpo.model import freeze, make_optimizer
+from grpo.model import freeze, make_optimizer, whole_tensor
 from grpo.rollout import generate
 from grpo.tracking import Totals
 from tests.conftest import Tiny, run_ranks
@@ -26,7 +26,7 @@ COLUMNS = ("completion_ids", "completion_mask", "logprobs", "train_mask")
 
 
 def whole_gradients(model) -> list[torch.Tensor]:
-    return [None if p.grad is None else p.grad.full_tensor() for p in model.parameters()]
+    return [None if p.grad is None else whole_tensor(p.grad) for p in model.parameters()]
 
 
 def rollouts_of(tiny: Tiny) -> list:
@@ -234,9 +234,9 @@ def spread(tiny: Tiny, path: str, settings: dict) -> None:
     whole.refresh(model)
     result = {
         "whole": {name: p.detach().clone() for name, p in whole.module.named_parameters()},
-        "sharded": {name: p.full_tensor().detach() for name, p in model.named_parameters()},
+        "sharded": {name: whole_tensor(p).detach() for name, p in model.named_parameters()},
         "own": sum(p.to_local().numel() for p in model.parameters()),
-        "reference": reference and {name: p.full_tensor().detach() for name, p in reference.named_parameters()},
+        "reference": reference and {name: whole_tensor(p).detach() for name, p in reference.named_parameters()},
         "buffers": {name: b.clone() for name, b in [*model.named_buffers(), *whole.module.named_buffers()]},
         "stop": model.generation_config.eos_token_id,
     }
