@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.loader import Prompt
 from grpo.attention import causal, matmul_float32
-from grpo.logprobs import PATCHES_PER_PASS, embed
+from grpo.logprobs import embed
 
 
 class GroupCache:
@@ -78,7 +78,7 @@ def prefill(model, prompts: list[Prompt], cache: GroupCache) -> Tensor:
     cache.begin([len(prompt.prompt_ids) for prompt in prompts])
     token_ids = torch.cat([prompt.prompt_ids for prompt in prompts])
     hidden = model.model.language_model(
-        inputs_embeds=embed(model, token_ids, prompts, PATCHES_PER_PASS),
+        inputs_embeds=embed(model, token_ids, prompts),
         position_ids=torch.cat([prompt.position_ids for prompt in prompts], dim=1)[:, None],
         use_cache=False,
         attend_fn=cache.prefill,

@@ -8,6 +8,7 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from data.loader import Prompt
@@ -50,25 +51,23 @@ def _chosen_logprobs(hidden, ids, lm_head, temperature, banned_ids) -> tuple[Ten
     return logprobs.gather(1, ids[:, None])[:, 0], entropy
 
 
-def video_features(model, prompts: list[Prompt], patches_per_pass: int | None = None) -> list[Tensor]:
-    """Encode the videos of some prompts: per video the states that take its placeholders' place, (tokens, E).
-
-    patches_per_pass: go on by as many whole videos; None: all at once, as sharded weights are best used.
-    """
+def video_features(model, prompts: list[Prompt]) -> list[Tensor]:
+    """Encode the videos of some prompts, a few at a time: per video the states (tokens, E) for its placeholders."""
     pixels = torch.cat([prompt.pixel_values_videos for prompt in prompts])
     grids = torch.cat([prompt.video_grid_thw for prompt in prompts])  # (M of all, 3)
     sizes = grids.prod(dim=1)
-    at_once = len(grids) if patches_per_pass is None else max(1, patches_per_pass // int(sizes.max()))
+    # Sharded weights would be gathered anew for each pass.
+    at_once = len(grids) if isinstance(model, FSDPModule) else max(1, PATCHES_PER_PASS // int(sizes.max()))
     pieces = pixels.split([int(size.sum()) for size in sizes.split(at_once)])
     passes = zip(pieces, grids.split(at_once), strict=True)
     return [states for piece in passes for states in model.model.get_video_features(*piece).pooler_output]
 
 
-def embed(model, token_ids: Tensor, prompts: list[Prompt], patches_per_pass: int | None = None) -> Tensor:
+def embed(model, token_ids: Tensor, prompts: list[Prompt]) -> Tensor:
     """Embed a row of tokens, (L,), and put the encoded videos of the prompts in it into their places: (1, L, E)."""
     embeddings = model.get_input_embeddings()(token_ids[None])
     if prompts[0].vision_states is None:
-        features = torch.cat(video_features(model, prompts, patches_per_pass))
+        features = torch.cat(video_features(model, prompts))
     else:
         features = model.model.visual.merger(torch.cat([prompt.vision_states for prompt in prompts]))
     is_video = (token_ids == model.config.video_token_id)[None, :, None]
@@ -85,7 +84,7 @@ def encode_videos(model, prompt: Prompt) -> Prompt:
     # In the merger's place, keep its input: four neighbouring patches a row, which the tower puts back into order.
     hook = model.model.visual.merger.register_forward_hook(lambda _, inputs, out: inputs[0].reshape(len(out), -1))
     try:
-        states = video_features(model, [prompt], PATCHES_PER_PASS)
+        states = video_features(model, [prompt])
     finally:
         hook.remove()
     states = torch.cat(states).view(len(prompt.pixel_values_videos), -1)

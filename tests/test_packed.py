@@ -209,7 +209,7 @@ def test_vision_features_equal_hf_when_windows_differ_in_size(tmp_path):
 
 
 @pytest.mark.parametrize("patches_per_pass", [1, 450])
-def test_videos_encoded_some_at_a_time_equal_videos_encoded_at_once(tiny, patches_per_pass):
+def test_videos_encoded_some_at_a_time_equal_videos_encoded_at_once(tiny, monkeypatch, patches_per_pass):
     prompts = [
         replace(prompt, pixel_values_videos=torch.randn(patches, 1176), video_grid_thw=torch.tensor(grids))
         for prompt, patches, grids in zip(
@@ -218,6 +218,7 @@ def test_videos_encoded_some_at_a_time_equal_videos_encoded_at_once(tiny, patche
     ]
     with torch.no_grad():
         at_once = video_features(tiny.model, prompts)
-        in_passes = video_features(tiny.model, prompts, patches_per_pass)
+        monkeypatch.setattr("grpo.logprobs.PATCHES_PER_PASS", patches_per_pass)
+        in_passes = video_features(tiny.model, prompts)
     assert [len(states) for states in in_passes] == [50, 24, 24, 16]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(in_passes, at_once, strict=True))
