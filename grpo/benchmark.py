@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import sys
 import time
@@ -21,28 +22,23 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
-from transformers import HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import HfArgumentParser
 
-from data.dataset import Sample
+from data.dataset import InputError, Sample
 from data.loader import Prompt
 from data.prompt import mrope_positions
 from data.video import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from grpo.config import Config, flag
 from grpo.loss import clipped_loss
 from grpo.model import SpecialTokens, make_optimizer, use_our_layers
+from grpo.random_model import SIZES, TOKENS_PER_SECOND, random_model
 from grpo.sharding import compute_dtype, make_trainable, start_processes
 from grpo.tracking import Totals, peak_memory_gb
 from train import rollout_phase, update_phase
 
-# hidden size, layers, heads, key heads, intermediate size, vocabulary, tied embeddings, M-RoPE sections; then of the
-# vision tower: hidden size, blocks, heads, intermediate size, blocks with full attention. 3b and 7b: as published.
-SIZES = {
-    "tiny": ((128, 4, 4, 2, 256, 512, True, [4, 6, 6]), (64, 2, 2, 128, [1])),
-    "cpu": ((512, 8, 8, 2, 1152, 4096, True, [8, 12, 12]), (320, 4, 4, 855, [3])),
-    "3b": ((2048, 36, 16, 2, 11008, 151936, True, [16, 24, 24]), (1280, 32, 16, 3420, [7, 15, 23, 31])),
-    "7b": ((3584, 28, 28, 4, 18944, 152064, False, [16, 24, 24]), (1280, 32, 16, 3420, [7, 15, 23, 31])),
-}
 VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN = 1, 2, 3, 4  # words of the random model
+IDS = {"video_token_id": VIDEO_TOKEN, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+IDS |= {"image_token_id": IMAGE_TOKEN, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 NUM_TEXT_TOKENS = 40
 FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb")
 
@@ -59,42 +55,9 @@ class Options:
     completion_length: int = flag(32, "tokens of every completion")
     freeze_vision_tower: bool = flag(False, "do not train the vision tower")
     gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
-    runs: int = flag(3, "counted runs, of which the median is shown; one more comes before, uncounted")
+    runs: int = flag(3, "counted runs, of which the median is shown; an uncounted one comes before each")
     baseline: bool = flag(True, "also measure repeated rows")
     json: str = flag("", "file to write the figures to")
-
-
-def random_model(size: str, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
-    """Build a Qwen2.5-VL of a named size with random weights."""
-    (hidden, layers, heads, key_heads, intermediate, vocabulary, tied, sections), vision = SIZES[size]
-    vision = dict(zip(("hidden_size", "depth", "num_heads", "intermediate_size"), vision[:4], strict=True)) | {
-        "fullatt_block_indexes": vision[4],
-        "out_hidden_size": hidden,
-        "tokens_per_second": 2,
-    }
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    text = dict(zip(names, (hidden, layers, heads, key_heads, intermediate), strict=True)) | {
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 128000,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
-        "tie_word_embeddings": tied,
-        **special,
-    }
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE_TOKEN,
-        video_token_id=VIDEO_TOKEN,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=tied,
-        **special,
-    )
-    torch.manual_seed(0)
-    with device:
-        return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def random_prompt(options: Options) -> Prompt:
@@ -106,7 +69,7 @@ def random_prompt(options: Options) -> Prompt:
     video = [VISION_START, *[VIDEO_TOKEN] * (t * side * side // MERGE_SIZE**2), VISION_END]
     ids = torch.tensor([5] * (NUM_TEXT_TOKENS // 2) + video * options.num_videos + [6] * (NUM_TEXT_TOKENS // 2))
     pixels = torch.randn(int(grid.prod(dim=1).sum()), 1176)
-    positions = mrope_positions(ids, grid, seconds, VIDEO_TOKEN, 2)
+    positions = mrope_positions(ids, grid, seconds, VIDEO_TOKEN, TOKENS_PER_SECOND)
     return Prompt(Sample("random", (), (), ""), ids, positions, pixels, grid, seconds)
 
 
@@ -173,15 +136,18 @@ def seconds(function, *arguments) -> tuple[float, object]:
     return time.perf_counter() - began, result
 
 
-def measure(rollout, update, is_first: bool) -> dict[str, float]:
-    """Time a step of two phases, of which the second takes what the first returns; and its peak memory, if it is the
-    first: memory that was handed back must be fetched again, which takes time that training does not spend."""
-    if is_first:
-        reset_peak_memory()
+def measure(rollout, update) -> dict[str, float]:
+    """Measure a step of two phases, of which the second takes what the first returns.
+
+    It runs twice: for its peak memory, and then for its times, since handed-back memory that is fetched anew takes time
+    which training, one step after the other, does not spend.
+    """
+    reset_peak_memory()
+    update(rollout())
+    memory = peak_memory_gb()
     rollout_seconds, rollouts = seconds(rollout)
     update_seconds, _ = seconds(update, rollouts)
-    figures = rollout_seconds, update_seconds, rollout_seconds + update_seconds, peak_memory_gb()
-    return dict(zip(FIGURES, figures, strict=True))
+    return dict(zip(FIGURES, (rollout_seconds, update_seconds, rollout_seconds + update_seconds, memory), strict=True))
 
 
 def best_of(function, times: int = 5) -> float:
@@ -234,7 +200,9 @@ def run(options: Options, device: torch.device) -> dict:
         freeze_vision_tower=options.freeze_vision_tower,
         gradient_checkpointing=options.gradient_checkpointing,
     )
-    loaded = random_model(options.size, device) if dist.get_rank() == 0 else None
+    torch.manual_seed(0)
+    with device:
+        loaded = random_model(*SIZES[options.size], IDS) if dist.get_rank() == 0 else None
     model, whole, _ = make_trainable(loaded, config, device)
     del loaded
     optimizer, _ = make_optimizer(model, config, total_steps=1)
@@ -262,8 +230,8 @@ def run(options: Options, device: torch.device) -> dict:
         repeated_update(model, optimizer, prompt.to(device), ids, advantages, tokens.banned_ids)
 
     ours, theirs, out_of_memory = [], [], False
-    for i in range(options.runs + 1):  # in turn, so that a machine that slows down slows both
-        ours.append(measure(rollout, update, i == 0))
+    for _ in range(options.runs):  # in turn, so that a machine that slows down slows both
+        ours.append(measure(rollout, update))
         if options.baseline and not out_of_memory:
             whole.refresh(model)  # not counted
             for module in (model, whole.module):  # Hugging Face's own layers
@@ -271,7 +239,7 @@ def run(options: Options, device: torch.device) -> dict:
                 for layer in module.modules():
                     vars(layer).pop("forward", None)
             try:
-                theirs.append(measure(baseline_rollout, baseline_update, i == 0))
+                theirs.append(measure(baseline_rollout, baseline_update))
             except torch.OutOfMemoryError:
                 out_of_memory = True
                 optimizer.zero_grad()
@@ -279,12 +247,11 @@ def run(options: Options, device: torch.device) -> dict:
                 use_our_layers(module)
 
     def medians(runs: list[dict]) -> dict[str, float]:
-        times = {name: statistics.median(figures[name] for figures in runs[1:]) for name in FIGURES}
-        return times | {"peak_memory_gb": runs[0]["peak_memory_gb"]}
+        return {name: statistics.median(figures[name] for figures in runs) for name in FIGURES}
 
-    figures = medians(ours) | {"baseline": medians(theirs) if len(theirs) > options.runs else None}
+    figures = medians(ours) | {"baseline": medians(theirs) if len(theirs) == options.runs else None}
     prefill_seconds = best_of(lambda: rollout(1))
-    decode_seconds = (figures["rollout_seconds"] - prefill_seconds) / max(1, C - 1)
+    decode_seconds = (figures["rollout_seconds"] - prefill_seconds) / (C - 1)
     figures |= {"prefill_seconds": prefill_seconds, "baseline_out_of_memory": out_of_memory}
     return figures | shares_of_the_machine(whole.module, prompt, options, decode_seconds, figures["update_seconds"])
 
@@ -306,13 +273,35 @@ def table(figures: dict) -> str:
     )
 
 
-def main(argv: list[str]) -> int:
-    """Run; print a table and write the JSON file on rank 0."""
+def parse(argv: list[str]) -> Options:
+    """Read the flags; raise InputError, one line, for what cannot be."""
+
+    def fail(message: str):
+        raise InputError(f"{message}: python -m grpo.benchmark --help explains the flags")
+
     parser = HfArgumentParser(Options, prog="python -m grpo.benchmark", allow_abbrev=False)
-    (options,) = parser.parse_args_into_dataclasses(argv)
-    for name in ("num_videos", "frames", "resolution", "num_generations", "completion_length", "runs"):
-        if getattr(options, name) < 1 + (name in ("frames", "num_generations")):
-            parser.error(f"--{name} {getattr(options, name)} is too small")
+    parser.error = fail
+    options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        fail(f"unknown flag {unknown[0]!r}")
+    least = {"num_videos": 1, "frames": 2, "resolution": 1, "num_generations": 2, "completion_length": 2, "runs": 1}
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            fail(f"--{name} {getattr(options, name)} must be at least {value}")
+    if options.frames % 2:
+        fail(f"--frames {options.frames} must be even")
+    if options.json and not os.access(Path(options.json).absolute().parent, os.W_OK):
+        fail(f"--json {options.json!r} cannot be written")
+    return options
+
+
+def main(argv: list[str]) -> int:
+    """Run; print a table and write the JSON file on rank 0; return 2, with one line, for what the user can mend."""
+    try:
+        options = parse(argv)
+    except InputError as error:
+        print(f"python -m grpo.benchmark: error: {error}", file=sys.stderr)
+        return 2
     device = start_processes()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     figures = {

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, get_cosine_schedule_with_warmup
+from transformers import Qwen2_5_VLForConditionalGeneration, get_cosine_schedule_with_warmup
 
 from data.dataset import InputError, load_samples
 from data.loader import Prompt, load_prompt
@@ -27,13 +27,13 @@ from grpo.config import Config
 from grpo.evaluate import evaluate
 from grpo.export import load_merged
 from grpo.model import load_model, load_tokenizer, use_our_layers
+from grpo.random_model import TOKENS_PER_SECOND, random_model
 from reward.numerical import extract_number
 
 NUM_TRAIN, NUM_HELDOUT = 640, 96
 WARM_START_STEPS, WARM_START_BATCH, WARM_START_RATE = 350, 8, 1e-3
 LABEL_BIAS, LABEL_NOISE = 12.0, 8.0  # points that careless labels lie too high, and their standard deviation
 INIT_RANGE = 0.06  # of such small layers; with 0.02, right for large ones, learning starts late
-TOKENS_PER_SECOND = 2  # the pace of mRoPE's time axis, as in Qwen2.5-VL
 # The chat format's own words, so that the tokenizer learns them whole.
 CHAT_WORDS = "system\nYou are a helpful assistant.\nuser\nassistant\n" * 2
 VIDEO_OPTIONS = VideoOptions(nframes=NUM_FRAMES, resized_width=SIZE, resized_height=SIZE)
@@ -41,43 +41,15 @@ VIDEO_OPTIONS = VideoOptions(nframes=NUM_FRAMES, resized_width=SIZE, resized_hei
 
 def build_model(tokenizer, seed: int, hidden_size: int = 128, layers: int = 4) -> Qwen2_5_VLForConditionalGeneration:
     """Make a small Qwen2.5-VL of the real class with random weights; about 1 million parameters as it is."""
-    ids = tokenizer.convert_tokens_to_ids
-    end, padding = ids("<|im_end|>"), ids("<|endoftext|>")
-    special = {"eos_token_id": end, "bos_token_id": padding, "pad_token_id": padding}
+    words = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "eos_token_id": "<|im_end|>"}
+    words |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    words |= {"bos_token_id": "<|endoftext|>", "pad_token_id": "<|endoftext|>"}
+    ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in words.items()}
     heads = hidden_size // 32
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": hidden_size,
-            "intermediate_size": 2 * hidden_size,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads // 2,
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-            "tie_word_embeddings": True,
-            "initializer_range": INIT_RANGE,
-            **special,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": hidden_size // 2,
-            "num_heads": heads // 2,
-            "intermediate_size": hidden_size,
-            "out_hidden_size": hidden_size,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": TOKENS_PER_SECOND,
-            "initializer_range": INIT_RANGE,
-        },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=True,
-        **special,
-    )
+    text = hidden_size, layers, heads, heads // 2, 2 * hidden_size, len(tokenizer), True, [4, 6, 6]
+    vision = hidden_size // 2, 2, heads // 2, hidden_size, [1]
     torch.manual_seed(seed)
-    return use_our_layers(Qwen2_5_VLForConditionalGeneration(config))
+    return use_our_layers(random_model(text, vision, ids, rope_theta=1e4, initializer_range=INIT_RANGE))
 
 
 def supervised_loss(model, prompts: list[Prompt], answer_ids: list[Tensor]) -> Tensor:

@@ -173,12 +173,11 @@ def packed_linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 @torch.no_grad()
 def distribute(model, loaded, device: torch.device) -> None:
     """Fill the sharded `model`, in place, with the weights and buffers of rank 0's `loaded`; collective."""
-    buffers = [None if loaded is None else dict(loaded.named_buffers())]
-    dist.broadcast_object_list(buffers)
+    buffers = from_rank_0(None if loaded is None else {name: buffer.cpu() for name, buffer in loaded.named_buffers()})
     model.to_empty(device=device)
     model.tie_weights()
     for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[0][name])
+        buffer.copy_(buffers[name])
     whole = {} if loaded is None else dict(loaded.named_parameters())
     for name, sharded in model.named_parameters():
         weight = torch.empty(sharded.shape, device=device) if loaded is None else whole[name].to(device)
@@ -193,12 +192,11 @@ def make_trainable(loaded, config: Config, device: torch.device) -> tuple:
     loaded: with whole weights on rank 0, None on the others. Returns the sharded model, the whole weights for sampling,
     and the reference policy.
     """
-    description = [None if loaded is None else (loaded.config.to_dict(), loaded.generation_config)]
-    dist.broadcast_object_list(description)
+    described, generation = from_rank_0(None if loaded is None else (loaded.config.to_dict(), loaded.generation_config))
     with torch.device("meta"):  # shapes alone
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(description[0][0]))
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(described))
     use_our_layers(model)
-    model.generation_config = description[0][1]
+    model.generation_config = generation
     reference = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
     if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):
         model.gradient_checkpointing_enable({"use_reentrant": False})

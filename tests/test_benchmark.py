@@ -53,13 +53,23 @@ def test_repeated_rows_are_the_same_work(tiny):
 def test_sizes_are_those_that_the_help_names():
     text = benchmark.Options.__dataclass_fields__["size"].metadata["help"]
     with torch.device("meta"):
-        sizes = [benchmark.random_model(size, torch.device("meta")) for size in benchmark.SIZES]
+        sizes = [benchmark.random_model(*size, benchmark.IDS) for size in benchmark.SIZES.values()]
     found = [sum(p.numel() for p in model.parameters()) / 1e6 for model in sizes]
     assert text == "the model: 1, 29, 3,755 or 8,292 million parameters"
     assert [f"{number:,.0f}" for number in found] == ["1", "29", "3,755", "8,292"]
 
 
-def test_what_is_too_small_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        benchmark.main(["--size", "tiny", "--num_videos", "0"])
-    assert "--num_videos 0 is too small" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--num_videos 0", "--num_videos 0 must be at least 1"),
+        ("--frames 5", "--frames 5 must be even"),
+        ("--num_video 3", "unknown flag '--num_video'"),
+        ("--runs x", "invalid int value"),
+        ("--json nowhere/figures.json", "--json 'nowhere/figures.json' cannot be written"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(flags, words, capsys):
+    assert benchmark.main(flags.split()) == 2
+    printed = capsys.readouterr().err
+    assert words in printed and printed.count("\n") == 1

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 
 import train
 from grpo.attention import matmul_float32
+from grpo.benchmark import IDS, random_prompt
 from grpo.benchmark import Options as BenchmarkOptions
-from grpo.benchmark import random_model, random_prompt
 from grpo.decoding import Decoder, decoder_for
 from grpo.logprobs import Logits, completion_logprobs
 from grpo.model import use_our_layers
+from grpo.random_model import SIZES, random_model
 from grpo.rollout import generate
 from tests.test_packed import hf_twin
 from tests.test_train import curves, flags
@@ -29,7 +30,9 @@ def sample(model, prompts, C, generators=None):
 
 @pytest.fixture(scope="module")
 def model():
-    return use_our_layers(random_model("cpu", CUDA)).to(torch.bfloat16).eval()
+    with torch.device(CUDA):
+        model = random_model(*SIZES["cpu"], IDS)
+    return use_our_layers(model).to(torch.bfloat16).eval()
 
 
 @pytest.fixture(scope="module")
