@@ -63,12 +63,12 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
     """Sample a group for every prompt of this rank, with whole weights and without waiting for other ranks."""
     rollouts = []
     for batch in batched(prompts, config.per_device_train_batch_size):
-        batch = [prompt.to(tokens.device) for prompt in batch]
+        on_device = [prompt.to(tokens.device) for prompt in batch]
         if config.freeze_vision_tower and not config.vision_lora:
-            batch = [encode_videos(model, prompt) for prompt in batch]  # once, for the update too
-        rollouts += generate(
+            batch = on_device = [encode_videos(model, prompt) for prompt in on_device]  # once, for the update too
+        sampled = generate(
             model,
-            batch,
+            on_device,
             config.num_generations,
             config.max_completion_length,
             config.temperature,
@@ -78,6 +78,9 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
             config.top_p,
             config.top_k,
         )
+        for rollout, prompt in zip(sampled, batch, strict=True):
+            rollout.prompt = prompt  # pixels wait in the host's memory for the update
+        rollouts += sampled
     return rollouts
 
 
@@ -108,7 +111,7 @@ def update_phase(
         optimizer.zero_grad()
         for batch in batched(rollouts, config.per_device_train_batch_size):
             inputs = (
-                [rollout.prompt for rollout in batch],
+                [rollout.prompt.to(banned_ids.device) for rollout in batch],
                 [rollout.completion_ids for rollout in batch],
                 [rollout.completion_mask for rollout in batch],
                 config.temperature,

@@ -24,6 +24,8 @@ def check_mp4(path: str) -> None:
                 return
             if kind in (b"moov", b"moof", b"mdat") and position + length > size:
                 raise ValueError(f"is cut off: it has {size} of at least {position + length} bytes")
+            if kind == b"trak":
+                is_video, num_timed = False, 0
             if kind in CONTAINERS:
                 length = 8  # go on inside
             elif kind == b"hdlr":  # stands before the tables of its track

@@ -70,7 +70,10 @@ class VideoOptions:
         for name in ("fps", "nframes", "resized_width", "resized_height", "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, got {value}")
+                flag = name if name in ("fps", "nframes") else f"video_{name}"
+                raise ValueError(f"--{flag} must be positive, got {value}")
+        if self.nframes is not None and self.nframes < 2:
+            raise ValueError(f"--nframes must be at least 2, got {self.nframes}")
         if self.resized_width is None and self.min_pixels > self.max_pixels:
             raise ValueError(f"--video_min_pixels {self.min_pixels} is more than --video_max_pixels {self.max_pixels}")
         if self.resized_width is None and self.max_pixels > max(MAX_FRAME_PIXELS, int(self.min_pixels * 1.05)):

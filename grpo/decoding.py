@@ -26,9 +26,8 @@ class GroupCache:
         config, dtype, device = model.config.text_config, model.dtype, model.device
         layers, K, D = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size
         D = D // config.num_attention_heads
-        # Zeros: what is not held yet must be finite, since it is weighed with 0.
-        self.prompt_keys, self.prompt_values = torch.zeros(2, layers, B, K, P, D, dtype=dtype, device=device)
-        self.own_keys, self.own_values = torch.zeros(2, layers, B, K, G, C, D, dtype=dtype, device=device)
+        self.prompt_keys, self.prompt_values = torch.empty(2, layers, B, K, P, D, dtype=dtype, device=device)
+        self.own_keys, self.own_values = torch.empty(2, layers, B, K, G, C, D, dtype=dtype, device=device)
         self.bias = torch.zeros(B, 1, 1, P + C, device=device)  # 0 for what is held, -inf for empty room
         self.length = torch.zeros(1, dtype=torch.long, device=device)  # completion tokens held
         self.prompt_lengths: list[int] = []
@@ -40,6 +39,8 @@ class GroupCache:
         is_held = torch.arange(self.bias.shape[3], device=lengths.device) < lengths[:, None]
         self.bias.copy_(torch.where(is_held, 0.0, -torch.inf)[:, None, None])
         self.length.zero_()
+        for held in (self.prompt_keys, self.prompt_values, self.own_keys, self.own_values):
+            held.zero_()  # what is not held yet must be finite, since it is weighed with 0
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
         """Attend causally within each prompt of the row `[p1 | … | pB]`, (1, H, L, D); keep keys and values."""

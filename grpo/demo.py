@@ -28,6 +28,7 @@ from grpo.evaluate import evaluate
 from grpo.export import load_merged
 from grpo.model import load_model, load_tokenizer, use_our_layers
 from grpo.random_model import TOKENS_PER_SECOND, random_model
+from grpo.sharding import raise_together
 from reward.numerical import extract_number
 
 NUM_TRAIN, NUM_HELDOUT = 640, 96
@@ -99,15 +100,27 @@ def load_prompts(json_path: Path, tokenizer) -> list[Prompt]:
     return [load_prompt(sample, tokenizer, TOKENS_PER_SECOND, VIDEO_OPTIONS) for sample in samples]
 
 
+def make_folder(output: Path) -> None:
+    """Make the folder of the run; raise InputError if that cannot be."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {str(output)!r} cannot be made ({error.strerror}): name another place"
+        ) from error
+
+
 def prepare(config: Config) -> Config:
     """Make data and a warm-started model in `output_dir`; return the ordinary flags that train on them."""
     output = Path(config.output_dir)
     data, model_folder = output / "data", output / "warm_start"
-    is_made = config.resume_from_checkpoint != "none" and (output / "config.json").exists()  # which comes after both
+    has_begun = (output / "config.json").exists()  # which comes after both
+    is_made = has_begun and config.resume_from_checkpoint != "none"
     if output.exists() and not is_made:
-        mend = "name a new folder, or go on in it with --resume_from_checkpoint auto"
+        mend = "name a new folder" + ", or go on in it with --resume_from_checkpoint auto" * has_begun
         raise InputError(f"--output_dir {config.output_dir!r} exists: {mend}")
     dist.barrier()
+    raise_together(make_folder, output)
     if dist.get_rank() == 0 and not is_made:
         print(f"Drawing {NUM_TRAIN + NUM_HELDOUT} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
         train_json = write_samples(data, "train", NUM_TRAIN, config.seed)

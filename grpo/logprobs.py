@@ -88,7 +88,7 @@ def encode_videos(model, prompt: Prompt) -> Prompt:
     finally:
         hook.remove()
     states = torch.cat(states).view(len(prompt.pixel_values_videos), -1)
-    return dataclasses.replace(prompt, vision_states=states, pixel_values_videos=prompt.pixel_values_videos[:0])
+    return dataclasses.replace(prompt, vision_states=states, pixel_values_videos=states.new_empty(0))
 
 
 def completion_logprobs(

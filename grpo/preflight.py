@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data.dataset import InputError, Sample
-from data.loader import PromptDataset, load_prompt
+from data.loader import PromptDataset, Slot, checked
 from data.prompt import encode_prompt
 from data.video import BadVideo, video_grid
 from grpo.config import Config
@@ -29,16 +29,15 @@ def prompt_length(dataset: PromptDataset, sample: Sample) -> int:
         return 0  # reported when its turn comes
 
 
-def longest_prompt(dataset: PromptDataset) -> tuple[int, Sample]:
-    """Return the length and the sample of the longest prompt; the ranks share the work. Collective."""
+def longest_prompt(dataset: PromptDataset) -> tuple[int, int]:
+    """Return the length of the longest prompt and the index of its sample; the ranks share the work. Collective."""
     own = range(dist.get_rank(), len(dataset.samples), dist.get_world_size())
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         lengths = pool.map(lambda i: prompt_length(dataset, dataset.samples[i]), own)
         longest = max(zip(lengths, own, strict=True), default=(0, 0))
     of_ranks = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, longest)
-    length, index = max(of_ranks)
-    return length, dataset.samples[index]
+    return max(of_ranks)
 
 
 def memory_preflight(
@@ -50,14 +49,15 @@ def memory_preflight(
     not have stepped yet. Raises InputError where memory does not suffice.
     """
     (model, whole, reference), (rollout_phase, update_phase) = models, phases
-    length, sample = longest_prompt(dataset)
-    prompt = raise_together(loaded, dataset, sample)
+    _, index = longest_prompt(dataset)
+    (prompt,) = raise_together(checked, [dataset[Slot(0, index, True)]])
+    sample = prompt.sample  # another one, if its videos are broken and --on_bad_video is skip
     G, C, world_size = config.num_generations, config.max_completion_length, dist.get_world_size()
     endless = SpecialTokens(torch.full_like(tokens.stop_ids, -1), tokens.banned_ids)  # nothing ends a completion
     rates = [group["lr"] for group in optimizer.param_groups]
     what = (
-        f"sample {sample.id!r} with {len(sample.videos)} videos ({length:,} prompt tokens, {G} completions of {C} "
-        f"tokens, {config.per_device_train_batch_size} such prompts at a time)"
+        f"sample {sample.id!r} with {len(sample.videos)} videos ({len(prompt.prompt_ids):,} prompt tokens, {G} "
+        f"completions of {C} tokens, {config.per_device_train_batch_size} such prompts at a time)"
     )
     try:
         prompts = [prompt] * config.per_device_train_batch_size
@@ -88,12 +88,4 @@ def memory_preflight(
     peaks = [None] * world_size
     dist.all_gather_object(peaks, peak_memory_gb())
     by_rank = ", ".join(f"{peak:.1f}" for peak in peaks)
-    return f"memory: at most {max(peaks):.1f} GB in a trial step on {what}; by rank: {by_rank}"
-
-
-def loaded(dataset: PromptDataset, sample: Sample):
-    """Load the prompt of a sample; raise InputError if it cannot be read."""
-    try:
-        return load_prompt(sample, dataset.tokenizer, dataset.tokens_per_second, dataset.options)
-    except (BadVideo, FileNotFoundError, ValueError) as error:
-        raise InputError(f"sample {sample.id!r}: {error}") from error
+    return f"memory: about {max(peaks):.1f} GB in a trial step on {what}; by rank: {by_rank}"

@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,12 +32,20 @@ def score(functions: list, rollouts: list[Rollout], texts: list[str], step: int,
         "assistant": [{"role": "assistant", "content": sample.answer} for sample in samples],
         "sample_id": [sample.id for sample in samples],
     }
-    return {function.__name__: call_reward(function, columns, step, timeout).view(B, G) for function in functions}
+    rewards = {name_of(function): call_reward(function, columns, step, timeout).view(B, G) for function in functions}
+    if len(rewards) < len(functions):
+        raise InputError(f"the reward functions {', '.join(map(name_of, functions))} need names of their own")
+    return rewards
+
+
+def name_of(function) -> str:
+    """Name a reward function as TensorBoard does; a `functools.partial` is named after what it calls."""
+    return function.func.__name__ if isinstance(function, partial) else function.__name__
 
 
 def call_reward(function, columns: dict[str, list], step: int, timeout: float) -> Tensor:
     """Return the rewards of one function, (completions,)."""
-    name, mend = f"reward function {function.__name__}", "mend the function or the sample"
+    name, mend = f"reward function {name_of(function)}", "mend the function or the sample"
     try:
         with time_limit(timeout):
             rewards = [float("nan") if reward is None else float(reward) for reward in function(**columns, step=step)]

@@ -109,8 +109,8 @@ class WholeWeights:
     """The model with whole weights in compute precision, for sampling, evaluating and saving.
 
     `module` is an ordinary Hugging Face model, into which adapters are merged. `refresh` is collective; between
-    refreshes nothing here communicates. On a single CPU process weights are whole already and are shared, not copied,
-    but for those that an adapter changes.
+    refreshes nothing here communicates. A model that is not sharded lends its weights, but for those that an adapter
+    changes; after they have changed, linear layers need a refresh nevertheless (`pack_weights`).
     """
 
     def __init__(self, model):
@@ -149,7 +149,7 @@ class WholeWeights:
             else:
                 whole.data = sharded.data
         self.is_filled = True
-        if whole.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if self.module.device.type == "cpu" and torch.backends.mkldnn.is_available():
             pack_weights(self.module.model)
         return self.module
 

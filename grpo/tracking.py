@@ -172,7 +172,7 @@ class Tracker:
         is_logged = step % self.config.logging_steps == 0
         if is_logged:
             self.write(lambda writer: [writer.add_scalar(name, value, step) for name, value in metrics.items()], step)
-        if self.counts["bad_in_a_row"] == self.config.max_bad_steps:
+        if self.counts["bad_in_a_row"] >= self.config.max_bad_steps:
             raise InputError(
                 f"step {step}: no finite loss and gradient for --max_bad_steps {self.config.max_bad_steps} steps in a "
                 "row, so that nothing was learned: lower --learning_rate or --max_grad_norm, and go on from an earlier "
@@ -207,8 +207,8 @@ class Tracker:
             return
         folder = Path(self.config.output_dir, "tensorboard")
         try:
+            try_to_write(folder)
             if self.writer is None:
-                try_to_write(folder)
                 self.writer = SummaryWriter(str(folder), purge_step=step)
             add(self.writer)
             self.writer.flush()

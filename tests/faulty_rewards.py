@@ -5,6 +5,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 
 import train
 
@@ -25,10 +26,9 @@ def fails(fault: str, rank: int):
             if fault == "complains":
                 raise ValueError("\x1b[31mno\rgood\u202e\nreward")
         if fault == "hangs" and "s1" in sample_id:
-            try:
+            with suppress(BaseException):  # it does not let go at once
                 time.sleep(600)
-            except Exception:  # like many a reward function
-                return [0.0] * len(completions)
+            time.sleep(600)
         if fault == "infinite" and step in (2, 3) and rank in (-1, int(os.environ["RANK"])):
             return [float("inf")] + [0.0] * (len(completions) - 1)
         return [float(len(completion[0]["content"])) for completion in completions]

@@ -129,7 +129,24 @@ BROKEN = {  # what -> (the bytes, of those of a good file; what the line says)
     "an empty frame": (lambda mp4: changed(mp4, b"stsz", 12 + 4 * 14, ">I", 0), "empty frames"),
     "all frames at one time": (lambda mp4: changed(mp4, b"stts", 12, ">I", 0), "the same time"),
 }
+
+
+def box(kind: bytes, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+def with_another_track(mp4: bytes) -> bytes:
+    """Add a track of one sample, whose sizes stand before its times; the index is at the end of the file."""
+    sizes, times = box(b"stsz", struct.pack(">4xII", 4, 1)), box(b"stts", struct.pack(">4xIII", 1, 1, 1000))
+    handler = box(b"hdlr", bytes(8), b"soun", bytes(12))
+    track = box(b"trak", box(b"mdia", handler, box(b"minf", box(b"stbl", sizes, times))))
+    begin = mp4.rindex(b"moov") - 4
+    return mp4[:begin] + box(b"moov", mp4[begin + 8 :], track)
+
+
 FINE = {
+    "another track": with_another_track,
     "index first": with_index_first,
     "0 x 0 in the headers alone": lambda mp4: sized(mp4, 0, False),
     "65535 x 65535 in the headers alone": lambda mp4: sized(mp4, 65535, False),

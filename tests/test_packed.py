@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import grpo.logprobs
 from grpo.attention import attend_segments
 from grpo.decoding import GroupCache
 from grpo.logprobs import completion_logprobs, sampling_logprobs, video_features
@@ -141,12 +142,16 @@ def test_the_videos_and_their_order_reach_the_logprobs(tiny):
 
 def test_logits_in_chunks_equal_logits_at_once(tiny, monkeypatch):
     ids, masks = completions_for(tiny.prompts[:2], 3, 5, len(tiny.tokenizer), tiny.banned_ids)
-    gradients = []
+    gradients, calls, compute = [], [], grpo.logprobs._chosen_logprobs
+    monkeypatch.setattr("grpo.logprobs._chosen_logprobs", lambda *x: calls.append(len(x[1])) or compute(*x))
     for tokens_per_chunk in (1024, 4):
+        calls.clear()
         monkeypatch.setattr("grpo.logprobs.TOKENS_PER_CHUNK", tokens_per_chunk)
         model = copy.deepcopy(tiny.model)
         results = completion_logprobs(model, tiny.prompts[:2], ids, masks, T, tiny.banned_ids)
-        sum(logprobs.sum() for logprobs, _ in results).backward()
+        num_chunks = len(calls)
+        sum(chosen.sum() for chosen, _ in results).backward()
+        assert max(calls) <= tokens_per_chunk and len(calls) == 2 * num_chunks - 1  # all but the last are recomputed
         gradients.append(model.lm_head.weight.grad)
     assert relative(gradients[0], gradients[1]) < 1e-6
 
@@ -208,8 +213,8 @@ def test_vision_features_equal_hf_when_windows_differ_in_size(tmp_path):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("patches_per_pass", [1, 450])
-def test_videos_encoded_some_at_a_time_equal_videos_encoded_at_once(tiny, monkeypatch, patches_per_pass):
+@pytest.mark.parametrize("patches_per_pass, num_passes", [(1, 4), (450, 2)])
+def test_videos_encoded_some_at_a_time_equal_videos_encoded_at_once(tiny, monkeypatch, patches_per_pass, num_passes):
     prompts = [
         replace(prompt, pixel_values_videos=torch.randn(patches, 1176), video_grid_thw=torch.tensor(grids))
         for prompt, patches, grids in zip(
@@ -219,6 +224,8 @@ def test_videos_encoded_some_at_a_time_equal_videos_encoded_at_once(tiny, monkey
     with torch.no_grad():
         at_once = video_features(tiny.model, prompts)
         monkeypatch.setattr("grpo.logprobs.PATCHES_PER_PASS", patches_per_pass)
+        encode, passes = tiny.model.model.get_video_features, []
+        monkeypatch.setattr(tiny.model.model, "get_video_features", lambda *x: passes.append(x) or encode(*x))
         in_passes = video_features(tiny.model, prompts)
-    assert [len(states) for states in in_passes] == [50, 24, 24, 16]
+    assert [len(states) for states in in_passes] == [50, 24, 24, 16] and len(passes) == num_passes
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(in_passes, at_once, strict=True))

@@ -1,6 +1,7 @@
 """Sampling: against Hugging Face's own generate, against the trainer's log-probabilities, and where completions end."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -119,6 +120,8 @@ def test_a_decoder_serves_many_rollouts_and_remembers_nothing_of_them(tiny):
     decoder_for.cache_clear()
     first = sample(tiny, tiny.prompts[:2], C=7)
     sample(tiny, tiny.prompts[2:], C=7, seed=5)  # shorter or longer ones in between
+    pixels = torch.full_like(tiny.prompts[1].pixel_values_videos, torch.nan)
+    sample(tiny, [tiny.prompts[0], dataclasses.replace(tiny.prompts[1], pixel_values_videos=pixels)], C=7)
     again = sample(tiny, tiny.prompts[:2], C=7)
     assert decoder_for.cache_info().hits > 0
     for a, b in zip(first, again, strict=True):

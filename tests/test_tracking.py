@@ -1,9 +1,17 @@
-"""The numbers behind the curves, and text that cannot break its table."""
+"""The numbers behind the curves, text that cannot break its table, and a disk that is full for a while."""
+
+import resource
+import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from grpo.tracking import add_up, rollout_metrics, table_cell
+from grpo.config import Config
+from grpo.sharding import start_processes
+from grpo.tracking import Tracker, add_up, rollout_metrics, table_cell
+from tests.conftest import run_ranks
+from tests.test_train import curves
 
 NAN = float("nan")
 
@@ -55,3 +63,23 @@ def test_metrics_are_over_the_groups_that_count():
 def test_sampled_text_stays_in_its_table_cell():
     cell = table_cell("a|b\n| --- |`x`<b>\x1b[31m\u202e")
     assert not set(cell) & set("|`<>\n\x1b\u202e")
+
+
+def write_curve(output: str) -> None:
+    start_processes()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    tracker = Tracker(Config(output_dir=output), 9, 0, {})
+    for step in range(1, 10):
+        limit = 1000 if 4 <= step <= 6 else -1  # no file may grow beyond so many bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+        tracker.write(lambda writer, step=step: writer.add_scalar("loss", step, step), step)
+    tracker.close()
+    dist.destroy_process_group()
+
+
+def test_a_full_disk_leaves_a_gap_in_the_curves_and_a_line(tmp_path, capfd):
+    run_ranks(write_curve, 1, str(tmp_path))
+    assert curves(tmp_path)["loss"] == [1, 2, 3, 7, 8, 9]
+    printed = "".join(capfd.readouterr())
+    (line,) = [line for line in printed.splitlines() if "cannot be written" in line]
+    assert line.startswith("step 4: the curves cannot be written") and "Traceback" not in printed

@@ -135,8 +135,10 @@ def test_more_pixels_than_qwen_vl_utils_allows_are_cut_with_a_warning():
         ({"resized_width": 56}, "together"),
         ({"resized_height": 56}, "together"),
         ({"min_pixels": 2 * TOKEN, "max_pixels": TOKEN}, "--video_min_pixels 1568 is more than --video_max_pixels 784"),
-        ({"fps": 0.0}, "fps must be positive"),
-        ({"nframes": -4}, "nframes must be positive"),
+        ({"fps": 0.0}, "--fps must be positive"),
+        ({"nframes": -4}, "--nframes must be positive"),
+        ({"nframes": 1}, "--nframes must be at least 2"),
+        ({"min_pixels": 0}, "--video_min_pixels must be positive"),
     ],
 )
 def test_contradicting_options_are_an_error(options, message):
