@@ -30,9 +30,7 @@ class Prompt:
     pixel_values_videos: Tensor  # (S, 1176) patches of all videos
     video_grid_thw: Tensor  # (M, 3) patches per video along time, height, width
     second_per_grid_ts: Tensor  # (M,) seconds between patches along time
-    vision_states: Tensor | None = (
-        None  # (S, hidden size of the vision tower): a frozen tower's work, in place of pixels
-    )
+    vision_states: Tensor | None = None  # (S, hidden size of the tower): what a frozen one makes of the pixels
     slot: int = 0  # position in the step's global batch
     counts: bool = True  # False: only keeps this rank in step with the others, weighs nothing
     bad_video: str = ""  # why the sample meant for this slot was left out, if it was

@@ -6,15 +6,19 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 import train
+from data.dataset import InputError
 from data.loader import epoch_order
 from grpo.checkpoint import checkpoints
+from grpo.scoring import score
 from grpo.tracking import printable
 from tests.conftest import make_tiny, run_ranks
 from tests.faulty_rewards import main
@@ -159,3 +163,13 @@ def test_what_is_left_out_is_said_in_one_line(tiny, tmp_path, capfd):
 def test_printable_text_is_left_alone_and_all_else_becomes_visible():
     assert printable("Größe 45 % | 心臓 \\n") == "Größe 45 % | 心臓 \\n"
     assert printable("a\nb\r\x1b[0m\u2028\u202e\x00\x85\ud800") == "a\\nb\\r\\x1b[0m\\u2028\\u202e\\x00\\x85\\ud800"
+
+
+def test_reward_functions_are_told_apart_by_name(tiny):
+    def points(completions, number, **columns):
+        return [number] * len(completions)
+
+    rollouts, two = [SimpleNamespace(prompt=tiny.prompts[0])], partial(points, number=2)
+    assert score([two], rollouts, ["55%", "60%"], 1, 9.0)["points"].tolist() == [[2, 2]]
+    with pytest.raises(InputError, match="points, points need names of their own"):
+        score([two, partial(points, number=3)], rollouts, ["55%", "60%"], 1, 9.0)

@@ -16,9 +16,9 @@ from tests.test_train import curves, flags, main_on_a_rank, run_main, weights
 
 def find_longest(dataset: PromptDataset, path: str) -> None:
     sharding.start_processes()
-    length, sample = longest_prompt(dataset)
+    length, index = longest_prompt(dataset)
     with open(path, "w") as file:
-        json.dump([length, sample.id], file)
+        json.dump([length, dataset.samples[index].id], file)
     torch.distributed.destroy_process_group()
 
 
