@@ -72,7 +72,7 @@ def load(folder: Path | None, step: int, model, optimizer, schedule) -> None:
                 )
                 optimizer.state[parameter][key.rpartition(".")[2]] = empty.detach()
         dcp.load(trainer_state(model, optimizer), checkpoint_id=folder / STATE)
-    except Exception as error:  # damaged metadata fails in every way that unpickling can
+    except (Exception, CheckpointException) as error:  # what is damaged fails in every way that unpickling can
         raise InputError(
             f"{str(folder)!r} cannot be read ({reason(error)}): move it away, and resume from the one before"
         ) from error

@@ -2,6 +2,7 @@
 
 import resource
 import signal
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -65,7 +66,12 @@ def test_sampled_text_stays_in_its_table_cell():
     assert not set(cell) & set("|`<>\n\x1b\u202e")
 
 
-def write_curve(output: str) -> None:
+def write_curve(output: str, log: str) -> None:
+    with open(log, "w") as file, redirect_stdout(file), redirect_stderr(file):
+        write_nine_steps(output)
+
+
+def write_nine_steps(output: str) -> None:
     start_processes()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     tracker = Tracker(Config(output_dir=output), 9, 0, {})
@@ -77,9 +83,9 @@ def write_curve(output: str) -> None:
     dist.destroy_process_group()
 
 
-def test_a_full_disk_leaves_a_gap_in_the_curves_and_a_line(tmp_path, capfd):
-    run_ranks(write_curve, 1, str(tmp_path))
+def test_a_full_disk_leaves_a_gap_in_the_curves_and_a_line(tmp_path):
+    run_ranks(write_curve, 1, str(tmp_path), str(tmp_path / "log"))
     assert curves(tmp_path)["loss"] == [1, 2, 3, 7, 8, 9]
-    printed = "".join(capfd.readouterr())
+    printed = (tmp_path / "log").read_text()
     (line,) = [line for line in printed.splitlines() if "cannot be written" in line]
     assert line.startswith("step 4: the curves cannot be written") and "Traceback" not in printed
