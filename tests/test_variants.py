@@ -94,11 +94,14 @@ def test_a_reward_function_that_fails_stops_the_run_with_its_name(tiny, tmp_path
     assert all(word in line for word in [function.__name__, *words])
 
 
+MASKED = {"plain": [], "masked": ["--mask_truncated_completions"]}
+
+
 def test_cut_completions_are_trained_unless_they_are_masked(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "REWARD_FUNCTIONS", [by_length])
-    plain = run(tiny, tmp_path / "plain", "--max_completion_length", "2")
-    masked = run(tiny, tmp_path / "masked", "--max_completion_length", "2", "--mask_truncated_completions")
-    assert plain["completions/clipped_ratio"] == masked["completions/clipped_ratio"] == [1.0]  # none stops so early
+    short = "--max_completion_length", "1", "--seed", "1"  # with which none stops so early
+    plain, masked = (run(tiny, tmp_path / name, *short, *more) for name, more in MASKED.items())
+    assert plain["completions/clipped_ratio"] == masked["completions/clipped_ratio"] == [1.0]
     assert plain["grad_norm"][0] > 0 and masked["grad_norm"] == [0.0]
 
 
