@@ -30,34 +30,41 @@ AttendFn = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> Tensor:
-    """Attend causally within each row: an ordinary language model."""
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    """Attend causally within each row, of whose last tokens, or all, the queries are: an ordinary language model."""
+    bias = causal_lower_right(query.shape[2], key.shape[2])  # no tensor: on a GPU, SDPA's flash kernel knows it
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
 
 
 def group_attention(query: Tensor, key: Tensor, value: Tensor, P: int, G: int) -> Tensor:
     """Attend within one group `[prompt | c1 | … | cG]`: two SDPA calls, no (P + G·C)² mask.
 
-    query: (1, H, P + G·C, D); key, value: (1, K, P + G·C, D). Returns the shape of query.
+    query: (1, H, N + G·C, D), of the last N prompt tokens and the completions; key, value: (1, K, P + G·C, D). Returns
+    the shape of query.
     """
-    C = (query.shape[2] - P) // G
+    C = (key.shape[2] - P) // G
 
     def completions(x: Tensor) -> Tensor:
-        return x[0, :, P:].unflatten(1, (G, C)).transpose(0, 1)  # (1, heads, P + G·C, D) -> (G, heads, C, D)
+        return x[0, :, -G * C :].unflatten(1, (G, C)).transpose(0, 1)  # (1, heads, … + G·C, D) -> (G, heads, C, D)
 
-    prompt_out = causal(query[:, :, :P], key[:, :, :P], value[:, :, :P])  # (1, H, P, D)
+    prompt_out = causal(query[:, :, : -G * C], key[:, :, :P], value[:, :, :P])  # (1, H, N, D)
     keys = torch.cat([key[:, :, :P].expand(G, -1, -1, -1), completions(key)], dim=2)  # (G, K, P + C, D)
     values = torch.cat([value[:, :, :P].expand(G, -1, -1, -1), completions(value)], dim=2)
-    # The last row sees all. Completions shorter than C need no mask: what follows their end is behind all that counts.
-    bias = causal_lower_right(C, P + C)  # no tensor: on a GPU, SDPA's flash kernel knows it
-    out = F.scaled_dot_product_attention(completions(query), keys, values, attn_mask=bias, enable_gqa=True)
+    # Completions shorter than C need no mask: what follows their end is behind all that counts.
+    out = causal(completions(query), keys, values)
     return torch.cat([prompt_out, out.transpose(0, 1).flatten(1, 2)[None]], dim=2)
 
 
 def packed(prompt_lengths: list[int], group_lengths: list[int], num_completions: int) -> AttendFn:
-    """Return the attention of a row of groups; of each its P and its P + G·C are given."""
+    """Return the attention of a row of groups; of each its P and its P + G·C are given.
+
+    Queries may be those of all tokens, or of each prompt the last one's alone and of its completions.
+    """
+    kept_lengths = [length - P + 1 for length, P in zip(group_lengths, prompt_lengths, strict=True)]
 
     def attend_packed(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-        groups = zip(*(x.split(group_lengths, dim=2) for x in (query, key, value)), prompt_lengths, strict=True)
+        queries = query.split(group_lengths if query.shape[2] == key.shape[2] else kept_lengths, dim=2)
+        keys, values = (x.split(group_lengths, dim=2) for x in (key, value))
+        groups = zip(queries, keys, values, prompt_lengths, strict=True)
         return torch.cat([group_attention(q, k, v, P, num_completions) for q, k, v, P in groups], dim=2)
 
     return attend_packed

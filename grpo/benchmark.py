@@ -29,8 +29,9 @@ from data.loader import Prompt
 from data.prompt import mrope_positions
 from data.video import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from grpo.config import Config, flag
+from grpo.layers import use_our_layers
 from grpo.loss import clipped_loss
-from grpo.model import SpecialTokens, make_optimizer, use_our_layers
+from grpo.model import SpecialTokens, make_optimizer
 from grpo.random_model import SIZES, TOKENS_PER_SECOND, random_model
 from grpo.sharding import compute_dtype, make_trainable, start_processes
 from grpo.tracking import Totals, peak_memory_gb

@@ -43,8 +43,13 @@ class GroupCache:
             held.zero_()  # what is not held yet must be finite, since it is weighed with 0
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-        """Attend causally within each prompt of the row `[p1 | … | pB]`, (1, H, L, D); keep keys and values."""
-        prompts = list(zip(*(x.split(self.prompt_lengths, dim=2) for x in (query, key, value)), strict=True))
+        """Attend causally within each prompt of the row `[p1 | … | pB]`, (1, H, L, D); keep keys and values.
+
+        Queries may be those of all tokens, or the last one of each prompt: (1, H, B, D).
+        """
+        queries = query.split(self.prompt_lengths if query.shape[2] == key.shape[2] else 1, dim=2)
+        keys, values = (x.split(self.prompt_lengths, dim=2) for x in (key, value))
+        prompts = list(zip(queries, keys, values, strict=True))
         for b, (_, k, v) in enumerate(prompts):
             self.prompt_keys[layer, b, :, : k.shape[2]] = k[0]
             self.prompt_values[layer, b, :, : v.shape[2]] = v[0]
@@ -78,13 +83,14 @@ def prefill(model, prompts: list[Prompt], cache: GroupCache) -> Tensor:
     """Pass the prompts through the model, keep their keys and values, return their last hidden states: (B, E)."""
     cache.begin([len(prompt.prompt_ids) for prompt in prompts])
     token_ids = torch.cat([prompt.prompt_ids for prompt in prompts])
-    hidden = model.model.language_model(
+    last_tokens = torch.tensor(cache.prompt_lengths, device=token_ids.device).cumsum(0) - 1
+    return model.model.language_model(
         inputs_embeds=embed(model, token_ids, prompts),
         position_ids=torch.cat([prompt.position_ids for prompt in prompts], dim=1)[:, None],
         use_cache=False,
         attend_fn=cache.prefill,
+        kept=last_tokens,
     ).last_hidden_state[0]
-    return torch.stack([row[-1] for row in hidden.split(cache.prompt_lengths)])
 
 
 def decode_one_token(model, token_ids: Tensor, positions: Tensor, cache: GroupCache) -> Tensor:

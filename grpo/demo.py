@@ -26,7 +26,8 @@ from data.video import VideoOptions
 from grpo.config import Config
 from grpo.evaluate import evaluate
 from grpo.export import load_merged
-from grpo.model import load_model, load_tokenizer, use_our_layers
+from grpo.layers import use_our_layers
+from grpo.model import load_model, load_tokenizer
 from grpo.random_model import TOKENS_PER_SECOND, random_model
 from grpo.sharding import raise_together
 from reward.numerical import extract_number

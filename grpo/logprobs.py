@@ -114,17 +114,19 @@ def completion_logprobs(
         positions += [prompt.position_ids, own.repeat(G).expand(3, -1)]
     prompt_lengths = [len(prompt.prompt_ids) for prompt in prompts]
     group_lengths = [P + ids.numel() for P, ids in zip(prompt_lengths, completion_ids, strict=True)]
+    # A token is predicted from the one before it, the first of each completion from the last prompt token.
+    places = torch.arange(sum(group_lengths), device=banned_ids.device).split(group_lengths)
+    kept = [row[P - 1 :] for row, P in zip(places, prompt_lengths, strict=True)]  # per group 1 + G·C
     hidden = model.model.language_model(
         inputs_embeds=embed(model, torch.cat(tokens), prompts),
         position_ids=torch.cat(positions, dim=1)[:, None],  # (3, 1, L)
         use_cache=False,
         attend_fn=packed(prompt_lengths, group_lengths, G),
-    ).last_hidden_state[0]  # (L, E)
-
-    # A token is predicted from the one before it, the first of each completion from the last prompt token.
+        kept=torch.cat(kept),
+    ).last_hidden_state[0]  # (kept, E)
     predictors = []
-    for row, P, mask in zip(hidden.split(group_lengths), prompt_lengths, completion_mask, strict=True):
-        first, rest = row[P - 1].expand(G, 1, -1), row[P:].unflatten(0, mask.shape)[:, :-1]
+    for row, mask in zip(hidden.split([len(places) for places in kept]), completion_mask, strict=True):
+        first, rest = row[0].expand(G, 1, -1), row[1:].unflatten(0, mask.shape)[:, :-1]
         predictors.append(torch.cat([first, rest], dim=1)[mask])  # (tokens, E)
     chosen = [ids[mask] for ids, mask in zip(completion_ids, completion_mask, strict=True)]  # (tokens,)
     # Recomputing the logits of a chunk in the backward pass keeps memory free of (tokens, V). The backward pass begins

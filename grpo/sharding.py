@@ -20,9 +20,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from data.dataset import InputError
 from grpo.config import Config
+from grpo.layers import pack_weights, use_our_layers
 from grpo.logprobs import completion_logprobs
 from grpo.lora import add_adapters, lora_layers, merged_weight, trains_adapters_alone
-from grpo.model import freeze, pack_weights, use_our_layers
+from grpo.model import freeze
 
 
 def start_processes() -> torch.device:

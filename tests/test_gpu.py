@@ -11,8 +11,8 @@ from grpo.attention import matmul_float32
 from grpo.benchmark import IDS, random_prompt
 from grpo.benchmark import Options as BenchmarkOptions
 from grpo.decoding import Decoder, decoder_for
+from grpo.layers import use_our_layers
 from grpo.logprobs import Logits, completion_logprobs
-from grpo.model import use_our_layers
 from grpo.random_model import SIZES, random_model
 from grpo.rollout import generate
 from tests.test_packed import hf_twin

@@ -17,6 +17,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import train
 from grpo import export, sharding
 from grpo.config import Config, resolve_batch_sizes
+from grpo.layers import use_our_layers
 from grpo.logprobs import completion_logprobs
 from grpo.lora import (
     adapters_off,
@@ -27,7 +28,7 @@ from grpo.lora import (
     trains_adapters_alone,
     without_dropout,
 )
-from grpo.model import freeze, make_optimizer, save_model, use_our_layers, whole_tensor
+from grpo.model import freeze, make_optimizer, save_model, whole_tensor
 from tests.conftest import Tiny, run_ranks
 from tests.test_sharding import relative, rollouts_of, with_advantages
 from tests.test_train import curves, flags, run_main, weights

@@ -11,6 +11,7 @@ import grpo.logprobs
 from grpo.attention import attend_segments
 from grpo.decoding import GroupCache
 from grpo.logprobs import completion_logprobs, sampling_logprobs, video_features
+from grpo.rollout import generate
 from tests.conftest import make_tiny
 
 T = 0.7
@@ -58,10 +59,11 @@ def separate_rows(model, prompt, ids, mask, banned_ids):
 
 
 def hf_twin(model):
-    """The same weights with Hugging Face's own attention and patch embedding."""
+    """The same weights with Hugging Face's own layers."""
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("sdpa")
-    del twin.model.visual.patch_embed.forward
+    for layer in twin.modules():
+        vars(layer).pop("forward", None)
     return twin
 
 
@@ -211,6 +213,22 @@ def test_vision_features_equal_hf_when_windows_differ_in_size(tmp_path):
         ours = tiny.model.model.get_video_features(pixels, grid).pooler_output
         theirs = hf_twin(tiny.model).model.get_video_features(pixels, grid).pooler_output
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_last_layer_works_for_the_tokens_alone_that_predict(tiny):
+    """Of a prompt it needs the last token's state; the layer before it needs all, for the keys and values."""
+    prompts, G, C = tiny.prompts[:2], 3, 5
+    ids, mask = completions_for(prompts, G, C, len(tiny.tokenizer), tiny.banned_ids)
+    seen = []
+    layers = tiny.model.model.language_model.layers[-2:]
+    hooks = [layer.mlp.register_forward_hook(lambda _, inputs, out: seen.append(out.shape[1])) for layer in layers]
+    completion_logprobs(tiny.model, prompts, ids, mask, 1.0, tiny.banned_ids)
+    generate(tiny.model, prompts, G, 1, 1.0, tiny.stop_ids, tiny.banned_ids, None)
+    for hook in hooks:
+        hook.remove()
+    in_prompts = sum(len(prompt.prompt_ids) for prompt in prompts)
+    in_completions = sum(row.numel() for row in ids)
+    assert seen == [in_prompts + in_completions, 2 + in_completions, in_prompts, 2]
 
 
 @pytest.mark.parametrize("patches_per_pass, num_passes", [(1, 4), (450, 2)])
