@@ -13,9 +13,10 @@ import re
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from data.video import MERGE_SIZE
+
 VIDEO_TAG = re.compile(r"\n?<video>\n?")  # one newline on either side belongs to the tag
 VIDEO_PLACEHOLDER = "<|video_pad|>"
-MERGE_SIZE = 2  # the vision tower merges 2 x 2 patches into one token
 
 # In a text they would add placeholders without a video, or turns that nobody took.
 RESERVED = re.compile(r"<\|(?:video_pad|image_pad|vision_pad|vision_start|vision_end|im_start|im_end|endoftext)\|>")

@@ -10,7 +10,6 @@ T frames, H x W pixels, S = t·h·w patches of one video with t = T / 2, h = H /
 
 import math
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +49,8 @@ class VideoOptions:
 
     fps: frames per second of video to take, 2.0 if neither it nor nframes is given. nframes: that many frames of each
     video. resized_width, resized_height: pixels, rounded to multiples of 28 (64 x 64 means 56 x 56); without them the
-    video keeps its proportions at min_pixels to max_pixels pixels per frame, in which max_pixels is also bounded as in
-    qwen-vl-utils: 768·28·28, and less for videos of more than 300 frames.
+    video keeps its proportions at min_pixels to max_pixels pixels per frame, in which max_pixels, at most 768·28·28,
+    is less for videos of more than 300 frames, as in qwen-vl-utils.
     Raises ValueError for a contradiction.
     """
 
@@ -76,11 +75,9 @@ class VideoOptions:
             raise ValueError(f"--nframes must be at least 2, got {self.nframes}")
         if self.resized_width is None and self.min_pixels > self.max_pixels:
             raise ValueError(f"--video_min_pixels {self.min_pixels} is more than --video_max_pixels {self.max_pixels}")
-        if self.resized_width is None and self.max_pixels > max(MAX_FRAME_PIXELS, int(self.min_pixels * 1.05)):
-            warnings.warn(
-                f"--video_max_pixels {self.max_pixels} is cut to {MAX_FRAME_PIXELS}, as in qwen-vl-utils",
-                stacklevel=3,
-            )
+        most = max(MAX_FRAME_PIXELS, int(self.min_pixels * 1.05))
+        if self.resized_width is None and self.max_pixels > most:
+            raise ValueError(f"--video_max_pixels {self.max_pixels} is more than qwen-vl-utils gives a frame: {most}")
 
 
 def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) -> list[int]:
@@ -149,12 +146,10 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """Normalise frames and cut them into patches in the order in which the vision tower reads them.
 
-    frames: (T, 3, H, W) uint8, H and W multiples of 28; an odd T repeats the last frame.
+    frames: (T, 3, H, W) uint8, T even, H and W multiples of 28.
     Returns pixel_values (S, 1176) float32, in which the four patches that become one token are neighbours and a patch
     is laid out (3, 2, 14, 14), and the grid (t, h, w) of patches.
     """
-    if frames.shape[0] % TEMPORAL_PATCH_SIZE:
-        frames = torch.cat([frames, frames[-1:]])
     num_frames, channels, height, width = frames.shape
     t, h, w = num_frames // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE
     mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)

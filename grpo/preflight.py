@@ -13,7 +13,7 @@ from data.prompt import encode_prompt
 from data.video import BadVideo, video_grid
 from grpo.config import Config
 from grpo.model import SpecialTokens
-from grpo.sharding import raise_together
+from grpo.sharding import of_all_ranks, raise_together
 from grpo.tracking import Totals, peak_memory_gb
 
 NUM_THREADS = 16  # that open videos; opening waits for disks
@@ -35,9 +35,7 @@ def longest_prompt(dataset: PromptDataset) -> tuple[int, int]:
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         lengths = pool.map(lambda i: prompt_length(dataset, dataset.samples[i]), own)
         longest = max(zip(lengths, own, strict=True), default=(0, 0))
-    of_ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, longest)
-    return max(of_ranks)
+    return max(of_all_ranks(longest))
 
 
 def memory_preflight(
@@ -85,7 +83,6 @@ def memory_preflight(
         group["lr"] = rate
     optimizer.zero_grad()
     optimizer.state.clear()  # the step of rate 0 has left the weights as they were
-    peaks = [None] * world_size
-    dist.all_gather_object(peaks, peak_memory_gb())
+    peaks = of_all_ranks(peak_memory_gb())
     by_rank = ", ".join(f"{peak:.1f}" for peak in peaks)
     return f"memory: about {max(peaks):.1f} GB in a trial step on {what}; by rank: {by_rank}"

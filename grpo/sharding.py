@@ -45,17 +45,22 @@ def start_processes() -> torch.device:
 
 def raise_together(function, *arguments):
     """Call a function on every rank; where it raises InputError on any, raise it on all, so that none waits."""
-    result, error = None, None
+    result, own = None, None
     try:
         result = function(*arguments)
-    except InputError as raised:
-        error = str(raised)
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for error in errors:
-        if error is not None:
-            raise InputError(error)
+    except InputError as error:
+        own = str(error)
+    for line in of_all_ranks(own):
+        if line is not None:
+            raise InputError(line)
     return result
+
+
+def of_all_ranks(value) -> list:
+    """Return the value that each rank has given, on all ranks; collective."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_rank_0(value):

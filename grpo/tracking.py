@@ -26,6 +26,7 @@ from data.dataset import InputError
 from grpo.config import Config
 from grpo.loss import is_uniform
 from grpo.rollout import Rollout
+from grpo.sharding import of_all_ranks
 
 LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 MONOTONOUS_STEPS = 20  # so many steps in a row with hardly anything to compare call for a word
@@ -45,9 +46,7 @@ def gather_groups(rollouts: list[Rollout], by_function: dict[str, Tensor], rewar
         }
         for b, rollout in enumerate(rollouts)
     ]
-    of_ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, own)
-    return [group for groups in of_ranks for group in groups]
+    return [group for groups in of_all_ranks(own) for group in groups]
 
 
 @dataclass
