@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, rotate_half
 
 import grpo.attention  # noqa: F401  registers the attention functions named below
 
@@ -17,11 +17,12 @@ FEW_ROWS = 8  # while decoding, a linear layer sees about so many
 
 
 def use_our_layers(model) -> Qwen2_5_VLForConditionalGeneration:
-    """Let the model call the attention functions of `grpo/attention.py`, `embed_patches` and `last_layer`."""
+    """Let the model call the attention functions of `grpo/attention.py` and `embed_patches`; give it a `LastLayer`."""
     model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "segments_like_flash"})
     patch_embed, last = model.model.visual.patch_embed, model.model.language_model.layers[-1]
     patch_embed.forward = partial(embed_patches, patch_embed)
-    last.forward = partial(last_layer, last)
+    if not isinstance(last, LastLayer):
+        last.__class__ = LastLayer  # a class, since Hugging Face wraps the forward of one in gradient checkpointing
     return model
 
 
@@ -34,27 +35,30 @@ def embed_patches(patch_embed, pixels: Tensor) -> Tensor:
     return F.linear(pixels.to(weight.dtype), weight.flatten(1))
 
 
-def last_layer(layer, hidden: Tensor, position_embeddings, kept: Tensor | None = None, **kwargs) -> Tensor:
-    """Do the language model's last layer for the tokens that the caller has a use for, (1, L, E) -> (1, kept, E).
+class LastLayer(Qwen2_5_VLDecoderLayer):
+    """The language model's last layer, for the tokens that the caller has a use for.
 
-    kept: their places in the row; None for all. Of a prompt the completions need its last token's state alone, and
-    for attention its keys and values: the other tokens' queries and MLP would be computed for nobody.
+    Of a prompt the completions need its last token's state alone, and for attention all keys and values: the other
+    tokens' queries and MLP would be computed for nobody.
     """
-    if kept is None:
-        return type(layer).forward(layer, hidden, position_embeddings=position_embeddings, **kwargs)
-    attention, states = layer.self_attn, layer.input_layernorm(hidden)
-    cos, sin = (x[:, None] for x in position_embeddings)  # (1, 1, L, D)
 
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)  # (1, L, heads · D) -> (1, heads, L, D)
+    def forward(self, hidden: Tensor, position_embeddings, kept: Tensor | None = None, **kwargs) -> Tensor:
+        """Pass a row, (1, L, E) -> (1, kept, E); kept: the places of the tokens in the row, None for all."""
+        if kept is None:
+            return super().forward(hidden, position_embeddings=position_embeddings, **kwargs)
+        attention, states = self.self_attn, self.input_layernorm(hidden)
+        cos, sin = (x[:, None] for x in position_embeddings)  # (1, 1, L, D)
 
-    query = heads(attention.q_proj(states[:, kept]))
-    query = query * cos[:, :, kept] + rotate_half(query) * sin[:, :, kept]
-    key, value = heads(attention.k_proj(states)), heads(attention.v_proj(states))
-    key = key * cos + rotate_half(key) * sin
-    out = kwargs["attend_fn"](query, key, value, attention.layer_idx)
-    hidden = hidden[:, kept] + attention.o_proj(out.transpose(1, 2).flatten(2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)  # (1, L, heads · D) -> (1, heads, L, D)
+
+        query = heads(attention.q_proj(states[:, kept]))
+        query = query * cos[:, :, kept] + rotate_half(query) * sin[:, :, kept]
+        key, value = heads(attention.k_proj(states)), heads(attention.v_proj(states))
+        key = key * cos + rotate_half(key) * sin
+        out = kwargs["attend_fn"](query, key, value, attention.layer_idx)
+        hidden = hidden[:, kept] + attention.o_proj(out.transpose(1, 2).flatten(2))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 def pack_weights(module) -> None:
