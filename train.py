@@ -74,7 +74,7 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
             config.temperature,
             tokens.stop_ids,
             tokens.banned_ids,
-            generators(batch, config.seed, step),
+            generators(batch, config.seed, step, tokens.device),
             config.top_p,
             config.top_k,
         )

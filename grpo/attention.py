@@ -31,8 +31,11 @@ AttendFn = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 def causal(query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> Tensor:
     """Attend causally within each row, of whose last tokens, or all, the queries are: an ordinary language model."""
-    bias = causal_lower_right(query.shape[2], key.shape[2])  # no tensor: on a GPU, SDPA's flash kernel knows it
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+    is_square = query.shape[2] == key.shape[2]
+    # On a GPU, SDPA's flash kernel knows this bias, which is a name more than a tensor. Yet it takes address space for
+    # queries x keys on the host: not for a whole prompt.
+    bias = None if is_square else causal_lower_right(query.shape[2], key.shape[2])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=is_square, enable_gqa=True)
 
 
 def group_attention(query: Tensor, key: Tensor, value: Tensor, P: int, G: int) -> Tensor:

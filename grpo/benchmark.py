@@ -29,6 +29,7 @@ from data.loader import Prompt
 from data.prompt import mrope_positions
 from data.video import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from grpo.config import Config, flag
+from grpo.decoding import decoder_for
 from grpo.layers import use_our_layers
 from grpo.loss import clipped_loss
 from grpo.model import SpecialTokens, make_optimizer
@@ -40,7 +41,6 @@ from train import rollout_phase, update_phase
 VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN = 1, 2, 3, 4  # words of the random model
 IDS = {"video_token_id": VIDEO_TOKEN, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
 IDS |= {"image_token_id": IMAGE_TOKEN, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-NUM_TEXT_TOKENS = 40
 FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb")
 
 
@@ -68,9 +68,9 @@ def random_prompt(options: Options) -> Prompt:
     grid = torch.tensor([[t, side, side]] * options.num_videos)
     seconds = torch.ones(options.num_videos)
     video = [VISION_START, *[VIDEO_TOKEN] * (t * side * side // MERGE_SIZE**2), VISION_END]
-    ids = torch.tensor([5] * (NUM_TEXT_TOKENS // 2) + video * options.num_videos + [6] * (NUM_TEXT_TOKENS // 2))
-    pixels = torch.randn(int(grid.prod(dim=1).sum()), 1176)
+    ids = torch.tensor([5] * 20 + video * options.num_videos + [6] * 20)
     positions = mrope_positions(ids, grid, seconds, VIDEO_TOKEN, TOKENS_PER_SECOND)
+    pixels = torch.randn(int(grid.prod(dim=1).sum()), 1176)
     return Prompt(Sample("random", (), (), ""), ids, positions, pixels, grid, seconds)
 
 
@@ -175,12 +175,11 @@ def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_second
 
     G, C = options.num_generations, options.completion_length
     P, S = len(prompt.prompt_ids), len(prompt.pixel_values_videos)
-    text, visual = model.config.text_config, model.model.visual
+    text, visual, merger = model.config.text_config, model.model.visual, size(model.model.visual.merger)
     layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
     read = (layers + head + per_token * (P + G * C // 2)) * dtype.itemsize  # bytes per decoding step
-    tower, merger = size(visual) - size(visual.merger), size(visual.merger)
-    tower = 0 if options.freeze_vision_tower else tower
+    tower = 0 if options.freeze_vision_tower else size(visual) - merger
     work = 6 * (layers * (P + G * C) + head * G * C + tower * S + merger * S // MERGE_SIZE**2)
     return {
         "decode_tokens_per_second": G / decode_seconds,
@@ -215,9 +214,8 @@ def run(options: Options, device: torch.device) -> dict:
     totals = Totals(G * C * dist.get_world_size(), G * dist.get_world_size(), 1.0)
 
     def rollout(length: int = C):
-        whole.refresh(model)
         settings = dataclasses.replace(config, max_completion_length=length)
-        return rollout_phase(whole.module, [prompt], tokens, settings, step=1)
+        return rollout_phase(whole.refresh(model), [prompt], tokens, settings, step=1)
 
     def update(rollouts):
         for one in rollouts:
@@ -230,31 +228,39 @@ def run(options: Options, device: torch.device) -> dict:
     def baseline_update(ids):
         repeated_update(model, optimizer, prompt.to(device), ids, advantages, tokens.banned_ids)
 
-    ours, theirs, out_of_memory = [], [], False
+    ours, theirs = [], []
     for _ in range(options.runs):  # in turn, so that a machine that slows down slows both
         ours.append(measure(rollout, update))
-        if options.baseline and not out_of_memory:
+        if options.baseline:
             whole.refresh(model)  # not counted
             for module in (model, whole.module):  # Hugging Face's own layers
                 module.set_attn_implementation("sdpa")
                 for layer in module.modules():
                     vars(layer).pop("forward", None)
-            try:
-                theirs.append(measure(baseline_rollout, baseline_update))
-            except torch.OutOfMemoryError:
-                out_of_memory = True
-                optimizer.zero_grad()
+            theirs.append(measure(baseline_rollout, baseline_update))
             for module in (model, whole.module):
                 use_our_layers(module)
 
     def medians(runs: list[dict]) -> dict[str, float]:
         return {name: statistics.median(figures[name] for figures in runs) for name in FIGURES}
 
-    figures = medians(ours) | {"baseline": medians(theirs) if len(theirs) == options.runs else None}
     prefill_seconds = best_of(lambda: rollout(1))
+    figures = medians(ours) | {"baseline": medians(theirs) if theirs else None, "prefill_seconds": prefill_seconds}
     decode_seconds = (figures["rollout_seconds"] - prefill_seconds) / (C - 1)
-    figures |= {"prefill_seconds": prefill_seconds, "baseline_out_of_memory": out_of_memory}
     return figures | shares_of_the_machine(whole.module, prompt, options, decode_seconds, figures["update_seconds"])
+
+
+def run_what_fits(options: Options, device: torch.device) -> dict:
+    """Measure, without the baseline if there is no memory for it; raise InputError if there is none for ours either."""
+    try:
+        return run(options, device) | {"baseline_out_of_memory": False}
+    except torch.OutOfMemoryError as error:
+        if not options.baseline:
+            raise InputError("out of memory: lower a figure, or add --gradient_checkpointing true") from error
+    # A pass that did not come to its end has left its model in pieces: begin anew, without it.
+    decoder_for.cache_clear()
+    gc.collect()
+    return run_what_fits(dataclasses.replace(options, baseline=False), device) | {"baseline_out_of_memory": True}
 
 
 def table(figures: dict) -> str:
@@ -300,18 +306,18 @@ def main(argv: list[str]) -> int:
     """Run; print a table and write the JSON file on rank 0; return 2, with one line, for what the user can mend."""
     try:
         options = parse(argv)
+        device = start_processes()
+        figures = run_what_fits(options, device)
     except InputError as error:
         print(f"python -m grpo.benchmark: error: {error}", file=sys.stderr)
         return 2
-    device = start_processes()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     figures = {
         "options": dataclasses.asdict(options),
         "ranks": dist.get_world_size(),
-        "device": name,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "precision": str(compute_dtype(device)),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        **run(options, device),
+        **figures,
     }
     if dist.get_rank() == 0:
         print(table(figures))

@@ -1,11 +1,11 @@
 """Find out before a run whether its largest step fits into memory, not hours later when that sample comes up."""
 
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from data.dataset import InputError, Sample
 from data.loader import PromptDataset, Slot, checked
@@ -17,6 +17,8 @@ from grpo.sharding import of_all_ranks, raise_together
 from grpo.tracking import Totals, peak_memory_gb
 
 NUM_THREADS = 16  # that open videos; opening waits for disks
+# PyTorch's words for it, on GPU and CPU, the driver's among them, and cuBLAS's.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def prompt_length(dataset: PromptDataset, sample: Sample) -> int:
@@ -44,7 +46,7 @@ def memory_preflight(
     """Run one step on the longest prompt with completions of full length, change nothing; return a line about it.
 
     models: what `make_trainable` returns; phases: `rollout_phase` and `update_phase` of `train.py`. The optimizer must
-    not have stepped yet. Raises InputError where memory does not suffice.
+    not have stepped yet. Where memory does not suffice, raises InputError; one rank of several ends with its line.
     """
     (model, whole, reference), (rollout_phase, update_phase) = models, phases
     _, index = longest_prompt(dataset)
@@ -69,16 +71,18 @@ def memory_preflight(
         totals = Totals(num_completions * C, num_completions, 1.0)
         update_phase(model, reference, optimizer, rollouts, totals, tokens.banned_ids, config)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         line = (
             f"out of memory in a trial step on {what}: lower --max_videos, --nframes or --fps, the video size, "
             "--num_generations, --max_completion_length or --per_device_train_batch_size, add "
             "--gradient_checkpointing true or --lora_enable, or take more GPUs"
         )
-        if dist.get_rank() > 0:  # rank 0 may have had enough
-            tqdm.write(f"train.py: error: rank {dist.get_rank()}: {line}", file=sys.stderr)
-        raise InputError(line) from error
+        if world_size == 1:
+            raise InputError(line) from error
+        # Others may have had enough, and wait for this rank's part of their step: no word and no good-bye reaches them.
+        print(f"train.py: error: rank {dist.get_rank()}: {line}", file=sys.stderr, flush=True)
+        os._exit(2)  # upon which torchrun ends them
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     optimizer.zero_grad()

@@ -31,13 +31,10 @@ class Rollout:
     reference_logprobs: Tensor | None = None  # (G, C), of the initial policy
 
 
-def generators(prompts: list[Prompt], seed: int, step: int) -> list[torch.Generator]:
+def generators(prompts: list[Prompt], seed: int, step: int, device: torch.device) -> list[torch.Generator]:
     """Make the random numbers of each prompt a function of seed, step and place in the batch, and of nothing else."""
     seeds = [hashlib.sha256(f"{seed} {step} {prompt.slot}".encode()).digest()[:8] for prompt in prompts]
-    return [
-        torch.Generator(p.prompt_ids.device).manual_seed(int.from_bytes(s) >> 1)
-        for p, s in zip(prompts, seeds, strict=True)
-    ]
+    return [torch.Generator(device).manual_seed(int.from_bytes(s) >> 1) for s in seeds]
 
 
 def most_probable(logprobs: Tensor, top_p: float, top_k: int) -> Tensor:

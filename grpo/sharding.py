@@ -32,6 +32,8 @@ def start_processes() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
+        # It plans anew for every length of a prompt, and keeps the plans. Flash takes its place.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     # Ranks wait long for one with the most to sample, or that writes a large model; not for one that died: connections
     # to it break, and torchrun ends the others.

@@ -30,6 +30,37 @@ def test_figures_of_both_ways_are_written(tmp_path, world_size):
     assert [line.split()[0] for line in lines[1:5]] == ["rollout", "update", "step", "peak"]
 
 
+def out_of_memory(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def bench_where_repeated_rows_do_not_fit(path: str) -> None:
+    update = benchmark.repeated_update
+
+    def update_that_does_not_fit(model, *arguments):
+        model.model.language_model.layers[1].mlp.register_forward_hook(out_of_memory)  # amid a pass
+        update(model, *arguments)
+
+    benchmark.repeated_update = update_that_does_not_fit
+    bench(path)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_where_repeated_rows_do_not_fit_ours_are_measured_nevertheless(tmp_path, world_size):
+    run_ranks(bench_where_repeated_rows_do_not_fit, world_size, str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["baseline"] is None and all(figures[name] > 0 for name in benchmark.FIGURES)
+    assert benchmark.table(figures).count("out of memory") == 4
+
+
+def test_what_does_not_fit_at_all_is_refused_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "update_phase", out_of_memory)
+    assert benchmark.main(FLAGS.split()) == 2
+    torch.distributed.destroy_process_group()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m grpo.benchmark: error: out of memory")
+
+
 def test_repeated_rows_are_the_same_work(tiny):
     """Given the same completions, the baseline's gradient is that of the packed pass."""
     options = benchmark.Options(num_generations=3, completion_length=5)

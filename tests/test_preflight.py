@@ -1,10 +1,13 @@
 """The trial step before a run: it takes the largest sample, leaves no trace, and says what does not fit."""
 
 import json
+import os
 import resource
+import time
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessExitedException
 
 import train
 from data.loader import PromptDataset
@@ -75,3 +78,20 @@ def test_what_does_not_fit_is_named_in_one_line_before_training(tiny, tmp_path):
     words = ["out of memory", "sample 's1' with 3 videos", "--max_videos", "--max_completion_length", "--lora_enable"]
     assert all(word in line for word in words)
     assert not (tmp_path / "out" / "final").exists()
+
+
+def run_out_of_memory_on_rank_1(arguments: list[str], log: str) -> None:
+    def update_phase(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    train.update_phase = update_phase if os.environ["RANK"] == "1" else lambda *arguments: time.sleep(60)
+    main_on_a_rank(arguments, log, 2)
+
+
+def test_a_rank_that_runs_out_of_memory_alone_says_so_and_ends_while_the_others_wait_for_it(tiny, tmp_path):
+    more = ["--global_batch_size", "2", "--memory_preflight", "true"]
+    with pytest.raises(ProcessExitedException) as raised:
+        run_ranks(run_out_of_memory_on_rank_1, 2, flags(tiny, tmp_path / "out", *more), str(tmp_path / "log"))
+    assert (raised.value.error_index, raised.value.exit_code) == (1, 2)
+    (line,) = (line for line in (tmp_path / "log.1").read_text().splitlines() if "train.py: error" in line)
+    assert "rank 1: out of memory" in line and "sample 's1' with 3 videos" in line
