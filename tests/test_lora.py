@@ -90,11 +90,12 @@ def distance(a, b) -> float:
 
 def step(tiny: Tiny, path: str, settings: dict) -> None:
     config = Config(**LORA | {"max_grad_norm": 1e9, "global_batch_size": 4} | settings)
+    base = score(tiny.model, tiny)  # here, since the number of threads, which a process sets, changes the last bits
     whole, model = adapted(tiny, config)
     optimizer, _ = make_optimizer(model, config, total_steps=1)  # before FSDP puts whole weights in its weights' place
     set_B(model)
     whole.refresh(model)
-    result = {"merged": score(whole.module, tiny), "unmerged": sharded_score(model, tiny)}
+    result = {"base": base, "merged": score(whole.module, tiny), "unmerged": sharded_score(model, tiny)}
     with adapters_off(model):
         result["off"] = sharded_score(model, tiny)
     result["on again"] = sharded_score(model, tiny)
@@ -126,16 +127,16 @@ def case(tiny, request, tmp_path_factory):
     return CASES[request.param], torch.load(path), f"{path}.adapter"
 
 
-def test_merged_and_unmerged_adapters_agree(tiny, case):
+def test_merged_and_unmerged_adapters_agree(case):
     _, result, _ = case
     assert distance(result["merged"], result["unmerged"]) < 1e-4
-    assert distance(result["merged"], score(tiny.model, tiny)) > 0.1
+    assert distance(result["merged"], result["base"]) > 0.1
     assert distance(result["after"], result["merged"]) > 1e-2
 
 
-def test_with_adapters_off_the_model_is_its_base_exactly_and_then_itself_again(tiny, case):
+def test_with_adapters_off_the_model_is_its_base_exactly_and_then_itself_again(case):
     settings, result, _ = case
-    assert distance(result["off"], score(tiny.model, tiny)) == 0
+    assert distance(result["off"], result["base"]) == 0
     assert distance(result["on again"], result["unmerged"]) == 0
     assert result["alone"] == ("freeze_merger" in settings)
 
