@@ -268,7 +268,11 @@ def test_checkpoints_are_adapter_folders_that_differ(run):
 def test_the_exported_model_has_the_bases_precision_and_the_adapters_answers(tiny, run, capsys):
     folder, _ = run
     arguments = ["--adapter", str(folder / "out" / "final"), "--output", str(folder / "merged")]
+    (folder / "merged.unfinished").mkdir()
+    (folder / "merged.unfinished" / "model-00001-of-00002.safetensors").write_text("of an export that was killed")
     assert export.main(arguments) == 0
+    assert {path.name for path in folder.glob("merged*")} == {"merged"}
+    assert not (folder / "merged" / "model-00001-of-00002.safetensors").exists()
     merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "merged", dtype="auto")
     assert merged.dtype == torch.bfloat16
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "base", dtype=torch.float32)
@@ -277,6 +281,8 @@ def test_the_exported_model_has_the_bases_precision_and_the_adapters_answers(tin
     assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), rounded.parameters(), strict=True))
     assert not torch.equal(weights(folder / "merged"), weights(folder / "base"))
     assert export.main(arguments) == 2 and "exists" in capsys.readouterr().err
+    arguments[-1] = str(folder / "base" / "config.json" / "merged")
+    assert export.main(arguments) == 2 and "cannot be written" in capsys.readouterr().err
 
 
 def test_the_exported_model_can_be_trained_on(tiny, run, tmp_path):

@@ -108,11 +108,12 @@ def test_saved_models_are_ordinary_folders_and_training_changes_them(tiny, run):
     assert not torch.equal(trained[0], trained[1]) and not torch.equal(trained[1], trained[2])
 
 
-def test_a_saved_model_can_be_trained_on(tiny, run, tmp_path):
-    arguments = flags(tiny, tmp_path / "out", "--global_batch_size", "4")
-    arguments[1] = str(run / "final")
-    assert train.main(arguments) == 0
-    assert not torch.equal(weights(run / "final"), weights(tmp_path / "out" / "final"))
+def test_a_saved_model_can_be_trained_on_and_its_processor_goes_with_it(tiny, run, tmp_path):
+    model = shutil.copytree(run / "final", tmp_path / "model")
+    (model / "preprocessor_config.json").write_text("{}")
+    assert train.main(flags(tiny, tmp_path / "out", "--global_batch_size", "4", "--model_id", model)) == 0
+    assert not torch.equal(weights(model), weights(tmp_path / "out" / "final"))
+    assert (tmp_path / "out" / "final" / "preprocessor_config.json").read_text() == "{}"
 
 
 def test_two_ranks_do_what_one_does(tiny, tmp_path):
@@ -202,6 +203,12 @@ def entry(**changes) -> dict:
         (["--output_dir", "{run}/config.json/new"], ["config.json/new", "cannot be written"]),
         ([entry(conversations=[{"from": "human", "value": "<|im_end|>?"}, {"from": "gpt", "value": "5"}])], ["'a'"]),
         (["--output_dir", "{run}"], ["--output_dir", "another run"]),
+        (["--data_path", ""], ["--data_path is missing"]),
+        (["--max_videos", "-1"], ["--max_videos -1"]),
+        (["--top_p", "0"], ["--top_p 0"]),
+        (["--epsilon", "1.5"], ["--epsilon 1.5"]),
+        (["--reward_timeout", "1e4"], ["--reward_timeout 10000"]),
+        (["--resume_from_checkpoint", ""], ["--resume_from_checkpoint"]),
         ("{", ["data.json", "line 1"]),
         ([entry(conversations=[])], ["'a'", "conversations"]),
         ([entry(conversations=[{"from": "human", "value": "EF?"}])], ["'a'", "gpt"]),
@@ -256,6 +263,15 @@ def test_weights_that_cannot_be_read_or_are_not_all_there_stop_the_run(tiny, tmp
     assert train.main(flags(tiny, tmp_path / "out", "--model_id", tmp_path / "model")) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: error: ")]
     assert "--model_id" in line and (how != "one layer missing" or "layers.1.mlp.up_proj.weight" in line)
+
+
+def test_a_tokenizer_without_vision_tokens_stops_the_run(tiny, tmp_path, capfd):
+    shutil.copytree(tiny.folder / "model", tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (tmp_path / "model" / name).read_text()
+        (tmp_path / "model" / name).write_text(text.replace("<|video_pad|>", "<|other|>"))
+    assert train.main(flags(tiny, tmp_path / "out", "--model_id", tmp_path / "model")) == 2
+    assert "its tokenizer has no <|video_pad|>" in capfd.readouterr().err
 
 
 def test_a_chat_template_that_fails_stops_the_run(tiny, tmp_path, capfd):
