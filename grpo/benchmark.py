@@ -21,7 +21,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor
 from transformers import HfArgumentParser
 
 from data.dataset import InputError, Sample
@@ -31,9 +30,9 @@ from data.video import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from grpo.config import Config, flag
 from grpo.decoding import decoder_for
 from grpo.layers import use_our_layers
-from grpo.loss import clipped_loss
 from grpo.model import SpecialTokens, make_optimizer
 from grpo.random_model import SIZES, TOKENS_PER_SECOND, random_model
+from grpo.repeated_rows import repeated_rollout, repeated_update
 from grpo.sharding import compute_dtype, make_trainable, start_processes
 from grpo.tracking import Totals, peak_memory_gb
 from train import rollout_phase, update_phase
@@ -72,46 +71,6 @@ def random_prompt(options: Options) -> Prompt:
     positions = mrope_positions(ids, grid, seconds, VIDEO_TOKEN, TOKENS_PER_SECOND)
     pixels = torch.randn(int(grid.prod(dim=1).sum()), 1176)
     return Prompt(Sample("random", (), (), ""), ids, positions, pixels, grid, seconds)
-
-
-def repeated_rollout(model, prompt: Prompt, options: Options, banned_ids: Tensor) -> Tensor:
-    """Sample G rows, each with its own copy of the videos, by Hugging Face's `generate`; return (G, C)."""
-    G, C = options.num_generations, options.completion_length
-    ids = prompt.prompt_ids.expand(G, -1)
-    return model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=2 * (ids == VIDEO_TOKEN).int(),
-        pixel_values_videos=prompt.pixel_values_videos.repeat(G, 1),
-        video_grid_thw=prompt.video_grid_thw.repeat(G, 1),
-        second_per_grid_ts=prompt.second_per_grid_ts.repeat(G),
-        min_new_tokens=C,
-        max_new_tokens=C,
-        do_sample=True,
-        top_k=0,
-        suppress_tokens=banned_ids.tolist(),
-    )[:, ids.shape[1] :]
-
-
-def repeated_update(model, optimizer, prompt: Prompt, ids: Tensor, advantages: Tensor, banned_ids: Tensor) -> None:
-    """Do an update of the policy on G rows `[prompt | completion]`; ids: (G, C), advantages: (G,)."""
-    G, C = ids.shape
-    own = prompt.position_ids.max() + 1 + torch.arange(C, device=ids.device)
-    optimizer.zero_grad()
-    logits = model(
-        input_ids=torch.cat([prompt.prompt_ids.expand(G, -1), ids], dim=1),
-        position_ids=torch.cat([prompt.position_ids, own.expand(3, -1)], dim=1)[:, None].expand(-1, G, -1),
-        pixel_values_videos=prompt.pixel_values_videos.repeat(G, 1),
-        video_grid_thw=prompt.video_grid_thw.repeat(G, 1),
-        logits_to_keep=C + 1,
-        use_cache=False,
-    ).logits[:, :-1]
-    logprobs = torch.log_softmax(logits.float().index_fill(2, banned_ids, -torch.inf), dim=2)
-    logprobs = logprobs.gather(2, ids[:, :, None])[:, :, 0]
-    loss, _, _ = clipped_loss((logprobs - logprobs.detach()).exp(), advantages, 0.05, 0.1)
-    loss.mean().backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
 
 
 def reset_peak_memory() -> None:
@@ -223,7 +182,7 @@ def run(options: Options, device: torch.device) -> dict:
         return update_phase(model, None, optimizer, rollouts, totals, tokens.banned_ids, config)
 
     def baseline_rollout():
-        return repeated_rollout(whole.module, prompt.to(device), options, tokens.banned_ids)
+        return repeated_rollout(whole.module, prompt.to(device), G, C, tokens.banned_ids)
 
     def baseline_update(ids):
         repeated_update(model, optimizer, prompt.to(device), ids, advantages, tokens.banned_ids)

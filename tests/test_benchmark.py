@@ -8,6 +8,7 @@ import torch
 from grpo import benchmark
 from grpo.logprobs import completion_logprobs
 from grpo.model import special_tokens
+from grpo.repeated_rows import repeated_rollout, repeated_update
 from tests.conftest import run_ranks
 from tests.test_packed import hf_twin
 
@@ -63,17 +64,13 @@ def test_what_does_not_fit_at_all_is_refused_in_a_line(monkeypatch, capsys):
 
 def test_repeated_rows_are_the_same_work(tiny):
     """Given the same completions, the baseline's gradient is that of the packed pass."""
-    options = benchmark.Options(num_generations=3, completion_length=5)
     banned = special_tokens(tiny.model, tiny.tokenizer, "cpu").banned_ids
     prompt, twin = tiny.prompts[1], hf_twin(tiny.model)
-    word = benchmark.VIDEO_TOKEN
-    benchmark.VIDEO_TOKEN = tiny.model.config.video_token_id
-    ids = benchmark.repeated_rollout(twin, prompt, options, banned)
-    benchmark.VIDEO_TOKEN = word
+    ids = repeated_rollout(twin, prompt, 3, 5, banned)
     assert ids.shape == (3, 5) and len(set(map(tuple, ids.tolist()))) > 1
     advantages = torch.tensor([1.0, -0.5, 0.25])
     stay = torch.optim.SGD(twin.parameters(), lr=0.0)
-    benchmark.repeated_update(twin, stay, prompt, ids, advantages, banned)
+    repeated_update(twin, stay, prompt, ids, advantages, banned)
     ((logprobs, _),) = completion_logprobs(tiny.model, [prompt], [ids], [torch.ones_like(ids).bool()], 1.0, banned)
     ours = torch.autograd.grad(-(logprobs * advantages[:, None]).mean(), list(tiny.model.parameters()))
     norm = torch.cat([g.flatten() for g in ours]).norm()

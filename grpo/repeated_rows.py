@@ -1,0 +1,50 @@
+"""What other trainers compute: each of the G completions a row with its own copy of the prompt and its videos.
+
+The baseline of `python -m grpo.benchmark`; nothing in training calls it. Both functions take Hugging Face's own model,
+without our layers. Shapes: G completions of C tokens each, P prompt tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from data.loader import Prompt
+from grpo.loss import clipped_loss
+
+
+def repeated_rollout(model, prompt: Prompt, G: int, C: int, banned_ids: Tensor) -> Tensor:
+    """Sample G rows of C tokens each by Hugging Face's `generate`; return their ids, (G, C)."""
+    ids = prompt.prompt_ids.expand(G, -1)  # (G, P)
+    return model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=2 * (ids == model.config.video_token_id).int(),
+        pixel_values_videos=prompt.pixel_values_videos.repeat(G, 1),
+        video_grid_thw=prompt.video_grid_thw.repeat(G, 1),
+        second_per_grid_ts=prompt.second_per_grid_ts.repeat(G),
+        min_new_tokens=C,
+        max_new_tokens=C,
+        do_sample=True,
+        top_k=0,
+        suppress_tokens=banned_ids.tolist(),
+    )[:, ids.shape[1] :]
+
+
+def repeated_update(model, optimizer, prompt: Prompt, ids: Tensor, advantages: Tensor, banned_ids: Tensor) -> None:
+    """Do an update of the policy on G rows `[prompt | completion]`; ids: (G, C), advantages: (G,)."""
+    G, C = ids.shape
+    own = prompt.position_ids.max() + 1 + torch.arange(C, device=ids.device)
+    optimizer.zero_grad()
+    logits = model(
+        input_ids=torch.cat([prompt.prompt_ids.expand(G, -1), ids], dim=1),
+        position_ids=torch.cat([prompt.position_ids, own.expand(3, -1)], dim=1)[:, None].expand(-1, G, -1),
+        pixel_values_videos=prompt.pixel_values_videos.repeat(G, 1),
+        video_grid_thw=prompt.video_grid_thw.repeat(G, 1),
+        logits_to_keep=C + 1,
+        use_cache=False,
+    ).logits[:, :-1]  # (G, C, V)
+    logprobs = torch.log_softmax(logits.float().index_fill(2, banned_ids, -torch.inf), dim=2)
+    logprobs = logprobs.gather(2, ids[:, :, None])[:, :, 0]
+    loss, _, _ = clipped_loss((logprobs - logprobs.detach()).exp(), advantages, 0.05, 0.1)
+    loss.mean().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
