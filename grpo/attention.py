@@ -17,6 +17,7 @@ is decided by the function that the caller passes down through the model's keywo
 | H | query heads | K | key heads | D | head size | L | tokens of a row |
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -88,6 +89,13 @@ def attend(module, query, key, value, attention_mask, attend_fn: AttendFn = caus
     return attend_fn(query, key, value, module.layer_idx).transpose(1, 2), None  # (N, L, H, D)
 
 
+@functools.lru_cache(maxsize=2)  # windows and frames
+def segment_sizes(cu_seq_lens: Tensor) -> list[int]:
+    """List the lengths that segments have. All blocks share two tensors of boundaries, which are known by identity: to
+    ask a GPU for their contents means to wait for it."""
+    return cu_seq_lens.diff().unique().tolist()
+
+
 def attend_segments(module, query, key, value, attention_mask, cu_seq_lens_q: Tensor, **kwargs):
     """Vision tower attention: every segment (a window or a frame) attends to itself, equal lengths in one SDPA call.
 
@@ -95,12 +103,12 @@ def attend_segments(module, query, key, value, attention_mask, cu_seq_lens_q: Te
 
     query, key, value: (1, H, S, D); cu_seq_lens_q: (segments + 1,) where segments begin and the last one ends.
     """
-    starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff().long()
-    sizes = lengths.unique().tolist()
+    sizes = segment_sizes(cu_seq_lens_q)
     if len(sizes) == 1:  # views alone, nothing is copied
         q, k, v = (x[0].unflatten(1, (-1, sizes[0])).transpose(0, 1) for x in (query, key, value))  # (n, H, length, D)
         out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).flatten(0, 1)[None], None
+    starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
     out = torch.empty_like(query.transpose(1, 2))  # (1, S, H, D)
     for length in sizes:
         rows = starts[lengths == length, None] + torch.arange(length, device=query.device)  # (n, length)

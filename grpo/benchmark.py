@@ -30,10 +30,10 @@ from data.video import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from grpo.config import Config, flag
 from grpo.decoding import decoder_for
 from grpo.layers import use_our_layers
-from grpo.model import SpecialTokens, make_optimizer
+from grpo.model import SpecialTokens, make_optimizer, make_states
 from grpo.random_model import SIZES, TOKENS_PER_SECOND, random_model
 from grpo.repeated_rows import repeated_rollout, repeated_update
-from grpo.sharding import compute_dtype, make_trainable, start_processes
+from grpo.sharding import compute_dtype, end_alone, make_trainable, start_processes
 from grpo.tracking import Totals, peak_memory_gb
 from train import rollout_phase, update_phase
 
@@ -87,9 +87,9 @@ def reset_peak_memory() -> None:
 
 def seconds(function, *arguments) -> tuple[float, object]:
     """Time a call on all ranks together; return the seconds and the result."""
-    dist.barrier()
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
+    dist.barrier()
     began = time.perf_counter()
     result = function(*arguments)
     wait()
@@ -165,6 +165,7 @@ def run(options: Options, device: torch.device) -> dict:
     model, whole, _ = make_trainable(loaded, config, device)
     del loaded
     optimizer, _ = make_optimizer(model, config, total_steps=1)
+    make_states(optimizer)  # the peak of a first step would lack them
     tokens = SpecialTokens(
         stop_ids=torch.tensor([-1], device=device),  # no token: every completion has its full length
         banned_ids=torch.tensor([VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN], device=device),
@@ -191,6 +192,7 @@ def run(options: Options, device: torch.device) -> dict:
     for _ in range(options.runs):  # in turn, so that a machine that slows down slows both
         ours.append(measure(rollout, update))
         if options.baseline:
+            decoder_for.cache_clear()  # ours
             whole.refresh(model)  # not counted
             for module in (model, whole.module):  # Hugging Face's own layers
                 module.set_attn_implementation("sdpa")
@@ -210,12 +212,19 @@ def run(options: Options, device: torch.device) -> dict:
 
 
 def run_what_fits(options: Options, device: torch.device) -> dict:
-    """Measure, without the baseline if there is no memory for it; raise InputError if there is none for ours either."""
+    """Measure, without the baseline if there is no memory for it; raise InputError if there is none for ours either.
+
+    Of several ranks one may be short of memory alone, and ends with its line.
+    """
     try:
         return run(options, device) | {"baseline_out_of_memory": False}
     except torch.OutOfMemoryError as error:
+        line = "out of memory: lower a figure, or add --gradient_checkpointing true"
+        if dist.get_world_size() > 1:
+            line += " or --baseline False" if options.baseline else ""
+            end_alone(f"python -m grpo.benchmark: error: rank {dist.get_rank()}: {line}")
         if not options.baseline:
-            raise InputError("out of memory: lower a figure, or add --gradient_checkpointing true") from error
+            raise InputError(line) from error
     # A pass that did not come to its end has left its model in pieces: begin anew, without it.
     decoder_for.cache_clear()
     gc.collect()

@@ -133,18 +133,28 @@ class Decoder:
     def capture(self) -> None:
         """Record a step, which writes what the replay writes again."""
         arguments = (self.model, self.token_ids, self.positions, self.cache)
-        beside = torch.cuda.Stream()
+        beside = capture_stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             decode_one_token(*arguments)  # libraries set themselves up, which cannot be captured
         torch.cuda.current_stream().wait_stream(beside)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: other threads, such as NCCL's, may go on calling CUDA meanwhile
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, stream=beside, capture_error_mode="thread_local"):
             self.hidden = decode_one_token(*arguments)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    """Return the stream for all captures: for each that there is, cuBLAS keeps some memory for good."""
+    return torch.cuda.Stream()
+
+
+@functools.lru_cache(maxsize=1)
 def decoder_for(model, B: int, G: int, P: int, C: int) -> Decoder:
-    """Keep the decoders of the latest shapes: memory and graphs serve a whole run."""
+    """Keep a decoder while the shapes stay the same: its memory and graph serve a whole run.
+
+    There is never more than one, lest a run needs more memory than its trial step on the longest prompt.
+    """
+    decoder_for.cache_clear()  # the former one goes before the next takes its memory
     return Decoder(model, B, G, P, C)

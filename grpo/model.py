@@ -149,6 +149,19 @@ def make_optimizer(model, config: Config, total_steps: int):
     return optimizer, SequentialLR(optimizer, [rise, fall], milestones=[warmup])
 
 
+@torch.no_grad()
+def make_states(optimizer) -> None:
+    """Let AdamW make its states, as otherwise its first step does, behind the moment of most memory.
+
+    They are two more copies of what is trained. Without a learning rate, or weight decay, the weights stay as they are.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def table_of_parts(model, config: Config) -> str:
     """Show what is trained: part, parameters, trained or not, learning rate."""
     sizes = {}

@@ -1,7 +1,5 @@
 """Find out before a run whether its largest step fits into memory, not hours later when that sample comes up."""
 
-import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -12,8 +10,8 @@ from data.loader import PromptDataset, Slot, checked
 from data.prompt import encode_prompt
 from data.video import BadVideo, video_grid
 from grpo.config import Config
-from grpo.model import SpecialTokens
-from grpo.sharding import of_all_ranks, raise_together
+from grpo.model import SpecialTokens, make_states
+from grpo.sharding import end_alone, of_all_ranks, raise_together
 from grpo.tracking import Totals, peak_memory_gb
 
 NUM_THREADS = 16  # that open videos; opening waits for disks
@@ -60,13 +58,14 @@ def memory_preflight(
         f"completions of {C} tokens, {config.per_device_train_batch_size} such prompts at a time)"
     )
     try:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        make_states(optimizer)
         prompts = [prompt] * config.per_device_train_batch_size
         rollouts = rollout_phase(whole.refresh(model), prompts, endless, config, step=0)
         for one in rollouts:
             one.train_mask = one.completion_mask
             one.advantages = torch.linspace(-1, 1, G, device=tokens.device)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
         num_completions = len(rollouts) * G * world_size
         totals = Totals(num_completions * C, num_completions, 1.0)
         update_phase(model, reference, optimizer, rollouts, totals, tokens.banned_ids, config)
@@ -80,13 +79,11 @@ def memory_preflight(
         )
         if world_size == 1:
             raise InputError(line) from error
-        # Others may have had enough, and wait for this rank's part of their step: no word and no good-bye reaches them.
-        print(f"train.py: error: rank {dist.get_rank()}: {line}", file=sys.stderr, flush=True)
-        os._exit(2)  # upon which torchrun ends them
+        end_alone(f"train.py: error: rank {dist.get_rank()}: {line}")  # others may have had enough
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     optimizer.zero_grad()
-    optimizer.state.clear()  # the step of rate 0 has left the weights as they were
+    optimizer.state.clear()  # the steps of rate 0 have left the weights as they were
     peaks = of_all_ranks(peak_memory_gb())
     by_rank = ", ".join(f"{peak:.1f}" for peak in peaks)
     return f"memory: about {max(peaks):.1f} GB in a trial step on {what}; by rank: {by_rank}"

@@ -14,6 +14,8 @@ from data.loader import Prompt
 from grpo.decoding import decoder_for, prefill
 from grpo.logprobs import sampling_logprobs
 
+LEAST_ROOM = 2048  # prompt tokens, whose keys and values take a hundredth of the memory that the weights take
+
 
 @dataclass
 class Rollout:
@@ -87,7 +89,8 @@ def generate(
     """
     B, G, P = len(prompts), num_generations, max(len(prompt.prompt_ids) for prompt in prompts)
     if model.device.type == "cuda":
-        P = 1 << (P - 1).bit_length()  # few graphs serve all lengths; which one must not depend on earlier prompts
+        # One graph serves most lengths, and which one it is must not depend on earlier prompts.
+        P = max(LEAST_ROOM, 1 << (P - 1).bit_length())
     decoder = decoder_for(model, B, G, P, max_completion_length)
     hidden = prefill(model, prompts, decoder.cache).repeat_interleave(G, dim=0)  # (B·G, E)
     positions = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts]).repeat_interleave(G)  # (B·G,)

@@ -8,6 +8,7 @@ row; `WholeWeights` gathers them once per step.
 
 import copy
 import os
+import sys
 import types
 from datetime import timedelta
 
@@ -77,6 +78,12 @@ def any_rank(flag: bool) -> bool:
     flags = torch.tensor([int(flag)])
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
+
+
+def end_alone(line: str) -> None:
+    """End this rank amid a step, with a line: the others may wait for its part of it, and no word reaches them."""
+    print(line, file=sys.stderr, flush=True)
+    os._exit(2)  # upon which torchrun ends them
 
 
 def device_mesh(device: torch.device) -> DeviceMesh:

@@ -1,9 +1,13 @@
 """The benchmark runs the trainer's own phases, and measures the repeated rows beside them."""
 
 import json
+import os
+import time
+from contextlib import redirect_stderr
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from grpo import benchmark
 from grpo.logprobs import completion_logprobs
@@ -46,12 +50,25 @@ def bench_where_repeated_rows_do_not_fit(path: str) -> None:
     bench(path)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_where_repeated_rows_do_not_fit_ours_are_measured_nevertheless(tmp_path, world_size):
-    run_ranks(bench_where_repeated_rows_do_not_fit, world_size, str(tmp_path / "figures.json"))
+def test_where_repeated_rows_do_not_fit_ours_are_measured_nevertheless(tmp_path):
+    run_ranks(bench_where_repeated_rows_do_not_fit, 1, str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["baseline"] is None and all(figures[name] > 0 for name in benchmark.FIGURES)
     assert benchmark.table(figures).count("out of memory") == 4
+
+
+def bench_on_a_rank_short_of_memory(path: str) -> None:
+    benchmark.repeated_update = out_of_memory if os.environ["RANK"] == "1" else lambda *arguments: time.sleep(60)
+    with open(f"{path}.{os.environ['RANK']}", "w") as file, redirect_stderr(file):
+        bench(path)
+
+
+def test_a_rank_short_of_memory_alone_says_so_and_ends_while_the_others_wait_for_it(tmp_path):
+    with pytest.raises(ProcessExitedException) as raised:
+        run_ranks(bench_on_a_rank_short_of_memory, 2, str(tmp_path / "figures"))
+    assert (raised.value.error_index, raised.value.exit_code) == (1, 2)
+    line = (tmp_path / "figures.1").read_text()
+    assert "rank 1: out of memory" in line and "--baseline False" in line and line.count("\n") == 1
 
 
 def test_what_does_not_fit_at_all_is_refused_in_a_line(monkeypatch, capsys):

@@ -48,11 +48,19 @@ def test_the_trial_step_names_the_sample_and_leaves_no_trace(tiny, tmp_path, cap
     capsys.readouterr()
     sampled, rollout_phase = [], train.rollout_phase
     monkeypatch.setattr(train, "rollout_phase", lambda *a, **k: sampled.append(rollout_phase(*a, **k)) or sampled[-1])
+    has_states, update_phase = [], train.update_phase
+
+    def spy(model, reference, optimizer, *rest):
+        has_states.append(len(optimizer.state) > 0)
+        return update_phase(model, reference, optimizer, *rest)
+
+    monkeypatch.setattr(train, "update_phase", spy)
     assert train.main(flags(tiny, tmp_path / "with", *more, "--memory_preflight", "true")) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("memory:"))
     assert "sample 's1' with 3 videos" in line and "8 completions of 40 tokens, 2 such prompts" in line
     assert len(sampled) == 1 + 3 and len(sampled[0]) == 2
     assert all(one.completion_mask.all() and one.completion_mask.shape == (8, 40) for one in sampled[0])
+    assert has_states == [True, False, True, True]  # they take memory in every backward pass but that of step 1
     for name in ("reward", "grad_norm", "loss", "learning_rate"):
         assert curves(tmp_path / "with")[name] == curves(tmp_path / "without")[name]
     if "--lora_enable" not in more:
