@@ -1,6 +1,6 @@
 """mp4 file -> patches for Qwen2.5-VL's vision tower, in plain torch.
 
-decord reads only the frames that are needed; they are resized as uint8 pixels (bicubic, antialiased), normalised with
+decord decodes the frames; those that are needed are resized as uint8 pixels (bicubic, antialiased), normalised with
 CLIP's mean and standard deviation and cut into patches. Which frames and which size follow qwen-vl-utils
 (https://github.com/QwenLM/Qwen2.5-VL, qwen-vl-utils/src/qwen_vl_utils/vision_process.py), the order of the patches
 follows HF's Qwen2VLVideoProcessor; neither is a dependency, since both need torchvision.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch  # before decord, whose bundled libraries otherwise clash with torch's on some machines
 import torch.nn.functional as F  # noqa: N812
-from decord import DECORDError, VideoReader
+from decord import DECORDError, DECORDLimitReachedError, VideoReader
 
 from data.mp4_check import check_mp4
 
@@ -75,6 +75,12 @@ class VideoOptions:
             raise ValueError(f"--nframes must be at least 2, got {self.nframes}")
         if self.resized_width is None and self.min_pixels > self.max_pixels:
             raise ValueError(f"--video_min_pixels {self.min_pixels} is more than --video_max_pixels {self.max_pixels}")
+        sides = sorted((self.resized_width or 1, self.resized_height or 1))
+        if sides[1] > MAX_ASPECT_RATIO * sides[0]:
+            raise ValueError(
+                f"--video_resized_width {self.resized_width} and --video_resized_height {self.resized_height}: frames "
+                f"must not be more than {MAX_ASPECT_RATIO} times as long as wide"
+            )
         most = max(MAX_FRAME_PIXELS, int(self.min_pixels * 1.05))
         if self.resized_width is None and self.max_pixels > most:
             raise ValueError(f"--video_max_pixels {self.max_pixels} is more than qwen-vl-utils gives a frame: {most}")
@@ -89,7 +95,7 @@ def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) ->
     """
     if options.nframes is not None:
         count = round(options.nframes / 2) * 2
-        wish = f"--nframes asks for {options.nframes}"
+        wish = f"--nframes {options.nframes} asks for {count}"
     else:
         most = min(MAX_FRAMES, total_frames)
         wanted = total_frames / video_fps * (DEFAULT_FPS if options.fps is None else options.fps)
@@ -175,9 +181,9 @@ def open_video(path: str | Path, options: VideoOptions) -> tuple[VideoReader, li
     try:
         check_mp4(path)
         # An absolute path, since FFmpeg would take "view:2.mp4" for an address.
-        reader = VideoReader(os.path.abspath(path), num_threads=1)  # the data workers are the parallelism
+        # One thread, since the data workers are the parallelism; no frame in the place of one that it could not find.
+        reader = VideoReader(os.path.abspath(path), num_threads=1, fault_tol=1e-9)
         total_frames, video_fps = len(reader), reader.get_avg_fps()
-        times = reader.get_frame_timestamp(range(total_frames))[:, 0]
     except OSError as error:
         raise BadVideo(f"{path!r} cannot be read ({error.strerror})") from error
     except UnicodeEncodeError as error:  # a ValueError
@@ -188,8 +194,6 @@ def open_video(path: str | Path, options: VideoOptions) -> tuple[VideoReader, li
         raise BadVideo(f"{path!r} is not a video that decord can open") from error
     if not 0 < video_fps < math.inf:  # nor nan
         raise BadVideo(f"{path!r} has no frame rate (decord reads {video_fps})")
-    if (times[1:] <= times[:-1]).any():  # decord finds a frame by its time
-        raise BadVideo(f"{path!r} is damaged: several of its frames have the same time")
     try:
         indices = frame_indices(total_frames, video_fps, options)
     except ValueError as error:
@@ -198,14 +202,22 @@ def open_video(path: str | Path, options: VideoOptions) -> tuple[VideoReader, li
 
 
 def decode(path: str | Path, reader: VideoReader, indices: list[int]) -> torch.Tensor:
-    """Return these frames of an open video: uint8 (T, 3, H, W); raise BadVideo."""
+    """Return these frames, in ascending order, of a video just opened: uint8 (T, 3, H, W); raise BadVideo.
+
+    The video is decoded from its beginning. decord can seek, but finds wrong frames, and does not say so, where frames
+    that are shown before a key frame are stored behind it (open groups of pictures, as x265 makes them).
+    """
+    wanted, frames = set(indices), []
     try:
-        frames = torch.from_numpy(reader.get_batch(indices).asnumpy())  # (T, H, W, 3)
-    except (DECORDError, RuntimeError, IndexError) as error:
+        for index in range(indices[-1] + 1):
+            frame = reader.next()
+            if index in wanted:
+                frames.append(torch.from_numpy(frame.asnumpy()))  # (H, W, 3)
+    except StopIteration as error:
+        raise BadVideo(f"{str(path)!r} is damaged: it ends before frame {index}") from error
+    except (DECORDError, DECORDLimitReachedError, RuntimeError, IndexError) as error:
         raise BadVideo(f"{str(path)!r} is damaged: its frames cannot be decoded") from error
-    if len(frames) != len(indices):
-        raise BadVideo(f"{str(path)!r} is damaged: it gives {len(frames)} of {len(indices)} frames")
-    return frames.permute(0, 3, 1, 2)  # (T, 3, H, W)
+    return torch.stack(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
 
 
 def read_frames(path: str | Path, options: VideoOptions) -> tuple[torch.Tensor, float]:

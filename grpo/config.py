@@ -30,7 +30,7 @@ class Config:
     # videos
     max_videos: int = flag(5, "videos kept per sample, a memory setting; 0: all of them")
     fps: float | None = flag(None, "frames per second read from a video (2 if --nframes is not given either)")
-    nframes: int | None = flag(None, "frames read from every video, instead of --fps")
+    nframes: int | None = flag(None, "frames read from every video (rounded to even), instead of --fps")
     video_resized_width: int | None = flag(None, "width of the frames in pixels, rounded to a multiple of 28")
     video_resized_height: int | None = flag(None, "height of the frames in pixels, rounded to a multiple of 28")
     video_min_pixels: int = flag(128 * 28 * 28, "least pixels per frame, where width and height are not given")

@@ -127,7 +127,7 @@ BROKEN = {  # what -> (the bytes, of those of a good file; what the line says)
     # decord alone would give 6 frames, then other frames than those asked for, then some frames twice
     "a frame of 3 GB": (lambda mp4: changed(mp4, b"stsz", 12 + 4 * 6, ">I", 3 * 2**30), "more than the file holds"),
     "an empty frame": (lambda mp4: changed(mp4, b"stsz", 12 + 4 * 14, ">I", 0), "empty frames"),
-    "all frames at one time": (lambda mp4: changed(mp4, b"stts", 12, ">I", 0), "the same time"),
+    "all frames at one time": (lambda mp4: changed(mp4, b"stts", 12, ">I", 0), "its frames cannot be decoded"),
 }
 
 
@@ -211,8 +211,8 @@ def test_a_file_that_may_not_be_read_is_named(mp4, tmp_path, tokenizer):
     ("num_frames", "options", "outcome"),
     [
         (1, {"fps": 2.0}, "has 1 frame, at least 2 are needed"),
-        (1, {"nframes": 2}, "has 1 frame, --nframes asks for 2"),
-        (3, {"nframes": 4}, "has 3 frames, --nframes asks for 4"),
+        (1, {"nframes": 2}, "has 1 frame, --nframes 2 asks for 2"),
+        (3, {"nframes": 4}, "has 3 frames, --nframes 4 asks for 4"),
         (2, {"fps": 2.0}, [0, 10]),
         (2, {"nframes": 2}, [0, 10]),
         (3, {"fps": 2.0}, [0, 20]),

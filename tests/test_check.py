@@ -81,7 +81,7 @@ def test_every_problem_is_counted_and_named(folder, capsys):
     }
     assert re.search(r"^missing video.*\n    no video at '.*/videos/x\\n\.mp4'$", text, re.MULTILINE)
     assert re.search(r"^undecodable.*\n    '.*/videos/d\.mp4' is not a video that decord can open$", text, re.MULTILINE)
-    assert re.search(r"^too few.*\n    '.*/c\.mp4' has 3 frames, --nframes asks for 4$", text, re.MULTILINE)
+    assert re.search(r"^too few.*\n    '.*/c\.mp4' has 3 frames, --nframes 4 asks for 4$", text, re.MULTILINE)
     assert "11 samples, 6 videos: 3 samples fit, 8 left out" in text
     assert text.replace("\n", "").isprintable()
 

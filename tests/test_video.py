@@ -1,6 +1,7 @@
 """Frames, sizes and patches against hand-computed tables, PIL and HF's image processor; real mp4 files."""
 
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,7 +75,8 @@ def test_a_long_video_gives_768_frames_from_first_to_last():
 @pytest.mark.parametrize(
     "total_frames, options, message",
     [
-        (10, {"nframes": 16}, "has 10 frames, --nframes asks for 16"),
+        (10, {"nframes": 16}, "has 10 frames, --nframes 16 asks for 16"),
+        (3, {"nframes": 3}, "has 3 frames, --nframes 3 asks for 4"),
         (1, {}, "has 1 frame, at least 2 are needed"),
     ],
 )
@@ -133,6 +135,7 @@ def test_the_size_of_a_1080p_video(num_frames, options, expected):
         ({"nframes": -4}, "--nframes must be positive"),
         ({"nframes": 1}, "--nframes must be at least 2"),
         ({"min_pixels": 0}, "--video_min_pixels must be positive"),
+        ({"resized_width": 1, "resized_height": 1000}, "--video_resized_height 1000: frames must not be more than 200"),
     ],
 )
 def test_contradicting_options_are_an_error(options, message):
@@ -197,6 +200,15 @@ def test_an_mp4_file_round_trip_gives_the_frames_that_were_asked_for(tmp_path):
     assert grid_thw == (2, 4, 4)
     assert gray_levels(pixel_values, grid_thw) == pytest.approx([0, 50, 100, 150], abs=1.5)  # frames 0, 5, 10, 15
     assert second_per_grid_t == 1.0  # 4 frames of 2 s
+
+
+@pytest.mark.parametrize("nframes", [4, 8, 12, 24])
+def test_frames_are_the_right_ones_where_decord_seeks_wrongly(nframes):
+    """H.264 with open groups of pictures, at 8 frames per second; frame k is gray of level 10·k."""
+    options = VideoOptions(nframes=nframes, resized_width=56, resized_height=56)
+    pixel_values, grid_thw, _ = load_video(Path(__file__).with_name("open_gop.mp4"), options)
+    expected = [10 * index for index in frame_indices(24, 8.0, options)]
+    assert gray_levels(pixel_values, grid_thw) == pytest.approx(expected, abs=1.5)
 
 
 def test_colours_stay_in_the_order_red_green_blue(tmp_path):
@@ -320,7 +332,7 @@ def test_a_video_with_too_few_frames_is_a_bad_video(tmp_path):
     write_mp4(path, gray_clip(10), fps=8)
     with pytest.raises(BadVideo) as error:
         load_video(path, VideoOptions(nframes=16))
-    assert str(error.value) == f"{str(path)!r} has 10 frames, --nframes asks for 16"
+    assert str(error.value) == f"{str(path)!r} has 10 frames, --nframes 16 asks for 16"
 
 
 def test_a_missing_file_is_no_bad_video(tmp_path):
