@@ -90,7 +90,7 @@ def save(config: Config, name: str, model_parts: tuple, state: dict, progress: d
     def begin() -> None:
         for path in folder.parent.glob("*"):  # of a run that was killed while saving or removing
             if re.fullmatch(r"(checkpoint-\d+|final)\.(unfinished|removed)", path.name):
-                shutil.rmtree(path)
+                delete(path)
         write_model(*model_parts, unfinished)
         (unfinished / PROGRESS).write_text(json.dumps(progress, indent=2))
 
@@ -176,4 +176,13 @@ def remove(folder: Path) -> None:
     """Delete a folder, which first loses its name, lest half of it be taken for a checkpoint."""
     gone = folder.with_name(f"{folder.name}.removed")
     os.rename(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):  # nobody looks at the rest
+        delete(gone)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder; where it is a link to one elsewhere, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)

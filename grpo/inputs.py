@@ -24,7 +24,12 @@ def load_inputs(config: Config) -> tuple:
             check_text(sample.turns)
         except ValueError as error:
             raise InputError(f"sample {sample.id!r}: {error}") from error
-    start = find_start(config, samples)
+    try:
+        start = find_start(config, samples)
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {config.output_dir!r} cannot be read ({error.strerror}): name another"
+        ) from error
     tokenizer = load_tokenizer(config.model_id)
     model = load_model(config.model_id) if dist.get_rank() == 0 else None  # `make_trainable` spreads it
     if config.lora_enable and model is not None:

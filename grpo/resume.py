@@ -43,6 +43,7 @@ def find_start(config: Config, samples: list[Sample]) -> Start:
     run |= {"num_samples": len(samples), "data": fingerprint(samples)}
     there = checkpoints(output)
     newest = there[max(there)] if there else None
+    origin = None if there else origin_of(output)
     if wanted == "auto":
         if (output / "final").exists():
             final = read_progress(output / "final", config, run)
@@ -53,6 +54,11 @@ def find_start(config: Config, samples: list[Sample]) -> Start:
                 raise InputError(
                     f"--output_dir {str(output)!r}: its run ended and left no checkpoint: name a new folder"
                 )
+        if origin:
+            raise InputError(
+                f"--output_dir {str(output)!r}: its run went on from {origin!r} and has no checkpoint of its own yet: "
+                f"give --resume_from_checkpoint {origin}"
+            )
         return continued(newest, config, run) if newest else Start(run)
 
     folder = Path(wanted)
@@ -62,12 +68,21 @@ def find_start(config: Config, samples: list[Sample]) -> Start:
                 f"--resume_from_checkpoint {wanted!r}: {newest.name} beside it is newer: move away what is newer, or "
                 "name a new --output_dir"
             )
-    elif (output / "config.json").exists():
+    elif there or ((output / "config.json").exists() and wanted != origin):
         raise InputError(
             f"--output_dir {str(output)!r} holds another run: name a new folder, or continue it with "
             "--resume_from_checkpoint auto"
         )
     return Start(run) if wanted == "none" else continued(folder, config, run)
+
+
+def origin_of(output: Path) -> str | None:
+    """Return the checkpoint elsewhere that the run in `output` went on from, if it did."""
+    try:
+        origin = json.loads((output / "config.json").read_text())["resume_from_checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if origin in ("none", "auto") else origin
 
 
 def continued(folder: Path, config: Config, run: dict) -> Start:
@@ -99,7 +114,8 @@ def read_progress(folder: Path, config: Config, run: dict) -> dict:
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{str(folder)!r} is no checkpoint to resume from ({first_line(error)}): name a folder checkpoint-N"
+            f"{str(folder)!r} is no whole checkpoint ({first_line(error)}): move it away if it is damaged, and give "
+            "--resume_from_checkpoint auto, or a folder checkpoint-N"
         ) from error
     if changed:
         raise InputError(f"{', '.join(changed)} in {str(folder)!r}: give what was, or begin anew in a new --output_dir")

@@ -26,7 +26,7 @@ from data.dataset import InputError
 from grpo.config import Config
 from grpo.loss import is_uniform
 from grpo.rollout import Rollout
-from grpo.sharding import of_all_ranks
+from grpo.sharding import of_all_ranks, raise_together
 
 LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 MONOTONOUS_STEPS = 20  # so many steps in a row with hardly anything to compare call for a word
@@ -144,13 +144,26 @@ class Tracker:
         self.is_full = False
         self.counts = {"skipped_samples": 0, "monotonous_in_a_row": 0, "warnings": 0, "bad_steps": 0, "bad_in_a_row": 0}
         self.counts |= counts or {}
-        if self.is_main:
-            os.makedirs(config.output_dir, exist_ok=True)
-            with open(os.path.join(config.output_dir, "config.json"), "w") as file:
-                json.dump(dataclasses.asdict(config), file, indent=2)
-            forget(Path(config.output_dir, "tensorboard"), first_step)
+        raise_together(self.begin, first_step)
         self.write(lambda writer: None, first_step + 1)
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not self.is_main)
+
+    def begin(self, first_step: int) -> None:
+        """Let rank 0 write the flags and forget what comes after `first_step`; raise InputError if the disk is full."""
+        if not self.is_main:
+            return
+        path = Path(self.config.output_dir, "config.json")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name("config.json.unfinished")
+            unfinished.write_text(json.dumps(dataclasses.asdict(self.config), indent=2))
+            os.replace(unfinished, path)
+            forget(path.with_name("tensorboard"), first_step)
+        except OSError as error:
+            raise InputError(
+                f"--output_dir {self.config.output_dir!r} cannot be written ({error.strerror}): make room, or name "
+                "another folder"
+            ) from error
 
     def log(self, step: int, groups: list[dict], metrics: dict[str, float], clock: Clock) -> bool:
         """Count the finished step; at a logging step add a point to every curve and return True.

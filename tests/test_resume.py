@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from data.loader import rank_slots
 from grpo.checkpoint import checkpoints
-from tests.conftest import make_tiny
+from tests.conftest import make_tiny, run_ranks
 from tests.kill_and_resume import kill_and_resume, result, run_flags, start, wait
 from tests.test_train import weights
 
@@ -140,7 +142,11 @@ def change_data(folder: Path, how: str) -> None:
         ([], "another answer", ["--data_path", "other samples (5, now 5)"]),
         (["--resume_from_checkpoint", "none"], "", ["another run", "--resume_from_checkpoint auto"]),
         (["--resume_from_checkpoint", "nowhere"], "", ["another run"]),
-        (["--output_dir", "{new}", "--resume_from_checkpoint", "nowhere"], "", ["'nowhere' is no checkpoint"]),
+        (
+            ["--output_dir", "{new}", "--resume_from_checkpoint", "nowhere"],
+            "",
+            ["'nowhere' is no whole checkpoint", "auto"],
+        ),
         (["--output_dir", "{new}", "--resume_from_checkpoint", "{whole}/final"], "", ["final", "checkpoint-N"]),
         (["--resume_from_checkpoint", "{out}/checkpoint-2"], "", ["checkpoint-3 beside it is newer"]),
     ],
@@ -209,6 +215,61 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tiny, whole, tmp_path, capfd,
     assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO)) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: error: ")]
     assert "checkpoint-2' cannot be read" in line and "resume from the one before" in line
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "final"])
+def test_a_folder_without_its_progress_is_to_be_moved_away(tiny, whole, tmp_path, capfd, name):
+    output = stopped_after(3, whole, tmp_path / "out")
+    shutil.copytree(whole / "final", output / "final")
+    (output / name / "progress.json").write_text("")
+    assert train.main(run_flags(tiny.folder, output, "--max_steps", "7", *AUTO)) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert f"{name}' is no whole checkpoint" in line and "move it away" in line
+
+
+def test_a_branch_that_was_killed_before_its_first_checkpoint_never_begins_from_nothing(tiny, whole, tmp_path, capfd):
+    branch = ["--resume_from_checkpoint", str(whole / "checkpoint-4")]
+    arguments = run_flags(tiny.folder, tmp_path / "out", *STEPS)
+    assert train.main([*arguments, *branch]) == 0
+    for name in ("checkpoint-5", "checkpoint-6", "final"):
+        shutil.rmtree(tmp_path / "out" / name)
+    assert train.main([*arguments, *AUTO]) == 2
+    assert f"give {' '.join(branch)}" in capfd.readouterr().err
+    assert train.main([*arguments, *branch]) == 0
+    assert result(tmp_path / "out")[0] == result(whole)[0]
+    assert train.main([*arguments, *branch]) == 2  # now it has its own
+    (tmp_path / "out" / "config.json").unlink()
+    assert train.main(arguments) == 2  # checkpoints are never written over
+    assert capfd.readouterr().err.count("holds another run") == 2
+
+
+def test_checkpoints_may_be_links_to_another_disk(tiny, whole, tmp_path):
+    output = stopped_after(4, whole, tmp_path / "out")
+    (output / "checkpoint-4").rename(tmp_path / "elsewhere")
+    (output / "checkpoint-4").symlink_to(tmp_path / "elsewhere")
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO, "--save_total_limit", "1")) == 0
+    assert {path.name for path in output.iterdir()} == {"config.json", "tensorboard", "checkpoint-6", "final"}
+    assert checkpoints(tmp_path) == {} and (tmp_path / "elsewhere" / "trainer_state").exists()
+    assert result(output) == result(whole)
+
+
+def main_on_a_full_disk(arguments: list[str], log: str) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))  # no file may grow beyond so many bytes
+    with open(log, "w") as file, redirect_stderr(file):
+        assert train.main(arguments) == 2
+
+
+def test_a_disk_that_is_full_from_the_beginning_is_named_and_nothing_is_lost(tiny, whole, tmp_path):
+    output = stopped_after(4, whole, tmp_path / "out")
+    flags = (output / "config.json").read_text()
+    arguments = run_flags(tiny.folder, output, *STEPS, *AUTO)
+    run_ranks(main_on_a_full_disk, 1, [*arguments, "--dataloader_num_workers", "0"], str(tmp_path / "log"))
+    (line,) = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("train.py: error: ")]
+    assert "--output_dir" in line and "File too large" in line
+    assert (output / "config.json").read_text() == flags
+    assert train.main(arguments) == 0
+    assert result(output) == result(whole)
 
 
 def steps_of(log: Path) -> list[int]:
