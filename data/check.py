@@ -3,8 +3,8 @@
     python -m data.check --data_path train.json --image_folder videos --nframes 16 --write_clean clean.json
 
 What the trainer refuses is "left out" of the cleaned file and makes the exit code 1. What it takes is "kept" and only
-mentioned: a truth without a number, from which nothing is learned, and videos that --max_videos cuts off. Videos beyond
-the cap are opened too. Nothing is written but the cleaned file.
+mentioned: a truth without a number, from which nothing is learned, and videos that --max_videos cuts off, which are
+opened too. Nothing is written but the cleaned file.
 """
 
 import argparse
@@ -81,13 +81,16 @@ def problems_of(sample: Sample | InputError, opened: dict[str, tuple], max_video
         check_text(sample.turns)
     except ValueError as error:
         problems["malformed sample"] = str(error)
-    for path in sample.videos:
-        if isinstance(opened[path][0], str):
-            problems.setdefault(*opened[path])
+    used = cap_videos(sample, max_videos).videos
+    bad = {path: opened[path] for path in sample.videos if isinstance(opened[path][0], str)}
+    for path, (problem, reason) in bad.items():
+        if path in used or problem == "missing video":  # the trainer wants all files there, and opens those it uses
+            problems.setdefault(problem, reason)
     if extract_number(sample.answer) is None:
         problems["no number in the truth"] = f"{sample.answer!r}: every completion is rewarded with 0.5"
-    if 0 < max_videos < len(sample.videos):
-        problems["over --max_videos"] = f"{len(sample.videos)} videos, of which the first {max_videos} are used"
+    if len(used) < len(sample.videos):
+        beyond = "".join(f"; beyond them {reason}" for path, (_, reason) in bad.items() if path not in used)
+        problems["over --max_videos"] = f"{len(sample.videos)} videos, of which the first {len(used)} are used{beyond}"
     return problems
 
 
@@ -118,7 +121,7 @@ def check(a: argparse.Namespace, options: VideoOptions) -> int:
         for problem, reason in problems.items():
             found[problem].append((repr(str(entry["id"])) if named else f"#{position}", reason))
         if problems.keys() <= set(KEPT):
-            fit.append((entry, sample))
+            fit.append((entry if named else entry | {"id": sample.id}, sample))  # their positions will be others
 
     print(f"{'problem':24}{'samples':>8}  {'they are':10}first ids, and the first reason")
     for problem, samples in found.items():
@@ -134,16 +137,21 @@ def check(a: argparse.Namespace, options: VideoOptions) -> int:
         lines = [json.dumps(entry) for entry, _ in fit]
         jsonl = a.write_clean.endswith(".jsonl")
         with open(a.write_clean, "x") as file:
-            file.write("\n".join(lines) + "\n" if jsonl else "[\n" + ",\n".join(lines) + "\n]\n")
+            try:
+                file.write("\n".join(lines) + "\n" if jsonl else "[\n" + ",\n".join(lines) + "\n]\n")
+                file.flush()
+            except OSError as error:
+                os.unlink(a.write_clean)
+                raise InputError(f"--write_clean {a.write_clean!r} cannot be written ({error.strerror})") from error
         print(f"the fit samples are in {a.write_clean!r}")
     return int(len(fit) < len(entries))
 
 
 def show_sizes(samples: list[Sample], opened: dict[str, tuple], a: argparse.Namespace, tokenizer) -> None:
     """Print a table of how large the fit samples are; tokens are counted after the cap, as trained."""
+    capped = [cap_videos(sample, a.max_videos) for sample in samples]
     num_tokens = []
-    for sample in samples:
-        sample = cap_videos(sample, a.max_videos)
+    for sample in capped:
         grid = torch.tensor([opened[path] for path in sample.videos])  # (M, 3)
         try:
             ids = tokenizer and encode_prompt(sample.turns, tokenizer, grid, torch.ones(len(grid)), 1)[0]
@@ -152,7 +160,7 @@ def show_sizes(samples: list[Sample], opened: dict[str, tuple], a: argparse.Name
         num_tokens.append(len(ids) if tokenizer else int(video_lengths(grid).sum()))
     rows = {
         "videos per sample": [len(sample.videos) for sample in samples],
-        "frames read per video": [2 * opened[path][0] for path in {p for sample in samples for p in sample.videos}],
+        "frames read per video": [2 * opened[path][0] for path in {p for sample in capped for p in sample.videos}],
         "prompt tokens" if tokenizer else "video tokens per prompt (text not counted)": num_tokens,
     }
     print(f"\n{'of the fit samples':44}{'min':>8}{'median':>10}{'mean':>10}{'max':>8}")

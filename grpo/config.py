@@ -184,8 +184,8 @@ def _check_what_is_trained(config: Config) -> None:
     c = config
     if not 0 <= c.lora_dropout < 1:
         raise InputError(f"--lora_dropout {c.lora_dropout}: must be 0 or more, and below 1")
-    for name in ("vision_lora", "lora_namespan_exclude"):
-        if getattr(c, name) and not c.lora_enable:
+    for name in ("vision_lora", "lora_namespan_exclude", "lora_rank", "lora_alpha", "lora_dropout"):
+        if getattr(c, name) != getattr(Config, name) and not c.lora_enable:
             raise InputError(f"--{name} is about adapters: add --lora_enable, or leave it out")
     if c.vision_lora and not c.freeze_vision_tower:
         raise InputError(

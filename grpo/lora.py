@@ -26,11 +26,14 @@ from grpo.model import part_of, whole_tensor
 
 
 def layers_to_adapt(model, config: Config) -> list[str]:
-    """Name the linear layers that get an adapter; raise InputError if there are none.
+    """Name the linear layers that get an adapter; raise InputError if there are none, or what is excluded is nowhere.
 
     They are those of the language model, and of the vision tower with --vision_lora; never lm_head or the merger.
     """
     excluded = re.findall(r"[^][()\s,'\"]+", config.lora_namespan_exclude)  # "['a', 'b']" and "a, b" alike
+    for word in excluded:
+        if not any(word in name for name, _ in model.named_modules()):
+            raise InputError(f"--lora_namespan_exclude: no part of the model has {word!r} in its name: mend or drop it")
     within = ("model.language_model.", "model.visual.blocks.") if config.vision_lora else "model.language_model."
     names = [
         name

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
@@ -47,7 +46,7 @@ def load_tokenizer(model_id: str):
     try:
         config = AutoConfig.from_pretrained(model_id)
         tokenizer = AutoTokenizer.from_pretrained(model_id)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what is edited by hand fails in every way
         raise InputError(
             f"--model_id {model_id!r}: no config and tokenizer can be read ({first_line(error)})"
         ) from error
@@ -58,9 +57,11 @@ def load_tokenizer(model_id: str):
         lack = ", ".join(missing) or "chat template"
         raise InputError(f"--model_id {model_id!r}: its tokenizer has no {lack}: take the tokenizer of a Qwen2.5-VL")
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
     except TemplateError as error:
         raise InputError(f"--model_id {model_id!r}: its chat template fails ({first_line(error)})") from error
+    if text.count("<|video_pad|>") != 1:
+        raise InputError(f"--model_id {model_id!r}: its chat template knows no videos: take that of a Qwen2.5-VL")
     return tokenizer
 
 
@@ -74,7 +75,7 @@ def load_model(model_id: str, dtype=torch.float32) -> Qwen2_5_VLForConditionalGe
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             model_id, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         raise InputError(f"--model_id {model_id!r}: its weights cannot be read ({first_line(error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"--model_id {model_id!r} lacks {len(missing)} weights, such as {missing[0]}: fetch it anew")

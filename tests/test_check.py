@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -96,6 +97,38 @@ def test_what_is_only_kept_is_no_failure(folder, capsys):
     assert code == 0
     assert sum(number for number, _, _ in table.values()) == 2
     assert run(folder, capsys, [MIXED[-1]], "--max_videos", "0")[2]["over --max_videos"][0] == 0
+
+
+def test_a_bad_video_beyond_the_cap_is_kept_since_the_trainer_does_not_open_it_but_misses_it(folder, capsys):
+    entries = [entry("bad", ["a.mp4", "d.mp4"]), entry("gone", ["a.mp4", "gone.mp4"])]
+    code, text, table = run(folder, capsys, entries, "--max_videos", "1", "--write_clean", str(folder / "clean.json"))
+    assert code == 1 and table["undecodable video"][0] == 0 and table["missing video"] == (1, "left out", "'gone'")
+    assert re.search(
+        r"^    2 videos, of which the first 1 are used; beyond them '.*/d\.mp4' is not a", text, re.MULTILINE
+    )
+    assert [sample.id for sample in load_samples(str(folder / "clean.json"), str(folder / "videos"))] == ["bad"]
+
+
+def test_entries_without_an_id_keep_the_one_that_their_position_gave_them(folder, capsys):
+    unnamed = {key: value for key, value in entry("").items() if key != "id"}
+    run(folder, capsys, [3, unnamed, entry("#1"), unnamed | {"id": None}], "--write_clean", str(folder / "clean.json"))
+    samples = load_samples(str(folder / "clean.json"), str(folder / "videos"))
+    assert [sample.id for sample in samples] == ["#2", "#1", "#4"]
+
+
+def test_a_full_disk_leaves_no_half_of_a_cleaned_file(folder):
+    (folder / "train.json").write_text(json.dumps([entry(f"s{i}") for i in range(99)]))
+    command = [sys.executable, "-m", "data.check", "--data_path", str(folder / "train.json"), *SMALL]
+    result = subprocess.run(
+        [*command, "--image_folder", str(folder / "videos"), "--write_clean", str(folder / "clean.json")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1)),
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2 and not (folder / "clean.json").exists()
+    assert "error: --write_clean" in result.stderr and "File too large" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["clean.json", "clean.jsonl"])

@@ -169,6 +169,8 @@ def test_a_run_encodes_the_videos_of_a_frozen_tower_once_per_step(tiny, tmp_path
         ("--lora_enable --vision_lora", ["--vision_lora", "--freeze_vision_tower"]),
         ("--vision_lora --freeze_vision_tower", ["--vision_lora", "--lora_enable"]),
         ("--lora_namespan_exclude mlp", ["--lora_namespan_exclude", "--lora_enable"]),
+        ("--lora_rank 8", ["--lora_rank", "--lora_enable"]),
+        ("--lora_alpha 32 --lora_dropout 0", ["--lora_alpha", "--lora_enable"]),
         ("--lora_enable --lora_rank 0", ["--lora_rank 0"]),
         ("--lora_enable --lora_alpha 0", ["--lora_alpha 0"]),
         ("--lora_enable --lora_dropout 1", ["--lora_dropout 1"]),
@@ -191,8 +193,10 @@ def test_what_goes_together_is_accepted():
     assert config.vision_lora and config.vision_lr == 1e-6
 
 
-def test_excluding_every_layer_stops_the_run_before_training(tiny, tmp_path, capfd):
-    arguments = flags(tiny, tmp_path / "out", "--lora_enable", "--lora_namespan_exclude", "proj")
+@pytest.mark.parametrize(("excluded", "words"), [("proj", "'proj' leaves no layer"), ("mlp,nowhere", "'nowhere'")])
+def test_excluding_every_layer_or_what_is_nowhere_stops_the_run_before_training(tiny, tmp_path, capfd, excluded, words):
+    arguments = flags(tiny, tmp_path / "out", "--lora_enable", "--lora_namespan_exclude", excluded)
     assert train.main(arguments) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert line.startswith("train.py: error: --lora_namespan_exclude 'proj'") and not (tmp_path / "out").exists()
+    assert line.startswith("train.py: error: --lora_namespan_exclude") and words in line
+    assert not (tmp_path / "out").exists()

@@ -274,6 +274,36 @@ def test_a_tokenizer_without_vision_tokens_stops_the_run(tiny, tmp_path, capfd):
     assert "its tokenizer has no <|video_pad|>" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("config.json", "num_hidden_layers", "two"),
+        ("config.json", "vocab_size", 10),
+        ("config.json", "vision_config", 3),
+        ("generation_config.json", None, []),
+        ("tokenizer_config.json", None, []),
+    ],
+)
+def test_a_model_that_was_edited_wrongly_stops_the_run_with_one_line(tiny, tmp_path, capfd, name, key, value):
+    shutil.copytree(tiny.folder / "model", tmp_path / "model")
+    path = tmp_path / "model" / name
+    edited = json.loads(path.read_text())
+    if key:
+        where = edited if key in edited else edited["text_config"]
+        where[key] = value
+    path.write_text(json.dumps(edited if key else value))
+    assert train.main(flags(tiny, tmp_path / "out", "--model_id", tmp_path / "model")) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: error: ")]
+    assert "--model_id" in line
+
+
+def test_a_chat_template_without_videos_stops_the_run(tiny, tmp_path, capfd):
+    shutil.copytree(tiny.folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{% for message in messages %}hello{% endfor %}")
+    assert train.main(flags(tiny, tmp_path / "out", "--model_id", tmp_path / "model")) == 2
+    assert "its chat template knows no videos" in capfd.readouterr().err
+
+
 def test_a_chat_template_that_fails_stops_the_run(tiny, tmp_path, capfd):
     shutil.copytree(tiny.folder / "model", tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text("{% for %}")
