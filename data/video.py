@@ -181,19 +181,23 @@ def open_video(path: str | Path, options: VideoOptions) -> tuple[VideoReader, li
     try:
         check_mp4(path)
         # An absolute path, since FFmpeg would take "view:2.mp4" for an address.
-        # One thread, since the data workers are the parallelism; no frame in the place of one that it could not find.
+        # One thread, since the data workers are the parallelism. fault_tol: raise, rather than repeat a neighbour for
+        # even one frame that is not found (0 would not count as a limit).
         reader = VideoReader(os.path.abspath(path), num_threads=1, fault_tol=1e-9)
-        total_frames, video_fps = len(reader), reader.get_avg_fps()
+        video_fps, times = reader.get_avg_fps(), reader.get_frame_timestamp(range(len(reader)))[:, 0]
     except OSError as error:
         raise BadVideo(f"{path!r} cannot be read ({error.strerror})") from error
     except UnicodeEncodeError as error:  # a ValueError
         raise BadVideo(f"{path!r} has a name that decord cannot open: it is not UTF-8") from error
     except ValueError as error:
         raise BadVideo(f"{path!r} {error}") from error
-    except (DECORDError, RuntimeError, AssertionError) as error:
+    except (DECORDError, RuntimeError, AssertionError, IndexError) as error:
         raise BadVideo(f"{path!r} is not a video that decord can open") from error
     if not 0 < video_fps < math.inf:  # nor nan
         raise BadVideo(f"{path!r} has no frame rate (decord reads {video_fps})")
+    # Of a video that was trimmed without decoding it, frames before its beginning are stored, counted and never given.
+    # Where no times are stored (AVI), decord says -3e17.
+    total_frames = len(times) - int(((times < 0) & (times > -1e9)).sum())
     try:
         indices = frame_indices(total_frames, video_fps, options)
     except ValueError as error:
@@ -213,9 +217,7 @@ def decode(path: str | Path, reader: VideoReader, indices: list[int]) -> torch.T
             frame = reader.next()
             if index in wanted:
                 frames.append(torch.from_numpy(frame.asnumpy()))  # (H, W, 3)
-    except StopIteration as error:
-        raise BadVideo(f"{str(path)!r} is damaged: it ends before frame {index}") from error
-    except (DECORDError, DECORDLimitReachedError, RuntimeError, IndexError) as error:
+    except (DECORDError, DECORDLimitReachedError, RuntimeError, StopIteration) as error:
         raise BadVideo(f"{str(path)!r} is damaged: its frames cannot be decoded") from error
     return torch.stack(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
 

@@ -212,9 +212,9 @@ def run(options: Options, device: torch.device) -> dict:
 
 
 def run_what_fits(options: Options, device: torch.device) -> dict:
-    """Measure, without the baseline if there is no memory for it; raise InputError if there is none for ours either.
+    """Measure; where memory does not suffice, without the baseline; raise InputError if not for ours either.
 
-    Of several ranks one may be short of memory alone, and ends with its line.
+    Of several ranks one may be short of memory alone: it ends the run with its line, whatever was to be measured.
     """
     try:
         return run(options, device) | {"baseline_out_of_memory": False}

@@ -152,7 +152,7 @@ def capture_stream() -> torch.cuda.Stream:
 
 @functools.lru_cache(maxsize=1)
 def decoder_for(model, B: int, G: int, P: int, C: int) -> Decoder:
-    """Keep a decoder while the shapes stay the same: its memory and graph serve a whole run.
+    """Keep a decoder while the shapes stay the same; others mean new memory and a new graph.
 
     There is never more than one, lest a run needs more memory than its trial step on the longest prompt.
     """

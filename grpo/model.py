@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
@@ -58,7 +57,7 @@ def load_tokenizer(model_id: str):
         raise InputError(f"--model_id {model_id!r}: its tokenizer has no {lack}: take the tokenizer of a Qwen2.5-VL")
     try:
         text = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
-    except TemplateError as error:
+    except Exception as error:
         raise InputError(f"--model_id {model_id!r}: its chat template fails ({first_line(error)})") from error
     if text.count("<|video_pad|>") != 1:
         raise InputError(f"--model_id {model_id!r}: its chat template knows no videos: take that of a Qwen2.5-VL")
@@ -152,9 +151,10 @@ def make_optimizer(model, config: Config, total_steps: int):
 
 @torch.no_grad()
 def make_states(optimizer) -> None:
-    """Let AdamW make its states, as otherwise its first step does, behind the moment of most memory.
+    """Let AdamW make its states, two more copies of what is trained, by a step with gradients of 0.
 
-    They are two more copies of what is trained. Without a learning rate, or weight decay, the weights stay as they are.
+    Else its first step makes them after the backward pass, whose peak of memory would lack them. The learning rate or
+    the weight decay must be 0, so that the weights stay as they are.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -43,7 +43,7 @@ def find_start(config: Config, samples: list[Sample]) -> Start:
     run |= {"num_samples": len(samples), "data": fingerprint(samples)}
     there = checkpoints(output)
     newest = there[max(there)] if there else None
-    origin = None if there else origin_of(output)
+    origin = None if there or (output / "final").exists() else origin_of(output)
     if wanted == "auto":
         if (output / "final").exists():
             final = read_progress(output / "final", config, run)
@@ -82,7 +82,7 @@ def origin_of(output: Path) -> str | None:
         origin = json.loads((output / "config.json").read_text())["resume_from_checkpoint"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return None if origin in ("none", "auto") else origin
+    return None if origin in ("none", "auto") or Path(origin).resolve().parent == output.resolve() else origin
 
 
 def continued(folder: Path, config: Config, run: dict) -> Start:

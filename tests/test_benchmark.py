@@ -35,6 +35,18 @@ def test_figures_of_both_ways_are_written(tmp_path, world_size):
     assert [line.split()[0] for line in lines[1:5]] == ["rollout", "update", "step", "peak"]
 
 
+def test_no_pass_is_measured_without_the_optimizers_states(monkeypatch):
+    has_states, update_phase = [], benchmark.update_phase
+
+    def spy(model, reference, optimizer, *rest):
+        has_states.append(len(optimizer.state) > 0)
+        return update_phase(model, reference, optimizer, *rest)
+
+    monkeypatch.setattr(benchmark, "update_phase", spy)
+    assert benchmark.main([*FLAGS.split(), "--baseline", "False"]) == 0
+    assert has_states == [True, True]
+
+
 def out_of_memory(*arguments):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 

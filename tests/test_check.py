@@ -231,7 +231,11 @@ def test_a_model_without_a_usable_tokenizer_is_one_line_and_exit_code_2(folder, 
     tokenizer = build_tokenizer(["What is the EF?"])
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "plain")
-    for model_id in (tmp_path / "plain", folder / "videos"):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "tokenizer_config.json").write_text("[]")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role + message.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "text")
+    for model_id in (tmp_path / "plain", tmp_path / "odd", tmp_path / "text", folder / "videos"):
         assert main([*flags, "--model_id", str(model_id)]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"python -m data.check: error: --model_id {str(model_id)!r}")

@@ -231,8 +231,11 @@ def test_a_branch_that_was_killed_before_its_first_checkpoint_never_begins_from_
     branch = ["--resume_from_checkpoint", str(whole / "checkpoint-4")]
     arguments = run_flags(tiny.folder, tmp_path / "out", *STEPS)
     assert train.main([*arguments, *branch]) == 0
-    for name in ("checkpoint-5", "checkpoint-6", "final"):
+    for name in ("checkpoint-5", "checkpoint-6"):
         shutil.rmtree(tmp_path / "out" / name)
+    assert train.main([*arguments, *branch]) == 2  # it has come to its end
+    assert "holds another run" in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "out" / "final")
     assert train.main([*arguments, *AUTO]) == 2
     assert f"give {' '.join(branch)}" in capfd.readouterr().err
     assert train.main([*arguments, *branch]) == 0
@@ -241,6 +244,16 @@ def test_a_branch_that_was_killed_before_its_first_checkpoint_never_begins_from_
     (tmp_path / "out" / "config.json").unlink()
     assert train.main(arguments) == 2  # checkpoints are never written over
     assert capfd.readouterr().err.count("holds another run") == 2
+
+
+def test_a_run_whose_own_checkpoints_are_all_gone_begins_anew(tiny, whole, tmp_path):
+    output = stopped_after(1, whole, tmp_path / "out")
+    flags = json.loads((output / "config.json").read_text())
+    flags["resume_from_checkpoint"] = str(output / "checkpoint-1")
+    (output / "config.json").write_text(json.dumps(flags))
+    shutil.rmtree(output / "checkpoint-1")
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO)) == 0
+    assert result(output) == result(whole)
 
 
 def test_checkpoints_may_be_links_to_another_disk(tiny, whole, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -126,6 +127,21 @@ def test_a_decoder_serves_many_rollouts_and_remembers_nothing_of_them(tiny):
     assert decoder_for.cache_info().hits > 0
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a.completion_ids, b.completion_ids) and torch.equal(a.logprobs, b.logprobs)
+
+
+def test_there_is_never_more_than_one_decoder(tiny, monkeypatch):
+    alive, init = weakref.WeakSet(), Decoder.__init__
+
+    def spy(self, *arguments):
+        assert not alive  # not even while the next one takes its memory
+        alive.add(self)
+        init(self, *arguments)
+
+    decoder_for.cache_clear()
+    monkeypatch.setattr(Decoder, "__init__", spy)
+    for C in (7, 8, 7):
+        sample(tiny, tiny.prompts[:1], C=C)
+    assert len(alive) == 1
 
 
 def test_room_that_stays_empty_changes_nothing(tiny):

@@ -275,6 +275,22 @@ def test_a_tokenizer_without_vision_tokens_stops_the_run(tiny, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for %}", "its chat template fails"),
+        ("{% for message in messages %}hello{% endfor %}", "its chat template knows no videos"),
+        ("{% for message in messages %}{{ message.role + message.content }}{% endfor %}", "its chat template fails"),
+    ],
+    ids=["broken", "without videos", "for text alone"],
+)
+def test_a_chat_template_that_is_not_qwens_stops_the_run(tiny, tmp_path, capfd, template, words):
+    shutil.copytree(tiny.folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    assert train.main(flags(tiny, tmp_path / "out", "--model_id", tmp_path / "model")) == 2
+    assert words in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("name", "key", "value"),
     [
         ("config.json", "num_hidden_layers", "two"),
@@ -295,20 +311,6 @@ def test_a_model_that_was_edited_wrongly_stops_the_run_with_one_line(tiny, tmp_p
     assert train.main(flags(tiny, tmp_path / "out", "--model_id", tmp_path / "model")) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: error: ")]
     assert "--model_id" in line
-
-
-def test_a_chat_template_without_videos_stops_the_run(tiny, tmp_path, capfd):
-    shutil.copytree(tiny.folder / "model", tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").write_text("{% for message in messages %}hello{% endfor %}")
-    assert train.main(flags(tiny, tmp_path / "out", "--model_id", tmp_path / "model")) == 2
-    assert "its chat template knows no videos" in capfd.readouterr().err
-
-
-def test_a_chat_template_that_fails_stops_the_run(tiny, tmp_path, capfd):
-    shutil.copytree(tiny.folder / "model", tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").write_text("{% for %}")
-    assert train.main(flags(tiny, tmp_path / "out", "--model_id", tmp_path / "model")) == 2
-    assert "chat template fails" in capfd.readouterr().err
 
 
 def test_an_unwritable_debug_log_stops_the_run(tiny, tmp_path, capfd, monkeypatch):

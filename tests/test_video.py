@@ -202,13 +202,28 @@ def test_an_mp4_file_round_trip_gives_the_frames_that_were_asked_for(tmp_path):
     assert second_per_grid_t == 1.0  # 4 frames of 2 s
 
 
+@pytest.mark.parametrize("name", ["open_gop.mp4", "b_frames.avi"])
 @pytest.mark.parametrize("nframes", [4, 8, 12, 24])
-def test_frames_are_the_right_ones_where_decord_seeks_wrongly(nframes):
-    """H.264 with open groups of pictures, at 8 frames per second; frame k is gray of level 10·k."""
+def test_frames_are_the_right_ones_where_decord_seeks_wrongly(name, nframes):
+    """H.264 with open groups of pictures, MPEG-4 without times; 24 frames of 3 s; frame k is gray of level 10·k."""
     options = VideoOptions(nframes=nframes, resized_width=56, resized_height=56)
-    pixel_values, grid_thw, _ = load_video(Path(__file__).with_name("open_gop.mp4"), options)
+    pixel_values, grid_thw, _ = load_video(Path(__file__).with_name(name), options)
     expected = [10 * index for index in frame_indices(24, 8.0, options)]
     assert gray_levels(pixel_values, grid_thw) == pytest.approx(expected, abs=1.5)
+
+
+def test_frames_before_the_beginning_of_a_trimmed_video_do_not_count(tmp_path):
+    """The edit list says that the video begins at its fourth frame; the three before it are there to decode from."""
+    mp4 = bytearray(Path(__file__).with_name("open_gop.mp4").read_bytes())
+    at = mp4.index(b"elst") + 12  # the duration in units of 1/1000 s, and the beginning in units of 1/16384 s
+    duration, begin = struct.unpack_from(">II", mp4, at)
+    struct.pack_into(">II", mp4, at, duration - 3 * 1000 // 8, begin + 3 * 16384 // 8)
+    (tmp_path / "trimmed.mp4").write_bytes(mp4)
+    options = VideoOptions(nframes=4, resized_width=56, resized_height=56)
+    pixel_values, grid_thw, second_per_grid_t = load_video(tmp_path / "trimmed.mp4", options)
+    expected = [30 + 10 * index for index in frame_indices(21, 8.0, options)]
+    assert gray_levels(pixel_values, grid_thw) == pytest.approx(expected, abs=1.5)
+    assert second_per_grid_t == pytest.approx(2 / (4 / 21 * 8))
 
 
 def test_colours_stay_in_the_order_red_green_blue(tmp_path):
