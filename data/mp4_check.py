@@ -10,8 +10,8 @@ def check_mp4(path: str) -> None:
     """Raise ValueError when an mp4 file is cut off, or its index cannot be true.
 
     Other formats pass: read as boxes, they end at once or name none of these. decord takes broken files: it fills what
-    is missing of a picture with what was in memory, leaves out frames behind the end of the file, goes astray at empty
-    ones, and brings the interpreter down when the index counts too many.
+    is missing of a picture with what was in memory, leaves out frames behind the end of the file, and brings the
+    interpreter down when the index counts too many.
     """
     size, position, is_video, num_timed = os.path.getsize(path), 0, False, 0
     with open(path, "rb") as file:
@@ -41,8 +41,6 @@ def check_mp4(path: str) -> None:
                 sizes = struct.unpack_from(f">{min(num_frames, len(table) // 4)}I", table)
                 if num_timed > num_frames or (not each and len(sizes) < num_frames):
                     raise ValueError("is damaged: its index counts more frames than it lists")
-                if is_video and not each and 0 in sizes:
-                    raise ValueError("is damaged: its index lists empty frames")
                 if is_video and (each * num_frames or sum(sizes)) > size:
                     raise ValueError("is cut off or damaged: its index lists more than the file holds")
             position += max(length, 8)

@@ -124,9 +124,9 @@ BROKEN = {  # what -> (the bytes, of those of a good file; what the line says)
     "two thousand million frames": (lambda mp4: changed(mp4, b"stts", 8, ">I", 2**31 - 1), "more frames than it lists"),
     "two hundred lists of times": (lambda mp4: changed(mp4, b"stts", 4, ">I", 200), "promises more than it holds"),
     "a short list of frames": (lambda mp4: changed(mp4, b"stsz", 8, ">I", 10**6), "more frames than it lists"),
-    # decord alone would give 6 frames, then other frames than those asked for, then some frames twice
+    # decord alone would give 6 frames; by seeking it would give other frames than those asked for, then some twice
     "a frame of 3 GB": (lambda mp4: changed(mp4, b"stsz", 12 + 4 * 6, ">I", 3 * 2**30), "more than the file holds"),
-    "an empty frame": (lambda mp4: changed(mp4, b"stsz", 12 + 4 * 14, ">I", 0), "empty frames"),
+    "an empty frame": (lambda mp4: changed(mp4, b"stsz", 12 + 4 * 14, ">I", 0), "its frames cannot be decoded"),
     "all frames at one time": (lambda mp4: changed(mp4, b"stts", 12, ">I", 0), "its frames cannot be decoded"),
 }
 
