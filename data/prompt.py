@@ -1,9 +1,11 @@
 """Conversation -> prompt ids and their mRoPE positions.
 
 The tokenizer's chat template writes one <|video_pad|> for each video; it is repeated as often as the video has tokens.
-Positions have three axes (time, height, width), Qwen2.5-VL's multimodal RoPE (https://arxiv.org/abs/2502.13923,
-section 2.1.2): on text all three count up together, inside a video they are its grid's coordinates, time in units of
-1 / tokens_per_second seconds.
+Positions have three axes (time, height, width), the multimodal RoPE of Qwen2-VL (arXiv:2409.12191, section 2.1) and
+Qwen2.5-VL (arXiv:2502.13923, section 2.1.2): on text all three count up together, inside a video they are its grid's
+coordinates, time in units of 1 / tokens_per_second seconds. Text after a video goes on at the largest position of any
+axis, time included, plus 1. So these weights were trained, and so vLLM, SGLang and transformers up to 5.2 place them;
+transformers 5.3 and later go on at the longer side of the grid, inside the video's own time.
 
 P prompt tokens with the videos expanded, M videos.
 """
@@ -95,8 +97,7 @@ def mrope_positions(
     """Return the position of every prompt token on the three axes: (3, P).
 
     prompt_ids: (P,) with the videos expanded; video_grid_thw: (M, 3) patches; second_per_grid_ts: (M,) seconds.
-    Equals get_rope_index of HF's Qwen2.5-VL, also in this: text after a video goes on at its first position plus the
-    longer side of its grid, however long it lasts. Raises ValueError when placeholders and grids differ in number.
+    Equals `rope2d` of Qwen's own fine-tuning code. Raises ValueError when placeholders and grids differ in number.
     """
     lengths = video_lengths(video_grid_thw).tolist()
     placeholders = (prompt_ids == video_token_id).nonzero().flatten()
@@ -104,7 +105,8 @@ def mrope_positions(
         raise ValueError(
             f"the prompt has {len(placeholders)} {VIDEO_PLACEHOLDER} tokens for {sum(lengths)} video tokens"
         )
-    # float32 as in HF: in float64 a step such as 2 * 0.35 could fall on the other side of a whole number
+    # Seconds stay fractional until they are multiplied. float32 as in Qwen's code: in float64 a step such as 2 * 0.35
+    # could fall on the other side of a whole number.
     steps = tokens_per_second * torch.as_tensor(second_per_grid_ts, dtype=torch.float32)  # (M,)
 
     spans = []
@@ -120,7 +122,7 @@ def mrope_positions(
         time = (torch.arange(t) * step).long()
         grid = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")  # 3 x (t, h/2, w/2)
         spans.append(torch.stack(grid).flatten(1) + position)
-        position += max(h, w)
+        position += max(int(time[-1]) + 1, h, w)
         done += num_text + length
         seen += length
     spans.append((torch.arange(len(prompt_ids) - done) + position).expand(3, -1))

@@ -17,10 +17,9 @@ def repeated_rollout(model, prompt: Prompt, G: int, C: int, banned_ids: Tensor) 
     return model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=2 * (ids == model.config.video_token_id).int(),
+        position_ids=prompt.position_ids[:, None].expand(-1, G, -1),  # (3, G, P)
         pixel_values_videos=prompt.pixel_values_videos.repeat(G, 1),
         video_grid_thw=prompt.video_grid_thw.repeat(G, 1),
-        second_per_grid_ts=prompt.second_per_grid_ts.repeat(G),
         min_new_tokens=C,
         max_new_tokens=C,
         do_sample=True,

@@ -52,8 +52,8 @@ def make_tiny(folder: Path, num_videos=(1, 3, 2, 1), size=56) -> Tiny:
     for i, count in enumerate(num_videos):
         videos = [f"{i}_{clip}.mp4" for clip in range(count)]
         for clip, video in enumerate(videos):
-            # 1, 2 or 3 seconds between the grid's steps: whole ones, since transformers 5.17 rounds others down.
-            frames = rng.integers(0, 256, size=(4 + 4 * (clip % 3), size, size, 3), dtype=np.uint8)
+            # 1, 1.75 or 2.5 seconds between the grid's steps, so that a clip lasts longer than its grid is wide.
+            frames = rng.integers(0, 256, size=(4 + 3 * (clip % 3), size, size, 3), dtype=np.uint8)
             write_mp4(folder / "videos" / video, frames, fps=2)
         question = "<video>\n" * count + "What is the ejection fraction" + " of this patient" * i + "?"
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"The ejection fraction is {40 + i}%."}]

@@ -36,19 +36,12 @@ def separate_rows(model, prompt, ids, mask, banned_ids):
     rows = []
     for completion, row_mask in zip(ids, mask, strict=True):
         completion = completion[: int(row_mask.sum())]
-        full = torch.cat([prompt.prompt_ids, completion])[None]
-        positions, _ = model.model.get_rope_index(
-            full,
-            mm_token_type_ids=2 * (full == model.config.video_token_id).int(),
-            video_grid_thw=prompt.video_grid_thw,
-            second_per_grid_ts=prompt.second_per_grid_ts,
-        )
         P = len(prompt.prompt_ids)
-        # Generation goes on behind the largest position of the prompt, as HF's rope_deltas have it.
-        positions[:, :, P:] = prompt.position_ids.max() + 1 + torch.arange(len(completion))
+        # Generation goes on behind the largest position of the prompt.
+        own = prompt.position_ids.max() + 1 + torch.arange(len(completion))
         out = model(
-            input_ids=full,
-            position_ids=positions,
+            input_ids=torch.cat([prompt.prompt_ids, completion])[None],
+            position_ids=torch.cat([prompt.position_ids, own.expand(3, -1)], dim=1)[:, None],
             pixel_values_videos=prompt.pixel_values_videos,
             video_grid_thw=prompt.video_grid_thw,
             use_cache=False,

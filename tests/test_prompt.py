@@ -1,10 +1,11 @@
-"""Prompt ids against hand-assembled text, mRoPE positions against hand-computed ones and HF's get_rope_index."""
+"""Prompt ids against hand-assembled text, mRoPE positions against the papers' rule, by hand and token by token."""
 
 import random
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel
+from transformers import AutoTokenizer
 
 from data.prompt import encode_prompt, mrope_positions
 from data.tiny_tokenizer import SPECIAL_TOKENS, build_tokenizer
@@ -17,16 +18,6 @@ ANSWER_STARTS = "<|im_start|>assistant\n"
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_tokenizer(TEXTS)
-
-
-@pytest.fixture(scope="module")
-def hf_model():
-    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    rope = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    config = Qwen2_5_VLConfig(text_config=text | heads | rope, vision_config=vision | {"tokens_per_second": 2})
-    return Qwen2_5_VLModel(config)
 
 
 def encode(tokenizer, turns, grids=(), seconds=None):
@@ -136,16 +127,38 @@ def test_special_tokens_in_a_text_are_an_error(tokenizer, role, token):
     assert str(error.value) == f"the {role} text contains the special token {token}: take it out"
 
 
+def test_positions_of_the_papers_example():
+    """Three steps of 2 x 2 tokens, 50 units of time apart: times 0, 50 and 100, and text from 101 on."""
+    positions = mrope_positions(torch.tensor([9] * 12 + [4] * 5), torch.tensor([[3, 4, 4]]), torch.tensor([2.0]), 9, 25)
+    assert positions.tolist() == [
+        [0] * 4 + [50] * 4 + [100] * 4 + [101, 102, 103, 104, 105],
+        [0, 0, 1, 1] * 3 + [101, 102, 103, 104, 105],
+        [0, 1, 0, 1] * 3 + [101, 102, 103, 104, 105],
+    ]
+
+
 def test_positions_computed_by_hand():
     video_id = 9
     prompt_ids = torch.tensor([1, 2, 3] + [video_id] * 12 + [4, 5])
     positions = mrope_positions(prompt_ids, torch.tensor([[2, 4, 6]]), torch.tensor([1.5]), video_id, 2)
-    # 2 x 2 x 3 tokens; a step of the grid lasts 1.5 s, 3 units of time; the text goes on at 3 + max(2, 3)
+    # 2 x 2 x 3 tokens from 3 on; a step of the grid lasts 1.5 s, 3 units of time, so that the largest position is 6
     assert positions.tolist() == [
-        [0, 1, 2] + [3] * 6 + [6] * 6 + [6, 7],
-        [0, 1, 2] + [3, 3, 3, 4, 4, 4] * 2 + [6, 7],
-        [0, 1, 2] + [3, 4, 5] * 4 + [6, 7],
+        [0, 1, 2] + [3] * 6 + [6] * 6 + [7, 8],
+        [0, 1, 2] + [3, 3, 3, 4, 4, 4] * 2 + [7, 8],
+        [0, 1, 2] + [3, 4, 5] * 4 + [7, 8],
     ]
+
+
+def test_text_goes_on_behind_the_longer_side_where_that_exceeds_the_time():
+    positions = mrope_positions(torch.tensor([9] * 4 + [1]), torch.tensor([[1, 2, 8]]), torch.tensor([1.0]), 9, 2)
+    assert positions.tolist() == [[0, 0, 0, 0, 4], [0, 0, 0, 0, 4], [0, 1, 2, 3, 4]]
+
+
+def test_thirty_clips_do_not_overlap_in_time(tokenizer):
+    """16 frames at 84 x 84 in 3 seconds each: 8 steps of 0.375 s, times 0 to 5, so 6 positions a clip."""
+    _, positions = encode(tokenizer, [("user", "<video>" * 30)], [(8, 6, 6)] * 30, [0.375] * 30)
+    num_text = positions.shape[1] - 30 * 72
+    assert positions.max() == num_text + 30 * 6 - 1
 
 
 def test_positions_of_text_alone_count_up_on_all_axes(tokenizer):
@@ -158,36 +171,42 @@ def test_positions_refuse_placeholders_that_the_grids_do_not_explain():
         mrope_positions(torch.tensor([1, 9, 9, 9]), torch.tensor([[1, 4, 4]]), torch.ones(1), 9, 2)
 
 
-def hf_positions(hf_model, prompt_ids, video_token_id, grids, seconds):
-    is_video = 2 * (prompt_ids == video_token_id).int()  # HF's token type of a video
-    positions, _ = hf_model.get_rope_index(
-        prompt_ids[None], is_video[None], video_grid_thw=grids, second_per_grid_ts=seconds
-    )
-    return positions[:, 0]  # (3, P)
+def positions_token_by_token(prompt_ids, video_id, grids, seconds, tokens_per_second=2):
+    """The papers' rule for one token after the other: nothing is shared with `mrope_positions`, nor with a library."""
+    grids, seconds, positions = list(grids), list(seconds), []
+    inside = 0  # tokens of the present video that are done
+    for token in prompt_ids:
+        first = 1 + max((max(position) for position in positions[: len(positions) - inside]), default=-1)
+        if token != video_id:
+            positions.append((first, first, first))
+            continue
+        t, h, w = grids[0][0], grids[0][1] // 2, grids[0][2] // 2
+        step, y, x = inside // (h * w), inside // w % h, inside % w
+        time = int(np.float32(step) * (np.float32(seconds[0]) * np.float32(tokens_per_second)))
+        positions.append((first + time, first + y, first + x))
+        inside += 1
+        if inside == t * h * w:
+            grids.pop(0), seconds.pop(0)
+            inside = 0
+    return [list(axis) for axis in zip(*positions, strict=True)]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_positions_equal_those_of_hf(tokenizer, hf_model, seed):
+@pytest.mark.parametrize("seed", range(40))
+def test_positions_equal_the_rule_token_by_token(tokenizer, seed):
     rng = random.Random(seed)
-    num_videos = rng.randint(1, 5)
-    grids = torch.tensor(
-        [(rng.randint(1, 12), 2 * rng.randint(1, 6), 2 * rng.randint(1, 6)) for _ in range(num_videos)]
-    )
-    seconds = torch.tensor(
-        [rng.choice([0.05, 0.35, 2 / 3, 1.0, 1.25, rng.uniform(0.05, 3)]) for _ in range(num_videos)]
-    )
+    num_videos = rng.randint(1, 4)
+    grids = [(rng.randint(1, 8), 2 * rng.randint(1, 4), 2 * rng.randint(1, 4)) for _ in range(num_videos)]
+    seconds = [rng.choice([0.05, 0.35, 2 / 3, 1.0, 1.25, rng.uniform(0.05, 3)]) for _ in range(num_videos)]
     text = "".join("<video>" + rng.choice(["", "\n", " and then\n", " x"]) for _ in range(num_videos))
     turns = (("user", rng.choice(["", "See "]) + text), ("assistant", "Yes."), ("user", "EF?"))
 
-    prompt_ids, position_ids = encode_prompt(turns, tokenizer, grids, seconds, 2)
+    prompt_ids, position_ids = encode_prompt(turns, tokenizer, torch.tensor(grids), torch.tensor(seconds), 2)
 
     video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    assert torch.equal(position_ids, hf_positions(hf_model, prompt_ids, video_token_id, grids, seconds))
+    assert position_ids.tolist() == positions_token_by_token(prompt_ids.tolist(), video_token_id, grids, seconds)
 
 
-def test_time_is_computed_in_float32_as_in_hf(hf_model):
-    grids, seconds = torch.tensor([[60, 2, 2]]), torch.tensor([0.7], dtype=torch.float64)
+def test_time_is_computed_in_float32_as_in_qwens_code():
     prompt_ids = torch.full((60,), 9)
-    positions = mrope_positions(prompt_ids, grids, seconds, 9, 2)
-    assert torch.equal(positions, hf_positions(hf_model, prompt_ids, 9, grids, seconds.float()))
+    positions = mrope_positions(prompt_ids, torch.tensor([[60, 2, 2]]), torch.tensor([0.7], dtype=torch.float64), 9, 2)
     assert positions[0, 45] == 63  # 45 steps of 1.4; in float64 they are 62.99…, which would be 62

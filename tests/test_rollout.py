@@ -30,10 +30,9 @@ def test_greedy_completions_equal_those_of_hugging_faces_generate(tiny):
         out = twin.generate(
             input_ids=full,
             attention_mask=torch.ones_like(full),
-            mm_token_type_ids=2 * (full == twin.config.video_token_id).int(),
+            position_ids=prompt.position_ids[:, None],
             pixel_values_videos=prompt.pixel_values_videos,
             video_grid_thw=prompt.video_grid_thw,
-            second_per_grid_ts=prompt.second_per_grid_ts,
             max_new_tokens=12,
             do_sample=False,
             suppress_tokens=tiny.banned_ids.tolist(),
