@@ -28,11 +28,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data.dataset import InputError
 from data.loader import Prompt, PromptDataset, checked, prompt_batches, rank_slots
-from grpo import checkpoint, demo
 from grpo.config import Config, count_steps, parse_config, video_options
-from grpo.inputs import load_inputs
+from grpo.demo import demo
 from grpo.logprobs import encode_videos
-from grpo.lora import adapters_off, gather_adapter, without_dropout
 from grpo.loss import (
     clipped_loss,
     completion_weights,
@@ -42,13 +40,16 @@ from grpo.loss import (
     trained_tokens,
     weighted_sum,
 )
-from grpo.model import SpecialTokens, make_optimizer, processor_files, special_tokens, table_of_parts, whole_tensor
-from grpo.preflight import memory_preflight
+from grpo.model.load import SpecialTokens, make_optimizer, processor_files, special_tokens, table_of_parts, whole_tensor
+from grpo.model.lora import adapters_off, gather_adapter, without_dropout
+from grpo.model.sharding import any_rank, from_rank_0, make_trainable, raise_together, start_processes
 from grpo.rollout import Rollout, generate, generators
-from grpo.scoring import score
-from grpo.sharding import any_rank, from_rank_0, make_trainable, raise_together, start_processes
-from grpo.stopping import StopRequest
-from grpo.tracking import LOGP_DIFFERENCE, SUMS, Clock, Totals, Tracker, add_up, gather_groups, say, update_metrics
+from grpo.run import checkpoint
+from grpo.run.inputs import load_inputs
+from grpo.run.preflight import memory_preflight
+from grpo.run.scoring import score
+from grpo.run.stopping import StopRequest
+from grpo.run.tracking import LOGP_DIFFERENCE, SUMS, Clock, Totals, Tracker, add_up, gather_groups, say, update_metrics
 from reward.numerical import numerical_video_reward
 
 REWARD_FUNCTIONS = [numerical_video_reward]  # a completion's reward is their sum

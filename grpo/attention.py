@@ -6,9 +6,9 @@ A group shares its prompt, and with 30 videos the prompt is nearly all of the wo
     prompt tokens      attend causally to the prompt;
     completion tokens  attend to the prompt and causally to their own completion, never to another one.
 
-That equals G separate rows `[prompt | ci]` (proved in `tests/test_packed.py`) at about 1/G of the cost. Several groups
-may follow each other in a row. While sampling, the same split lets G completions read one copy of the prompt's keys
-and values (`grpo/decoding.py`). The last layer leaves out what no completion asks for (`grpo/layers.py`).
+That equals G separate rows `[prompt | ci]` (proved in `tests/grpo/test_packed.py`) at about 1/G of the cost. Several
+groups may follow each other in a row. While sampling, the same split lets G completions read one copy of the prompt's
+keys and values (`grpo/decoding.py`). The last layer leaves out what no completion asks for (`grpo/model/layers.py`).
 
 How it is plugged in: the model's attention layers call `attend` with their query, key and value; which tokens see which
 is decided by the function that the caller passes down through the model's keyword arguments.

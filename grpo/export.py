@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from data.dataset import InputError
-from grpo.model import first_line, load_model, load_tokenizer, processor_files, save_model
-from grpo.tracking import say
+from grpo.model.load import first_line, load_model, load_tokenizer, processor_files, save_model
+from grpo.run.tracking import say
 
 
 def base_of(adapter: str) -> str:

@@ -13,17 +13,18 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parents[1]  # of the project
+sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nothing waits for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
 
 from data.dataset import load_samples  # noqa: E402
 from data.loader import Prompt, load_prompt  # noqa: E402
-from data.mp4 import write_mp4  # noqa: E402
-from data.tiny_tokenizer import build_tokenizer  # noqa: E402
 from data.video import VideoOptions  # noqa: E402
-from grpo.demo import CHAT_WORDS, build_model  # noqa: E402
-from grpo.model import special_tokens  # noqa: E402
+from grpo.demo.demo import CHAT_WORDS, build_model  # noqa: E402
+from grpo.demo.mp4 import write_mp4  # noqa: E402
+from grpo.demo.tiny_tokenizer import build_tokenizer  # noqa: E402
+from grpo.model.load import special_tokens  # noqa: E402
 
 OPTIONS = VideoOptions(nframes=4, resized_width=56, resized_height=56)
 FLAGS = "--nframes 4 --video_resized_width 56 --video_resized_height 56 --max_completion_length 6".split()

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch.multiprocessing as mp  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
-from grpo.checkpoint import checkpoints  # noqa: E402
+from grpo.run.checkpoint import checkpoints  # noqa: E402
 from tests.conftest import FLAGS, as_rank, free_port, make_tiny  # noqa: E402
 
 

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 import train
 from grpo.attention import matmul_float32
-from grpo.benchmark import IDS, random_prompt
-from grpo.benchmark import Options as BenchmarkOptions
+from grpo.benchmark.__main__ import IDS, random_prompt
+from grpo.benchmark.__main__ import Options as BenchmarkOptions
 from grpo.decoding import Decoder, decoder_for
-from grpo.layers import use_our_layers
 from grpo.logprobs import Logits, completion_logprobs
-from grpo.random_model import SIZES, random_model
+from grpo.model.layers import use_our_layers
+from grpo.model.random_model import SIZES, random_model
 from grpo.rollout import generate
-from tests.test_packed import hf_twin
+from tests.grpo.test_packed import hf_twin
 from tests.test_train import curves, flags
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

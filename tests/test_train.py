@@ -15,7 +15,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2MLP
 
 import train
 from data.loader import epoch_order
-from data.mp4 import write_mp4
+from grpo.demo.mp4 import write_mp4
 from tests.conftest import FLAGS, make_tiny, run_ranks
 
 TAGS = """

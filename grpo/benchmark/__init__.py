@@ -1,0 +1,1 @@
+"""`python -m grpo.benchmark`: what a step costs on this machine."""

@@ -1,0 +1,299 @@
+"""`python -m grpo.benchmark`: what a step costs here, before data, weights or eight GPUs are at hand.
+
+Builds a Qwen2.5-VL of random weights, takes random pixels for videos, and times the trainer's own rollout and update.
+Beside them, run by run, the repeated rows that other trainers compute: each of the G completions a row with its own
+copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and sharding. All
+completions run to `--completion_length`. Under torchrun every rank has one prompt, as in training.
+"""
+
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import HfArgumentParser
+
+from data.dataset import InputError, Sample
+from data.loader import Prompt
+from data.prompt import mrope_positions
+from data.video import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
+from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update
+from grpo.config import Config, flag
+from grpo.decoding import decoder_for
+from grpo.model.layers import use_our_layers
+from grpo.model.load import SpecialTokens, make_optimizer, make_states
+from grpo.model.random_model import SIZES, TOKENS_PER_SECOND, random_model
+from grpo.model.sharding import compute_dtype, end_alone, make_trainable, start_processes
+from grpo.run.tracking import Totals, peak_memory_gb
+from train import rollout_phase, update_phase
+
+VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN = 1, 2, 3, 4  # words of the random model
+IDS = {"video_token_id": VIDEO_TOKEN, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+IDS |= {"image_token_id": IMAGE_TOKEN, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb")
+
+
+@dataclass
+class Options:
+    """The flags."""
+
+    size: Literal["tiny", "cpu", "3b", "7b"] = flag("cpu", "the model: 1, 29, 3,755 or 8,292 million parameters")
+    num_videos: int = flag(5, "videos of the prompt")
+    frames: int = flag(8, "frames of a video")
+    resolution: int = flag(84, "width and height of the frames in pixels, rounded to a multiple of 28")
+    num_generations: int = flag(8, "completions per prompt (G)")
+    completion_length: int = flag(32, "tokens of every completion")
+    freeze_vision_tower: bool = flag(False, "do not train the vision tower")
+    gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
+    runs: int = flag(3, "counted runs, of which the median is shown; an uncounted one comes before each")
+    baseline: bool = flag(True, "also measure repeated rows")
+    json: str = flag("", "file to write the figures to")
+
+
+def random_prompt(options: Options) -> Prompt:
+    """Make a prompt of random text and pixels."""
+    side = max(1, round(options.resolution / SIZE_FACTOR)) * SIZE_FACTOR // PATCH_SIZE
+    t = options.frames // TEMPORAL_PATCH_SIZE
+    grid = torch.tensor([[t, side, side]] * options.num_videos)
+    seconds = torch.ones(options.num_videos)
+    video = [VISION_START, *[VIDEO_TOKEN] * (t * side * side // MERGE_SIZE**2), VISION_END]
+    ids = torch.tensor([5] * 20 + video * options.num_videos + [6] * 20)
+    positions = mrope_positions(ids, grid, seconds, VIDEO_TOKEN, TOKENS_PER_SECOND)
+    pixels = torch.randn(int(grid.prod(dim=1).sum()), 1176)
+    return Prompt(Sample("random", (), (), ""), ids, positions, pixels, grid, seconds)
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory_gb` begin anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # hand freed memory back, or it would count for whoever comes next
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak of resident memory is what is resident now: man 5 proc
+
+
+def seconds(function, *arguments) -> tuple[float, object]:
+    """Time a call on all ranks together; return the seconds and the result."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    dist.barrier()
+    began = time.perf_counter()
+    result = function(*arguments)
+    wait()
+    return time.perf_counter() - began, result
+
+
+def measure(rollout, update) -> dict[str, float]:
+    """Measure a step of two phases, of which the second takes what the first returns.
+
+    It runs twice: for its peak memory, and then for its times, since handed-back memory that is fetched anew takes time
+    which training, one step after the other, does not spend.
+    """
+    reset_peak_memory()
+    update(rollout())
+    memory = peak_memory_gb()
+    rollout_seconds, rollouts = seconds(rollout)
+    update_seconds, _ = seconds(update, rollouts)
+    return dict(zip(FIGURES, (rollout_seconds, update_seconds, rollout_seconds + update_seconds, memory), strict=True))
+
+
+def best_of(function, times: int = 5) -> float:
+    """Return the least seconds of a few calls."""
+    return min(seconds(function)[0] for _ in range(times))
+
+
+def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_seconds: float, update_seconds: float):
+    """Compare a decoding step with the time to read what it must read, and an update with its matrix products alone.
+
+    model: with whole weights. The limits are measured here: a copy of 1 GB, and a product of large matrices. Attention
+    and what is recomputed are not counted as work.
+    """
+    device, dtype = model.device, model.dtype
+    words = torch.ones(2**29 // dtype.itemsize, dtype=dtype, device=device)
+    there = torch.empty_like(words)
+    bandwidth = 2 * 2**29 / best_of(lambda: there.copy_(words))  # read and written, bytes per second
+    side = 8192 if device.type == "cuda" else 2048
+    square = words[: side * side].view(side, side)
+    flops = 2 * side**3 / best_of(lambda: square @ square)
+
+    def size(module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    G, C = options.num_generations, options.completion_length
+    P, S = len(prompt.prompt_ids), len(prompt.pixel_values_videos)
+    text, visual, merger = model.config.text_config, model.model.visual, size(model.model.visual.merger)
+    layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    read = (layers + head + per_token * (P + G * C // 2)) * dtype.itemsize  # bytes per decoding step
+    tower = 0 if options.freeze_vision_tower else size(visual) - merger
+    work = 6 * (layers * (P + G * C) + head * G * C + tower * S + merger * S // MERGE_SIZE**2)
+    return {
+        "decode_tokens_per_second": G / decode_seconds,
+        "decode_share_of_bandwidth": read / decode_seconds / bandwidth,
+        "update_share_of_flops": work / update_seconds / flops,
+        "machine": {"bandwidth_gb_per_second": bandwidth / 1e9, "tflop_per_second": flops / 1e12},
+    }
+
+
+def run(options: Options, device: torch.device) -> dict:
+    """Measure, ours and the baseline in turn; return all figures of this rank."""
+    G, C = options.num_generations, options.completion_length
+    config = Config(
+        num_generations=G,
+        max_completion_length=C,
+        temperature=1.0,
+        per_device_train_batch_size=1,
+        freeze_vision_tower=options.freeze_vision_tower,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    torch.manual_seed(0)
+    with device:
+        loaded = random_model(*SIZES[options.size], IDS) if dist.get_rank() == 0 else None
+    model, whole, _ = make_trainable(loaded, config, device)
+    del loaded
+    optimizer, _ = make_optimizer(model, config, total_steps=1)
+    make_states(optimizer)  # the peak of a first step would lack them
+    tokens = SpecialTokens(
+        stop_ids=torch.tensor([-1], device=device),  # no token: every completion has its full length
+        banned_ids=torch.tensor([VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN], device=device),
+    )
+    prompt, advantages = random_prompt(options), torch.linspace(-1, 1, G, device=device)
+    totals = Totals(G * C * dist.get_world_size(), G * dist.get_world_size(), 1.0)
+
+    def rollout(length: int = C):
+        settings = dataclasses.replace(config, max_completion_length=length)
+        return rollout_phase(whole.refresh(model), [prompt], tokens, settings, step=1)
+
+    def update(rollouts):
+        for one in rollouts:
+            one.train_mask, one.advantages = one.completion_mask, advantages
+        return update_phase(model, None, optimizer, rollouts, totals, tokens.banned_ids, config)
+
+    def baseline_rollout():
+        return repeated_rollout(whole.module, prompt.to(device), G, C, tokens.banned_ids)
+
+    def baseline_update(ids):
+        repeated_update(model, optimizer, prompt.to(device), ids, advantages, tokens.banned_ids)
+
+    ours, theirs = [], []
+    for _ in range(options.runs):  # in turn, so that a machine that slows down slows both
+        ours.append(measure(rollout, update))
+        if options.baseline:
+            decoder_for.cache_clear()  # ours
+            whole.refresh(model)  # not counted
+            for module in (model, whole.module):  # Hugging Face's own layers
+                module.set_attn_implementation("sdpa")
+                for layer in module.modules():
+                    vars(layer).pop("forward", None)
+            theirs.append(measure(baseline_rollout, baseline_update))
+            for module in (model, whole.module):
+                use_our_layers(module)
+
+    def medians(runs: list[dict]) -> dict[str, float]:
+        return {name: statistics.median(figures[name] for figures in runs) for name in FIGURES}
+
+    prefill_seconds = best_of(lambda: rollout(1))
+    figures = medians(ours) | {"baseline": medians(theirs) if theirs else None, "prefill_seconds": prefill_seconds}
+    decode_seconds = (figures["rollout_seconds"] - prefill_seconds) / (C - 1)
+    return figures | shares_of_the_machine(whole.module, prompt, options, decode_seconds, figures["update_seconds"])
+
+
+def run_what_fits(options: Options, device: torch.device) -> dict:
+    """Measure; where memory does not suffice, without the baseline; raise InputError if not for ours either.
+
+    Of several ranks one may be short of memory alone: it ends the run with its line, whatever was to be measured.
+    """
+    try:
+        return run(options, device) | {"baseline_out_of_memory": False}
+    except torch.OutOfMemoryError as error:
+        line = "out of memory: lower a figure, or add --gradient_checkpointing true"
+        if dist.get_world_size() > 1:
+            line += " or --baseline False" if options.baseline else ""
+            end_alone(f"python -m grpo.benchmark: error: rank {dist.get_rank()}: {line}")
+        if not options.baseline:
+            raise InputError(line) from error
+    # A pass that did not come to its end has left its model in pieces: begin anew, without it.
+    decoder_for.cache_clear()
+    gc.collect()
+    return run_what_fits(dataclasses.replace(options, baseline=False), device) | {"baseline_out_of_memory": True}
+
+
+def table(figures: dict) -> str:
+    """Show the figures, ours beside the baseline's."""
+    lines = [f"{'':24} {'ours':>10} {'repeated rows':>14} {'ratio':>8}"]
+    theirs = figures["baseline"]
+    missing = "out of memory" if figures["baseline_out_of_memory"] else "-"
+    for name in FIGURES:
+        other = f"{theirs[name]:14.3f} {theirs[name] / figures[name]:7.1f}x" if theirs else f"{missing:>14}"
+        lines.append(f"{name.replace('_', ' '):24} {figures[name]:10.3f} {other}")
+    return "\n".join(lines) + (
+        f"\ndecoding: {figures['decode_tokens_per_second']:,.0f} tokens per second, "
+        f"{figures['decode_share_of_bandwidth']:.0%} of the memory bandwidth measured here "
+        f"({figures['machine']['bandwidth_gb_per_second']:,.0f} GB/s)\n"
+        f"update: {figures['update_share_of_flops']:.0%} of the matrix products measured here "
+        f"({figures['machine']['tflop_per_second']:,.2f} TFLOP/s)"
+    )
+
+
+def parse(argv: list[str]) -> Options:
+    """Read the flags; raise InputError, one line, for what cannot be."""
+
+    def fail(message: str):
+        raise InputError(f"{message}: python -m grpo.benchmark --help explains the flags")
+
+    parser = HfArgumentParser(Options, prog="python -m grpo.benchmark", allow_abbrev=False)
+    parser.error = fail
+    options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        fail(f"unknown flag {unknown[0]!r}")
+    least = {"num_videos": 1, "frames": 2, "resolution": 1, "num_generations": 2, "completion_length": 2, "runs": 1}
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            fail(f"--{name} {getattr(options, name)} must be at least {value}")
+    if options.frames % 2:
+        fail(f"--frames {options.frames} must be even")
+    if options.json and not os.access(Path(options.json).absolute().parent, os.W_OK):
+        fail(f"--json {options.json!r} cannot be written")
+    return options
+
+
+def main(argv: list[str]) -> int:
+    """Run; print a table and write the JSON file on rank 0; return 2, with one line, for what the user can mend."""
+    try:
+        options = parse(argv)
+        device = start_processes()
+        figures = run_what_fits(options, device)
+    except InputError as error:
+        print(f"python -m grpo.benchmark: error: {error}", file=sys.stderr)
+        return 2
+    figures = {
+        "options": dataclasses.asdict(options),
+        "ranks": dist.get_world_size(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "precision": str(compute_dtype(device)),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **figures,
+    }
+    if dist.get_rank() == 0:
+        print(table(figures))
+        if options.json:
+            Path(options.json).write_text(json.dumps(figures, indent=2))
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

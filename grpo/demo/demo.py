@@ -1,0 +1,171 @@
+"""`python train.py --demo`: everything a run needs, made on the spot, and what the run achieved.
+
+Draws beating hearts (`synthetic_echo.py`), builds a Qwen2.5-VL of the real class with a million parameters and a
+tokenizer of its own, and gives it a short supervised warm start on labels of a careless reader, who overestimates: it
+answers in the right form, and badly. Then the ordinary loop runs on these folders. What the answers gain from there on,
+GRPO has learned from rewards alone.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Qwen2_5_VLForConditionalGeneration, get_cosine_schedule_with_warmup
+
+from data.dataset import InputError, load_samples
+from data.loader import Prompt, load_prompt
+from data.video import VideoOptions
+from grpo.config import Config
+from grpo.demo.synthetic_echo import ANSWER, NUM_FRAMES, QUESTION, SIZE, write_samples
+from grpo.demo.tiny_tokenizer import build_tokenizer
+from grpo.evaluate.heldout import evaluate
+from grpo.export import load_merged
+from grpo.model.layers import use_our_layers
+from grpo.model.load import load_model, load_tokenizer
+from grpo.model.random_model import TOKENS_PER_SECOND, random_model
+from grpo.model.sharding import raise_together
+from reward.numerical import extract_number
+
+NUM_TRAIN, NUM_HELDOUT = 640, 96
+WARM_START_STEPS, WARM_START_BATCH, WARM_START_RATE = 350, 8, 1e-3
+LABEL_BIAS, LABEL_NOISE = 12.0, 8.0  # points that careless labels lie too high, and their standard deviation
+INIT_RANGE = 0.06  # of such small layers; with 0.02, right for large ones, learning starts late
+# The chat format's own words, so that the tokenizer learns them whole.
+CHAT_WORDS = "system\nYou are a helpful assistant.\nuser\nassistant\n" * 2
+VIDEO_OPTIONS = VideoOptions(nframes=NUM_FRAMES, resized_width=SIZE, resized_height=SIZE)
+
+
+def build_model(tokenizer, seed: int, hidden_size: int = 128, layers: int = 4) -> Qwen2_5_VLForConditionalGeneration:
+    """Make a small Qwen2.5-VL of the real class with random weights; about 1 million parameters as it is."""
+    words = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "eos_token_id": "<|im_end|>"}
+    words |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    words |= {"bos_token_id": "<|endoftext|>", "pad_token_id": "<|endoftext|>"}
+    ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in words.items()}
+    heads = hidden_size // 32
+    text = hidden_size, layers, heads, heads // 2, 2 * hidden_size, len(tokenizer), True, [4, 6, 6]
+    vision = hidden_size // 2, 2, heads // 2, hidden_size, [1]
+    torch.manual_seed(seed)
+    return use_our_layers(random_model(text, vision, ids, rope_theta=1e4, initializer_range=INIT_RANGE))
+
+
+def supervised_loss(model, prompts: list[Prompt], answer_ids: list[Tensor]) -> Tensor:
+    """Mean cross-entropy of the answers; rows are padded on the right, where causal attention never looks."""
+    rows, positions, labels = [], [], []
+    for prompt, answer in zip(prompts, answer_ids, strict=True):
+        own = prompt.position_ids.max() + 1 + torch.arange(len(answer))
+        rows.append(torch.cat([prompt.prompt_ids, answer]))
+        positions.append(torch.cat([prompt.position_ids, own.expand(3, -1)], dim=1).T)
+        labels.append(torch.cat([torch.full_like(prompt.prompt_ids, -100), answer]))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return model(
+        input_ids=pad(rows, batch_first=True),
+        position_ids=pad(positions, batch_first=True).permute(2, 0, 1),  # (3, N, L)
+        pixel_values_videos=torch.cat([prompt.pixel_values_videos for prompt in prompts]),
+        video_grid_thw=torch.cat([prompt.video_grid_thw for prompt in prompts]),
+        labels=pad(labels, batch_first=True, padding_value=-100),
+        use_cache=False,
+    ).loss
+
+
+def write_warm_start(folder: Path, prompts: list[Prompt], tokenizer, seed: int) -> None:
+    """Teach a new model to answer, from careless labels, and save it as a model folder."""
+    model = build_model(tokenizer, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START_RATE, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 20, WARM_START_STEPS)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in tqdm(range(WARM_START_STEPS), desc="warm start", leave=False):
+        batch = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:WARM_START_BATCH]]
+        answers = []
+        for prompt in batch:
+            off = LABEL_BIAS + LABEL_NOISE * torch.randn((), generator=generator).item()
+            careless = round(min(max(extract_number(prompt.sample.answer) + off, 5), 95))
+            answers.append(torch.tensor(tokenizer.encode(ANSWER.format(careless)) + [tokenizer.eos_token_id]))
+        optimizer.zero_grad()
+        supervised_loss(model, batch, answers).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_prompts(json_path: Path, tokenizer) -> list[Prompt]:
+    """Decode all samples of a JSON of synthetic hearts."""
+    samples = load_samples(str(json_path), str(json_path.parent / "videos"))
+    return [load_prompt(sample, tokenizer, TOKENS_PER_SECOND, VIDEO_OPTIONS) for sample in samples]
+
+
+def make_folder(output: Path) -> None:
+    """Make the folder of the run; raise InputError if that cannot be."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {str(output)!r} cannot be made ({error.strerror}): name another place"
+        ) from error
+
+
+def prepare(config: Config) -> Config:
+    """Make data and a warm-started model in `output_dir`; return the ordinary flags that train on them."""
+    output = Path(config.output_dir)
+    data, model_folder = output / "data", output / "warm_start"
+    has_begun = (output / "config.json").exists()  # which comes after both
+    is_made = has_begun and config.resume_from_checkpoint != "none"
+    if output.exists() and not is_made:
+        mend = "name a new folder" + ", or go on in it with --resume_from_checkpoint auto" * has_begun
+        raise InputError(f"--output_dir {config.output_dir!r} exists: {mend}")
+    dist.barrier()
+    raise_together(make_folder, output)
+    if dist.get_rank() == 0 and not is_made:
+        print(f"Drawing {NUM_TRAIN + NUM_HELDOUT} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
+        train_json = write_samples(data, "train", NUM_TRAIN, config.seed)
+        write_samples(data, "heldout", NUM_HELDOUT, config.seed)
+        tokenizer = build_tokenizer([QUESTION, ANSWER.format(0), CHAT_WORDS])
+        write_warm_start(model_folder, load_prompts(train_json, tokenizer), tokenizer, config.seed)
+    dist.barrier()
+    config = dataclasses.replace(
+        config,
+        demo=False,
+        model_id=str(model_folder),
+        data_path=str(data / "train.json"),
+        image_folder=str(data / "videos"),
+    )
+    if dist.get_rank() == 0:
+        print(f"The same run by hand:\n  {command(config)}\nIts curves:\n  tensorboard --logdir {output}")
+    return config
+
+
+def command(config: Config) -> str:
+    """Write the flags that differ from their defaults as a command line."""
+    flags = [
+        f"--{field.name} {getattr(config, field.name)}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default and field.name != "output_dir"
+    ]
+    return " ".join(["python train.py", *flags, "--output_dir output/again"])
+
+
+def report(config: Config, began: float) -> None:
+    """Evaluate the model before and after on held-out hearts; print it and write `demo_report.json`."""
+    if dist.get_rank() == 0:
+        rows = {}
+        for when, folder in {"before": config.model_id, "after": os.path.join(config.output_dir, "final")}.items():
+            tokenizer = load_tokenizer(config.model_id)
+            prompts = load_prompts(Path(config.data_path).with_name("heldout.json"), tokenizer)
+            is_adapter = config.lora_enable and when == "after"
+            model = load_merged(folder, config.model_id) if is_adapter else load_model(folder)
+            rows[when] = evaluate(model.eval(), tokenizer, prompts, config.max_completion_length)
+        print(f"\n{NUM_HELDOUT} held-out samples, greedy answers:\n         reward   error (points)   parsable")
+        for when, row in rows.items():
+            print(f"{when:8} {row['reward']:6.3f} {row['mae']:16.2f} {row['parse_rate']:10.0%}")
+        rows["seconds"] = round(time.time() - began, 1)
+        path = Path(config.output_dir, "demo_report.json")
+        path.write_text(json.dumps(rows, indent=2) + "\n")
+        print(f"{rows['seconds']:.0f} seconds in all; written to {path}")
+    dist.barrier()

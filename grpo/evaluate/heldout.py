@@ -1,0 +1,34 @@
+"""Greedy answers on held-out samples, scored by the reward and by their error in points."""
+
+import torch
+
+from data.loader import Prompt
+from grpo.model.load import special_tokens
+from grpo.rollout import generate
+from reward.numerical import extract_number, numerical_video_reward
+
+
+def evaluate(model, tokenizer, prompts: list[Prompt], max_completion_length: int) -> dict[str, float]:
+    """Answer every prompt greedily.
+
+    model: with whole weights. Returns the mean `reward`, the mean absolute error `mae` over the answers that hold a
+    number (in points, where the truth has one) and the share of such answers, `parse_rate`.
+    """
+    device = next(model.parameters()).device
+    tokens = special_tokens(model, tokenizer, device)
+    rewards, errors, parsed = [], [], []
+    for prompt in prompts:
+        (rollout,) = generate(
+            model, [prompt.to(device)], 1, max_completion_length, 1.0, tokens.stop_ids, tokens.banned_ids, None
+        )
+        text = tokenizer.decode(rollout.completion_ids[0], skip_special_tokens=True)
+        answer = prompt.sample.answer
+        rewards += numerical_video_reward(
+            [[{"role": "assistant", "content": text}]], [{"role": "assistant", "content": answer}]
+        )
+        truth, predicted = extract_number(answer), extract_number(text)
+        parsed.append(predicted is not None)
+        if truth is not None and predicted is not None:
+            errors.append(abs(truth - predicted))
+    mean = {"reward": rewards, "mae": errors or [float("nan")], "parse_rate": parsed}
+    return {name: torch.tensor(values, dtype=torch.float64).mean().item() for name, values in mean.items()}

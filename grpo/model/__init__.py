@@ -1,0 +1,1 @@
+"""The network: loading it, its layers, adapters, sharding and optimizer."""

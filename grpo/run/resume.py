@@ -1,0 +1,138 @@
+"""Decide where a run begins: `--resume_from_checkpoint`, and whether what is there is the same run."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
+
+from data.dataset import InputError, Sample
+from grpo.config import Config, count_steps
+from grpo.model.load import first_line
+from grpo.run.checkpoint import PROGRESS, checkpoints
+
+# Flags that a resumed run may change. Data may lie elsewhere but must be the same; how a step's work is split changes
+# nothing; and with other numbers of steps the learning rate goes on as in a run of the new length.
+MAY_CHANGE = """
+    output_dir resume_from_checkpoint save_steps save_total_limit logging_steps log_completions dataloader_num_workers
+    reward_timeout max_bad_steps on_bad_video data_path image_folder max_steps num_train_epochs demo
+    per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing memory_preflight
+""".split()
+
+
+@dataclass
+class Start:
+    """Where a run begins."""
+
+    run: dict  # what its checkpoints say of it, beside step and counts
+    step: int = 0  # so many are done
+    counts: dict[str, int] = field(default_factory=dict)  # of `Tracker`
+    folder: Path | None = None  # the checkpoint to go on from
+    is_complete: bool = False
+    words: list[str] = field(default_factory=list)  # lines for the user
+
+
+def find_start(config: Config, samples: list[Sample]) -> Start:
+    """Find where the run begins; raise InputError where it would not be the run that the checkpoint is of."""
+    output, wanted = Path(config.output_dir), config.resume_from_checkpoint
+    total_steps = count_steps(config, len(samples))
+    run = {"flags": dataclasses.asdict(config), "total_steps": total_steps, "ranks": dist.get_world_size()}
+    run |= {"num_samples": len(samples), "data": fingerprint(samples)}
+    there = checkpoints(output)
+    newest = there[max(there)] if there else None
+    origin = None if there or (output / "final").exists() else origin_of(output)
+    if wanted == "auto":
+        if (output / "final").exists():
+            final = read_progress(output / "final", config, run)
+            if final["step"] >= total_steps:
+                words = f"{output} is complete: {final['step']} steps; the trained model is in {output / 'final'}"
+                return Start(run, final["step"], is_complete=True, words=[words])
+            if newest is None:
+                raise InputError(
+                    f"--output_dir {str(output)!r}: its run ended and left no checkpoint: name a new folder"
+                )
+        if origin:
+            raise InputError(
+                f"--output_dir {str(output)!r}: its run went on from {origin!r} and has no checkpoint of its own yet: "
+                f"give --resume_from_checkpoint {origin}"
+            )
+        return continued(newest, config, run) if newest else Start(run)
+
+    folder = Path(wanted)
+    if wanted != "none" and folder.resolve() in [path.resolve() for path in there.values()]:
+        if folder.resolve() != newest.resolve():
+            raise InputError(
+                f"--resume_from_checkpoint {wanted!r}: {newest.name} beside it is newer: move away what is newer, or "
+                "name a new --output_dir"
+            )
+    elif there or ((output / "config.json").exists() and wanted != origin):
+        raise InputError(
+            f"--output_dir {str(output)!r} holds another run: name a new folder, or continue it with "
+            "--resume_from_checkpoint auto"
+        )
+    return Start(run) if wanted == "none" else continued(folder, config, run)
+
+
+def origin_of(output: Path) -> str | None:
+    """Return the checkpoint elsewhere that the run in `output` went on from, if it did."""
+    try:
+        origin = json.loads((output / "config.json").read_text())["resume_from_checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if origin in ("none", "auto") or Path(origin).resolve().parent == output.resolve() else origin
+
+
+def continued(folder: Path, config: Config, run: dict) -> Start:
+    """Begin where the checkpoint in `folder` ends."""
+    old = read_progress(folder, config, run)
+    if folder.resolve() not in [path.resolve() for path in checkpoints(folder.parent).values()]:
+        raise InputError(f"--resume_from_checkpoint {str(folder)!r} is no folder checkpoint-N: name one, or auto")
+    step, total_steps = old["step"], run["total_steps"]
+    if step > total_steps:
+        raise InputError(f"{str(folder)!r} is of step {step}, and the run has {total_steps}: raise --max_steps")
+    words = [f"resumed from {folder}: {step} of {total_steps} steps are done"]
+    if old["total_steps"] != total_steps:
+        words.append(f"of {old['total_steps']} steps so far: the learning rate goes on as in a run of {total_steps}")
+    if old["ranks"] != run["ranks"]:
+        words.append(f"saved by {old['ranks']} ranks, now {run['ranks']}: the same run, but for rounding and dropout")
+    return Start(run, step, old["counts"], folder, words=words)
+
+
+def read_progress(folder: Path, config: Config, run: dict) -> dict:
+    """Read what a saved folder says of its run; raise InputError if it is of a run with other flags or data."""
+    try:
+        old = json.loads((folder / PROGRESS).read_text())
+        flags = old["flags"]
+        old = {key: old[key] for key in ("step", "total_steps", "ranks", "num_samples", "data", "counts")}
+        changed = [
+            f"--{name} {new!r} was {flags[name]!r}"
+            for name, new in run["flags"].items()
+            if name in flags and name not in MAY_CHANGE and not is_same(name, new, flags[name])
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{str(folder)!r} is no whole checkpoint ({first_line(error)}): move it away if it is damaged, and give "
+            "--resume_from_checkpoint auto, or a folder checkpoint-N"
+        ) from error
+    if changed:
+        raise InputError(f"{', '.join(changed)} in {str(folder)!r}: give what was, or begin anew in a new --output_dir")
+    if (run["num_samples"], run["data"]) != (old["num_samples"], old["data"]):
+        raise InputError(
+            f"--data_path {config.data_path!r}: {str(folder)!r} was trained on other samples ({old['num_samples']}, "
+            f"now {run['num_samples']}): give the same ones, or begin anew in a new --output_dir"
+        )
+    return old
+
+
+def is_same(name: str, new, old) -> bool:
+    """Compare two values of a flag; a model may be named by different paths."""
+    return new == old or (name == "model_id" and os.path.realpath(new) == os.path.realpath(old))
+
+
+def fingerprint(samples: list[Sample]) -> str:
+    """Digest what the samples say; not where their videos lie."""
+    texts = [[s.id, s.turns, s.answer, [Path(video).name for video in s.videos]] for s in samples]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

@@ -1,0 +1,290 @@
+"""The check of a data set: what it finds, what it keeps, and that nothing but the cleaned file is written."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from data.check import PROBLEMS, check, main, open_apart, open_video, parse
+from data.dataset import InputError, load_samples
+from grpo.config import Config, video_options
+from grpo.demo.mp4 import write_mp4
+from grpo.demo.tiny_tokenizer import build_tokenizer
+from tests.conftest import OPTIONS, ROOT, make_tiny
+
+SMALL = "--nframes 4 --video_resized_width 56 --video_resized_height 56 --num_workers 2".split()
+
+
+def entry(name, videos=("a.mp4",), answer="55%", question=None):
+    question = "<video>\n" * len(videos) + "What is the EF?" if question is None else question
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "video": list(videos), "conversations": turns}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Good videos a and b, the short one c, the broken one d."""
+    (tmp_path / "videos").mkdir()
+    frames = np.random.default_rng(0).integers(0, 256, (8, 56, 56, 3), dtype=np.uint8)
+    for name, num_frames in (("a", 8), ("b", 8), ("c", 3)):
+        write_mp4(tmp_path / "videos" / f"{name}.mp4", frames[:num_frames], fps=8)
+    (tmp_path / "videos" / "d.mp4").write_bytes(b"no video")
+    return tmp_path
+
+
+def run(folder, capsys, entries, *flags, name="train.json"):
+    """Check entries: the exit code, what is printed, and {problem: (number, outcome, ids)}."""
+    (folder / name).write_text(entries if isinstance(entries, str) else json.dumps(entries))
+    code = main(["--data_path", f"{folder / name}", "--image_folder", f"{folder / 'videos'}", *SMALL, *flags])
+    text = capsys.readouterr().out
+    table = {}
+    for problem in PROBLEMS:
+        row = re.search(rf"^{re.escape(problem)} +(\d+) *(kept|left out)? *(.*)$", text, re.MULTILINE)
+        table[problem] = (int(row[1]), row[2], row[3])
+    return code, text, table
+
+
+MIXED = [
+    entry("fine", ["a.mp4", "b.mp4"]),
+    3,
+    entry("special", question="<video>\n<|im_end|>"),
+    entry("turns") | {"conversations": []},
+    entry("tags", question="<video><video>"),
+    entry("fine", ["b.mp4"]),
+    entry("gone\n\x1b[31m", ["x\n.mp4"]),
+    entry("broken", ["a.mp4", "d.mp4", "gone.mp4"]),
+    entry("short", ["c.mp4"]),
+    entry("words", answer="normal") | {"extra": [1.5, "é\ud800"]},
+    entry("many", ["a.mp4"] * 7),
+]
+
+
+def test_every_problem_is_counted_and_named(folder, capsys):
+    code, text, table = run(folder, capsys, MIXED)
+    assert code == 1
+    assert table == {
+        "malformed sample": (3, "left out", "#2, 'special', 'turns'"),
+        "tags and videos differ": (1, "left out", "'tags'"),
+        "duplicate id": (1, "left out", "'fine'"),
+        "missing video": (2, "left out", r"'gone\n\x1b[31m', 'broken'"),
+        "undecodable video": (1, "left out", "'broken'"),
+        "too few frames": (1, "left out", "'short'"),
+        "no number in the truth": (1, "kept", "'words'"),
+        "over --max_videos": (1, "kept", "'many'"),
+    }
+    assert re.search(r"^missing video.*\n    no video at '.*/videos/x\\n\.mp4'$", text, re.MULTILINE)
+    assert re.search(r"^undecodable.*\n    '.*/videos/d\.mp4' is not a video that decord can open$", text, re.MULTILINE)
+    assert re.search(r"^too few.*\n    '.*/c\.mp4' has 3 frames, --nframes 4 asks for 4$", text, re.MULTILINE)
+    assert "11 samples, 6 videos: 3 samples fit, 8 left out" in text
+    assert text.replace("\n", "").isprintable()
+
+
+def test_more_than_three_ids_are_counted_not_listed(folder, capsys):
+    _, _, table = run(folder, capsys, [entry(i, ["gone.mp4"]) for i in range(5)])
+    assert table["missing video"] == (5, "left out", "'0', '1', '2', ...")
+
+
+def test_what_is_only_kept_is_no_failure(folder, capsys):
+    code, _, table = run(folder, capsys, [MIXED[0], MIXED[-2], MIXED[-1]])
+    assert code == 0
+    assert sum(number for number, _, _ in table.values()) == 2
+    assert run(folder, capsys, [MIXED[-1]], "--max_videos", "0")[2]["over --max_videos"][0] == 0
+
+
+def test_a_bad_video_beyond_the_cap_is_kept_since_the_trainer_does_not_open_it_but_misses_it(folder, capsys):
+    entries = [entry("bad", ["a.mp4", "d.mp4"]), entry("gone", ["a.mp4", "gone.mp4"])]
+    code, text, table = run(folder, capsys, entries, "--max_videos", "1", "--write_clean", str(folder / "clean.json"))
+    assert code == 1 and table["undecodable video"][0] == 0 and table["missing video"] == (1, "left out", "'gone'")
+    assert re.search(
+        r"^    2 videos, of which the first 1 are used; beyond them '.*/d\.mp4' is not a", text, re.MULTILINE
+    )
+    assert [sample.id for sample in load_samples(str(folder / "clean.json"), str(folder / "videos"))] == ["bad"]
+
+
+def test_entries_without_an_id_keep_the_one_that_their_position_gave_them(folder, capsys):
+    unnamed = {key: value for key, value in entry("").items() if key != "id"}
+    run(folder, capsys, [3, unnamed, entry("#1"), unnamed | {"id": None}], "--write_clean", str(folder / "clean.json"))
+    samples = load_samples(str(folder / "clean.json"), str(folder / "videos"))
+    assert [sample.id for sample in samples] == ["#2", "#1", "#4"]
+
+
+def test_a_full_disk_leaves_no_half_of_a_cleaned_file(folder):
+    (folder / "train.json").write_text(json.dumps([entry(f"s{i}") for i in range(99)]))
+    command = [sys.executable, "-m", "data.check", "--data_path", str(folder / "train.json"), *SMALL]
+    result = subprocess.run(
+        [*command, "--image_folder", str(folder / "videos"), "--write_clean", str(folder / "clean.json")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2 and not (folder / "clean.json").exists()
+    assert "error: --write_clean" in result.stderr and "File too large" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["clean.json", "clean.jsonl"])
+def test_the_cleaned_file_holds_the_fit_entries_as_they_were_and_the_trainer_takes_it(folder, capsys, name):
+    code, text, _ = run(folder, capsys, MIXED, "--write_clean", str(folder / name))
+    assert code == 1 and str(folder / name) in text
+    written = (folder / name).read_text()
+    read = json.loads(written) if name == "clean.json" else [json.loads(line) for line in written.splitlines()]
+    assert read == [MIXED[0], MIXED[-2], MIXED[-1]]
+    samples = load_samples(str(folder / name), str(folder / "videos"))
+    assert [sample.id for sample in samples] == ["fine", "words", "many"]
+    assert run(folder, capsys, read)[0] == 0
+
+
+def test_nothing_is_overwritten_and_nothing_else_written(folder, capsys, monkeypatch):
+    data = folder / "train.json"
+    data.write_text(json.dumps(MIXED))
+    (folder / "old.json").write_text("old")
+    (folder / "link.json").symlink_to(folder / "nowhere.json")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    for path, message in (
+        (data, "exists"),
+        (folder / "old.json", "exists"),
+        (folder / "link.json", "exists"),
+        (folder / "videos", "exists"),
+        (folder / "none" / "clean.json", "cannot be written"),
+    ):
+        assert main(["--data_path", str(data), *SMALL, "--write_clean", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("python -m data.check: error: --write_clean ") and error.count("\n") == 1
+        assert repr(str(path)) in error and message in error
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+    checked = parse(["--data_path", str(data), "--image_folder", str(folder / "videos"), "--write_clean", "clean.json"])
+    monkeypatch.chdir(folder)
+    (folder / "clean.json").write_text("written meanwhile")
+    with pytest.raises(FileExistsError):
+        check(*checked)
+    assert (folder / "clean.json").read_text() == "written meanwhile"
+    (folder / "clean.json").unlink()
+    run(folder, capsys, [entry("bad", ["d.mp4"])], "--write_clean", str(folder / "clean.json"))
+    assert not (folder / "clean.json").exists()  # no sample is fit
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--data_path"),
+        (["--data_path", "x", "--nframe", "8"], "--nframe"),
+        (["--data_path", "x", "--nframes", "eight"], "--nframes"),
+        (["--data_path", "x", "--nframes", "8", "--fps", "2"], "--fps or --nframes"),
+        (["--data_path", "x", "--video_resized_width", "56"], "together"),
+        (["--data_path", "x", "--max_videos", "-1"], "--max_videos"),
+        (["--data_path", "x", "--num_workers", "0"], "--num_workers"),
+        (["--data_path", "gone.json"], "gone.json"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_exit_code_2(flags, message, capsys):
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m data.check: error: ") and error.count("\n") == 1 and message in error
+
+
+def test_a_file_that_is_no_json_is_one_line_and_exit_code_2(folder, capsys):
+    (folder / "train.json").write_text("[{}, {")
+    assert main(["--data_path", str(folder / "train.json")]) == 2
+    assert "malformed JSON at line 1, column 7" in capsys.readouterr().err
+
+
+def test_the_flags_about_videos_are_those_of_the_trainer():
+    names = "max_videos fps nframes video_resized_width video_resized_height video_min_pixels video_max_pixels".split()
+    arguments, options = parse(["--data_path", "x"])
+    assert {name: getattr(arguments, name) for name in names} == {name: getattr(Config(), name) for name in names}
+    assert options == video_options(Config())
+    given = {"fps": 3.0, "video_min_pixels": 28 * 28, "video_max_pixels": 9 * 28 * 28}
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    assert parse(["--data_path", "x", *flags])[1] == video_options(Config(**given))
+    sizes = {"nframes": 6, "video_resized_width": 84, "video_resized_height": 56}
+    flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    assert parse(["--data_path", "x", *flags])[1] == video_options(Config(**sizes))
+
+
+def test_sizes_are_those_that_are_trained(tmp_path, capsys):
+    tiny = make_tiny(tmp_path / "tiny", num_videos=(1, 3, 2, 1))
+    flags = ["--data_path", str(tiny.folder / "data.json"), "--image_folder", str(tiny.folder / "videos"), *SMALL]
+    assert main([*flags, "--model_id", str(tiny.folder / "model")]) == 0
+    rows = dict(re.findall(r"^(\S.*?)  +(\d+ +\S+ +\S+ +\d+)$", capsys.readouterr().out, re.MULTILINE))
+    lengths = sorted(len(prompt.prompt_ids) for prompt in tiny.prompts)
+    assert rows["videos per sample"].split() == ["1", "1.5", "1.8", "3"]
+    assert rows["frames read per video"].split() == ["4", "4.0", "4.0", "4"]
+    median, mean = (lengths[1] + lengths[2]) / 2, sum(lengths) / 4
+    assert rows["prompt tokens"].split() == [str(lengths[0]), f"{median:.1f}", f"{mean:.1f}", str(lengths[3])]
+    assert main([*flags, "--max_videos", "2"]) == 0
+    tokens = re.search(r"^video tokens .*text not counted\) +(\d+) .* (\d+)$", capsys.readouterr().out, re.MULTILINE)
+    assert tokens.groups() == ("8", "16")  # 2 x 2 x 2 per video, at most 2 videos
+
+
+def test_a_model_without_a_usable_tokenizer_is_one_line_and_exit_code_2(folder, capsys, tmp_path):
+    (folder / "train.json").write_text(json.dumps([entry("s1")]))
+    flags = ["--data_path", str(folder / "train.json"), "--image_folder", str(folder / "videos"), *SMALL]
+    tokenizer = build_tokenizer(["What is the EF?"])
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "tokenizer_config.json").write_text("[]")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role + message.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "text")
+    for model_id in (tmp_path / "plain", tmp_path / "odd", tmp_path / "text", folder / "videos"):
+        assert main([*flags, "--model_id", str(model_id)]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"python -m data.check: error: --model_id {str(model_id)!r}")
+
+
+def crash(path, options):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hang(path, options):
+    time.sleep(600)
+
+
+def test_a_file_that_crashes_or_hangs_the_decoder_is_undecodable(folder):
+    problem, reason = open_apart("a\n.mp4", OPTIONS, function=crash)
+    assert problem == "undecodable video" and reason == r"'a\n.mp4' crashes the decoder (exit code -11)"
+    began = time.monotonic()
+    problem, reason = open_apart("a\n.mp4", OPTIONS, seconds=0.2, function=hang)
+    assert problem == "undecodable video" and reason == r"'a\n.mp4' hangs the decoder: no frames within 0.2 s"
+    assert time.monotonic() - began < 60
+    path = str(folder / "videos" / "a.mp4")
+    assert open_apart(path, OPTIONS) == open_video(path, OPTIONS) == (2, 4, 4)
+
+
+def test_the_command_prints_its_table_and_only_that(folder):
+    (folder / "train.json").write_text(json.dumps(MIXED))
+    command = [sys.executable, "-m", "data.check", "--data_path", str(folder / "train.json"), *SMALL]
+    result = subprocess.run(
+        [*command, "--image_folder", str(folder / "videos")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert result.stdout.startswith("problem ") and result.stdout.endswith("3 samples fit, 8 left out\n")
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert "6/6" in lines[-1] and all(
+        "s/video" in line or "video/s" in line for line in lines
+    )  # the bar, and no word of FFmpeg
+
+
+def test_data_imports_neither_the_trainer_nor_in_its_library_the_reward():
+    for path in (ROOT / "data").glob("*.py"):
+        imported = set(re.findall(r"^\s*(?:from|import) (grpo|train|reward)\b", path.read_text(), re.MULTILINE))
+        assert imported <= ({"reward"} if path.name == "check.py" else set()), path
+
+
+def test_options_of_the_check_reach_the_decoder(folder, capsys):
+    code, text, _ = run(folder, capsys, [entry("s1")], "--nframes", "6")
+    assert code == 0 and re.search(r"^frames read per video +6 ", text, re.MULTILINE)
+    with pytest.raises(InputError):
+        parse(["--data_path", "x", "--video_min_pixels", "0"])

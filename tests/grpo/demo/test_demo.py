@@ -1,0 +1,122 @@
+"""The demo learns, its task is in the pixels alone, and its command line is an ordinary one."""
+
+import contextlib
+import io
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from grpo.config import parse_config
+from grpo.demo.demo import load_prompts
+from grpo.demo.synthetic_echo import draw_clip, write_samples
+from grpo.evaluate.heldout import evaluate
+from grpo.export import load_merged
+from grpo.model.load import load_model, load_tokenizer, special_tokens
+from grpo.rollout import generate
+from reward.numerical import extract_number
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A shorter demo: the whole warm start, and 60 steps of GRPO."""
+    output = tmp_path_factory.mktemp("demo") / "demo"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert train.main(["--demo", "--max_steps", "60", "--output_dir", str(output)]) == 0
+    return output, printed.getvalue()
+
+
+def test_grpo_raises_the_reward_on_held_out_hearts(demo):
+    output, printed = demo
+    report = json.loads((output / "demo_report.json").read_text())
+    assert set(report) == {"before", "after", "seconds"}
+    assert report["after"]["reward"] > report["before"]["reward"] + 0.1
+    assert report["after"]["mae"] < 0.8 * report["before"]["mae"]
+    assert report["after"]["parse_rate"] == 1.0
+    assert f"{report['after']['reward']:.3f}" in printed
+
+
+def test_adapters_alone_raise_it_too(demo, tmp_path, capsys):
+    output, _ = demo
+    resolved = json.loads((output / "config.json").read_text())
+    same = "model_id data_path image_folder nframes video_resized_width video_resized_height max_completion_length "
+    same += "global_batch_size max_steps temperature"
+    flags = [text for name in same.split() for text in (f"--{name}", str(resolved[name]))]
+    flags += "--lora_enable --lora_rank 8 --lora_dropout 0 --freeze_vision_tower --freeze_merger".split()
+    assert train.main([*flags, "--learning_rate", "1e-3", "--output_dir", str(tmp_path / "lora")]) == 0
+    (trained,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained in all")]
+    assert float(trained.split("(")[1].split("%")[0]) < 15
+    tokenizer = load_tokenizer(resolved["model_id"])
+    prompts = load_prompts(output / "data" / "heldout.json", tokenizer)
+    model = load_merged(str(tmp_path / "lora" / "final"), resolved["model_id"]).eval()
+    before = json.loads((output / "demo_report.json").read_text())["before"]
+    after = evaluate(model, tokenizer, prompts, 16)
+    assert after["reward"] > before["reward"] + 0.1 and after["parse_rate"] == 1.0
+
+
+def answers(output: Path, json_path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The trained model's greedy answers, and the truths of the JSON."""
+    tokenizer, model = load_tokenizer(str(output / "final")), load_model(str(output / "final")).eval()
+    tokens = special_tokens(model, tokenizer, torch.device("cpu"))
+    prompts = load_prompts(json_path, tokenizer)
+    rollouts = generate(model, prompts, 1, 16, 1.0, tokens.stop_ids, tokens.banned_ids, None)
+    texts = [tokenizer.decode(rollout.completion_ids[0], skip_special_tokens=True) for rollout in rollouts]
+    return torch.tensor([extract_number(text) for text in texts]), torch.tensor(
+        [extract_number(prompt.sample.answer) for prompt in prompts]
+    )
+
+
+def test_answers_follow_the_videos_when_they_are_swapped(demo):
+    output, _ = demo
+    samples = json.loads((output / "data" / "heldout.json").read_text())
+    samples.sort(key=lambda sample: extract_number(sample["conversations"][1]["value"]))
+    pairs = list(zip(samples[:20], samples[-20:], strict=True))  # emptiest and fullest hearts
+    for low, high in pairs:
+        low["video"], high["video"] = high["video"], low["video"]
+        for sample in (low, high):
+            sample["conversations"][0]["value"] = "What is the ejection fraction in these videos?"  # videos first
+    swapped = output / "data" / "swapped.json"
+    swapped.write_text(json.dumps([sample for pair in pairs for sample in pair]))
+    answered, truth = answers(output, swapped)
+    answered, truth = answered.view(-1, 2), truth.view(-1, 2)
+    assert (truth[:, 0] < truth[:, 1] - 20).all()
+    follows = answered[:, 0] > answered[:, 1]  # the sample whose truth is low got the videos of a strong heart
+    assert follows.float().mean() >= 0.95
+
+
+def test_nothing_but_the_pixels_differs_between_samples(tmp_path):
+    path = write_samples(tmp_path, "train", 40, seed=0)
+    samples = json.loads(path.read_text())
+    assert len({sample["conversations"][1]["value"] for sample in samples}) > 20  # answers differ
+    assert len({sample["conversations"][0]["value"].replace("<video>\n", "") for sample in samples}) == 1
+    assert {len(sample["video"]) for sample in samples} == {2, 3}
+    assert all((tmp_path / "videos" / video).exists() for sample in samples for video in sample["video"])
+
+
+def test_the_cavity_shrinks_by_the_ejection_fraction():
+    import numpy as np
+
+    for ejection_fraction in (20, 50, 80):
+        clip = draw_clip(ejection_fraction, np.random.default_rng(1)).mean(axis=3)  # (T, H, W)
+        widths = (clip[:, 24:32] < 40).sum(axis=2).mean(axis=1)  # dark pixels in the middle rows
+        assert (widths.min() / widths.max()) ** 2 == pytest.approx(1 - ejection_fraction / 100, abs=0.12)
+
+
+def test_the_printed_command_holds_the_same_flags(demo):
+    output, printed = demo
+    (command,) = [line.strip() for line in printed.splitlines() if line.strip().startswith("python train.py")]
+    again = parse_config(shlex.split(command)[2:])
+    resolved = json.loads((output / "config.json").read_text())
+    for name, value in vars(again).items():
+        if name not in ("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            assert value == resolved[name], name
+
+
+def test_the_demo_does_not_touch_a_folder_that_exists(demo, capsys):
+    output, _ = demo
+    assert train.main(["--demo", "--output_dir", str(output)]) == 2
+    assert "exists" in capsys.readouterr().err

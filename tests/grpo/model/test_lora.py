@@ -1,0 +1,351 @@
+"""LoRA: what is adapted and merged, that ranks agree, and that what is saved is what was trained."""
+
+import copy
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import train
+from grpo import export
+from grpo.config import Config, resolve_batch_sizes
+from grpo.logprobs import completion_logprobs
+from grpo.model import sharding
+from grpo.model.layers import use_our_layers
+from grpo.model.load import freeze, make_optimizer, save_model, whole_tensor
+from grpo.model.lora import (
+    adapters_off,
+    add_adapters,
+    gather_adapter,
+    layers_to_adapt,
+    lora_layers,
+    trains_adapters_alone,
+    without_dropout,
+)
+from tests.conftest import Tiny, run_ranks
+from tests.grpo.model.test_sharding import relative, rollouts_of, with_advantages
+from tests.test_train import curves, flags, run_main, weights
+
+LORA = {"lora_enable": True, "lora_rank": 4, "lora_dropout": 0.0, "temperature": 0.7, "learning_rate": 1e-2}
+FROZEN = {"freeze_vision_tower": True, "freeze_merger": True}
+LORA_FLAGS = ["--lora_enable", "--lora_rank", "4", "--global_batch_size", "4", "--learning_rate", "1e-2"]
+
+
+def adapted(tiny: Tiny, config: Config):
+    """The model on one rank with adapters that are not zero: the twin that samples, and the sharded one."""
+    device = sharding.start_processes()
+    torch.manual_seed(dist.get_rank())  # ranks may have drawn different numbers before
+    model = copy.deepcopy(tiny.model).train()
+    whole = sharding.WholeWeights(model)
+    add_adapters(model, config)
+    freeze(model, config)
+    sharding.shard(model, device)
+    return whole, model
+
+
+def set_B(model) -> None:
+    """Give every B the same numbers on any number of ranks."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            B = layer.lora_B["default"].weight
+            values = torch.randn(B.shape, generator=generator) * 0.1
+            if isinstance(B, DTensor):
+                values = distribute_tensor(values, B.device_mesh, B.placements)
+            B.copy_(values)
+
+
+def score(model, tiny: Tiny, compute=None) -> list[torch.Tensor]:
+    """Log-probabilities of fixed completions of all prompts."""
+    rollouts = rollouts_of(tiny)
+    compute = compute or (lambda *arguments: completion_logprobs(model, *arguments))
+    prompts, ids, masks = zip(*((r.prompt, r.completion_ids, r.completion_mask) for r in rollouts), strict=True)
+    with torch.no_grad():
+        return [logprobs for logprobs, _ in compute(list(prompts), list(ids), list(masks), 0.7, tiny.banned_ids)]
+
+
+def sharded_score(model, tiny: Tiny) -> list[torch.Tensor]:
+    return score(model, tiny, model.completion_logprobs)
+
+
+def update(tiny: Tiny, model, optimizer, config: Config) -> list[torch.Tensor]:
+    """Do one step on this rank's share of the groups; return the whole gradients."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    config = resolve_batch_sizes(config, world_size)
+    rollouts, totals = with_advantages(rollouts_of(tiny))
+    train.update_phase(model, None, optimizer, rollouts[rank::world_size], totals, tiny.banned_ids, config)
+    return [whole_tensor(p.grad) for p in model.parameters() if p.grad is not None]
+
+
+def distance(a, b) -> float:
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+def step(tiny: Tiny, path: str, settings: dict) -> None:
+    config = Config(**LORA | {"max_grad_norm": 1e9, "global_batch_size": 4} | settings)
+    base = score(tiny.model, tiny)  # here, since the number of threads, which a process sets, changes the last bits
+    whole, model = adapted(tiny, config)
+    optimizer, _ = make_optimizer(model, config, total_steps=1)  # before FSDP puts whole weights in its weights' place
+    set_B(model)
+    whole.refresh(model)
+    result = {"base": base, "merged": score(whole.module, tiny), "unmerged": sharded_score(model, tiny)}
+    with adapters_off(model):
+        result["off"] = sharded_score(model, tiny)
+    result["on again"] = sharded_score(model, tiny)
+    result["gradients"] = update(tiny, model, optimizer, config)
+    result["alone"] = trains_adapters_alone(model)
+    whole.refresh(model)
+    result["after"] = score(whole.module, tiny)
+    adapter = gather_adapter(model, config)
+    if dist.get_rank() == 0:
+        torch.save(result, path)
+        adapter.config.base_model_name_or_path = str(tiny.folder / "model")
+        save_model(adapter, tiny.tokenizer, f"{path}.adapter", [])
+    dist.destroy_process_group()
+
+
+CASES = {
+    "language model": FROZEN,
+    "with vision": FROZEN | {"vision_lora": True},
+    "beside tower and merger": {},
+    "beside the merger": {"freeze_vision_tower": True},
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(tiny, request, tmp_path_factory):
+    """One update on one rank: its settings, what was computed, and the folder it saved."""
+    path = str(tmp_path_factory.mktemp("lora") / "step.pt")
+    run_ranks(step, 1, tiny, path, CASES[request.param])
+    return CASES[request.param], torch.load(path), f"{path}.adapter"
+
+
+def test_merged_and_unmerged_adapters_agree(case):
+    _, result, _ = case
+    assert distance(result["merged"], result["unmerged"]) < 1e-4
+    assert distance(result["merged"], result["base"]) > 0.1
+    assert distance(result["after"], result["merged"]) > 1e-2
+
+
+def test_with_adapters_off_the_model_is_its_base_exactly_and_then_itself_again(case):
+    settings, result, _ = case
+    assert distance(result["off"], result["base"]) == 0
+    assert distance(result["on again"], result["unmerged"]) == 0
+    assert result["alone"] == ("freeze_merger" in settings)
+
+
+def test_two_ranks_agree_with_one(tiny, case, tmp_path):
+    settings, one, _ = case
+    run_ranks(step, 2, tiny, str(tmp_path / "step.pt"), settings)
+    two = torch.load(tmp_path / "step.pt")
+    assert relative(two["gradients"], one["gradients"]) < 1e-5
+    for name in ("merged", "unmerged", "off", "after"):
+        assert distance(two[name], one[name]) < 1e-4, name
+
+
+def test_every_adapter_and_every_trained_part_gets_a_gradient_and_nothing_else(tiny, case):
+    settings, result, folder = case
+    saved = load_file(f"{folder}/adapter_model.safetensors")
+    assert len(result["gradients"]) == len(saved)  # also after the adapters were off
+    assert min(gradient.norm() for gradient in result["gradients"]) > 0
+    in_language, in_tower = 2 * 7, 2 * 5 if "vision_lora" in settings else 0  # layers of 7 and blocks of 5 matrices
+    assert sum("lora_A" in name for name in saved) == in_language + in_tower
+    assert any("visual.blocks" in name and "lora" not in name for name in saved) == (not settings)
+    assert any("visual.merger" in name for name in saved) == ("freeze_merger" not in settings)
+
+
+def test_peft_loads_what_was_saved_and_it_is_what_was_trained(tiny, case):
+    _, result, folder = case
+    base = use_our_layers(Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny.folder / "model"))
+    loaded = PeftModel.from_pretrained(base, folder).eval()
+    assert distance(score(loaded.get_base_model(), tiny), result["after"]) < 1e-4
+    assert json.loads(Path(folder, "adapter_config.json").read_text())["inference_mode"]
+    # All of it is the adapter's to peft: saved again, nothing is left out.
+    assert get_peft_model_state_dict(loaded).keys() == load_file(f"{folder}/adapter_model.safetensors").keys()
+    assert {path.name for path in Path(folder).iterdir()} >= {
+        *("adapter_model.safetensors", "adapter_config.json", "tokenizer.json")
+    }
+
+
+@pytest.mark.parametrize("excluded", ["['lm_head', 'mlp']", "mlp,embed_tokens"])
+def test_excluded_names_get_no_adapter_and_lm_head_never_does(tiny, excluded):
+    every = layers_to_adapt(tiny.model, Config(**LORA))
+    rest = layers_to_adapt(tiny.model, Config(**LORA, lora_namespan_exclude=excluded))
+    assert len(every) == 2 * 7 and not any("lm_head" in name or "visual" in name for name in every)
+    assert rest == [name for name in every if "mlp" not in name] and len(rest) == 2 * 4
+
+
+def test_dropout_acts_in_the_update_alone(tiny, tmp_path):
+    run_ranks(dropped, 1, tiny, str(tmp_path / "result"))
+    result = torch.load(tmp_path / "result")
+    assert distance(result["update"][0], result["update"][1]) > 1e-3
+    assert result["same sampling"]
+    assert distance(result["scoring"][0], result["scoring"][1]) == 0
+    assert distance(result["scoring"][0], result["merged"]) < 1e-4
+    assert distance(result["update again"], result["scoring"][0]) > 1e-3
+
+
+def dropped(tiny: Tiny, path: str) -> None:
+    whole, model = adapted(tiny, Config(**LORA | FROZEN | {"lora_dropout": 0.5}))
+    set_B(model)
+    whole.refresh(model)
+    result = {"update": [sharded_score(model, tiny) for _ in range(2)], "merged": score(whole.module, tiny)}
+    with without_dropout(model):
+        result["scoring"] = [sharded_score(model, tiny) for _ in range(2)]
+    result["update again"] = sharded_score(model, tiny)
+    a, b = (rollouts_of(dataclasses.replace(tiny, model=whole.module)) for _ in range(2))
+    result["same sampling"] = all(torch.equal(x.completion_ids, y.completion_ids) for x, y in zip(a, b, strict=True))
+    torch.save(result, path)
+    dist.destroy_process_group()
+
+
+def in_bfloat16(tiny: Tiny, path: str) -> None:
+    """Merge, score and update in the precision of a GPU."""
+    sharding.compute_dtype = lambda device: torch.bfloat16
+    config = Config(**LORA | {"max_grad_norm": 1e9, "global_batch_size": 4})
+    whole, model = adapted(tiny, config)
+    optimizer, _ = make_optimizer(model, config, total_steps=1)  # before FSDP puts whole weights in its weights' place
+    set_B(model)
+    whole.refresh(model)
+    result = {"merged": score(whole.module, tiny), "unmerged": sharded_score(model, tiny)}
+    result["dtypes"] = {parameter.dtype for parameter in whole.module.parameters()}
+    result["gradients"] = update(tiny, model, optimizer, config)
+    torch.save(result, path)
+    dist.destroy_process_group()
+
+
+def test_adapters_work_in_bfloat16(tiny, tmp_path):
+    run_ranks(in_bfloat16, 2, tiny, str(tmp_path / "result"))
+    run_ranks(step, 1, tiny, str(tmp_path / "float32"), {})
+    result, float32 = torch.load(tmp_path / "result"), torch.load(tmp_path / "float32")
+    assert result["dtypes"] == {torch.bfloat16}
+    assert distance(result["merged"], result["unmerged"]) < 0.1
+    assert distance(result["merged"], float32["merged"]) < 0.1
+    assert all(gradient.dtype == torch.float32 for gradient in result["gradients"])
+    assert relative(result["gradients"], float32["gradients"]) < 0.1
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """The whole program with LoRA on two ranks, from a base in bfloat16."""
+    folder = tmp_path_factory.mktemp("lora")
+    base = copy.deepcopy(tiny.model).to(torch.bfloat16)
+    base.save_pretrained(folder / "base")
+    tiny.tokenizer.save_pretrained(folder / "base")
+    more = [*LORA_FLAGS, "--model_id", folder / "base", "--save_steps", "1", "--num_train_epochs", "3"]
+    more += ["--freeze_vision_tower", "--vision_lora", "--lora_dropout", "0", "--gradient_checkpointing", "true"]
+    printed = run_main(2, flags(tiny, folder / "out", *more), folder)
+    return folder, printed
+
+
+def test_a_run_with_adapters_samples_from_what_it_trains_and_says_what_it_trains(run):
+    folder, printed = run
+    found = curves(folder / "out")
+    assert len(found["grad_norm"]) == 3 and min(found["grad_norm"]) > 0
+    # Merged weights sample what adapters beside frozen weights compute, at every step.
+    assert max(found["sampling/sampling_logp_difference/max"]) < 1e-4
+    rows = {line[:30].strip(): line[30:].split() for line in printed.splitlines()}
+    assert rows["language model"][1:] == ["no", "-"] and rows["vision tower"][1:] == ["no", "-"]
+    assert rows["merger"][1:] == rows["adapters of the vision tower"][1:] == ["yes", "0.01"]
+    trained = load_file(folder / "out" / "final" / "adapter_model.safetensors")
+    assert rows["trained in all"][0] == f"{sum(tensor.numel() for tensor in trained.values()):,}"
+
+
+def test_checkpoints_are_adapter_folders_that_differ(run):
+    saved = [load_file(run[0] / "out" / name / "adapter_model.safetensors") for name in ("checkpoint-1", "final")]
+    assert saved[0].keys() == saved[1].keys() and not any(
+        torch.equal(saved[0][name], saved[1][name]) for name in saved[0]
+    )
+
+
+def test_the_exported_model_has_the_bases_precision_and_the_adapters_answers(tiny, run, capsys):
+    folder, _ = run
+    arguments = ["--adapter", str(folder / "out" / "final"), "--output", str(folder / "merged")]
+    (folder / "merged.unfinished").mkdir()
+    (folder / "merged.unfinished" / "model-00001-of-00002.safetensors").write_text("of an export that was killed")
+    assert export.main(arguments) == 0
+    assert {path.name for path in folder.glob("merged*")} == {"merged"}
+    assert not (folder / "merged" / "model-00001-of-00002.safetensors").exists()
+    merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "merged", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "base", dtype=torch.float32)
+    peft_model = PeftModel.from_pretrained(use_our_layers(base), folder / "out" / "final").eval()
+    rounded = peft_model.merge_and_unload().to(torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), rounded.parameters(), strict=True))
+    assert not torch.equal(weights(folder / "merged"), weights(folder / "base"))
+    assert export.main(arguments) == 2 and "exists" in capsys.readouterr().err
+    arguments[-1] = str(folder / "base" / "config.json" / "merged")
+    assert export.main(arguments) == 2 and "cannot be written" in capsys.readouterr().err
+
+
+def test_the_exported_model_can_be_trained_on(tiny, run, tmp_path):
+    folder, _ = run
+    export.export(str(folder / "out" / "final"), str(tmp_path / "merged"), str(folder / "base"))
+    assert train.main(flags(tiny, tmp_path / "out", *LORA_FLAGS, "--model_id", tmp_path / "merged")) == 0
+
+
+def spoil(adapter: Path, how: str) -> None:
+    path = adapter / "adapter_model.safetensors"
+    described, tensors = json.loads((adapter / "adapter_config.json").read_text()), load_file(path)
+    name = "base_model.model.model.language_model.layers.1.mlp.up_proj.lora_A.weight"
+    if how == "another base's shapes":
+        tensors[name] = torch.zeros(4, 7)
+    elif how == "a deeper base":
+        tensors[name.replace("layers.1", "layers.2")] = tensors[name].clone()
+    elif how == "a weight gone":
+        del tensors[name]
+    elif how == "other layers":
+        described["target_modules"] = ["model.layers.0.wq"]
+    elif how == "not LoRA":
+        described["peft_type"] = "IA3"
+    elif how == "no base":
+        described["base_model_name_or_path"] = None
+    elif how == "gone base":
+        described["base_model_name_or_path"] = "nowhere"
+    save_file(tensors, path)
+    (adapter / "adapter_config.json").write_text("{" if how == "no JSON" else json.dumps(described))
+    if how == "no config":
+        (adapter / "adapter_config.json").unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:3000])
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("another base's shapes", ["does not fit", "--model_id"]),
+        ("a deeper base", ["does not fit", "layers.2.mlp.up_proj"]),
+        ("a weight gone", ["does not fit", "layers.1.mlp.up_proj"]),
+        ("other layers", ["does not fit"]),
+        ("not LoRA", ["no LoRA adapter"]),
+        ("no base", ["--model_id"]),
+        ("gone base", ["--model_id 'nowhere'"]),
+        ("no JSON", ["adapter_config.json"]),
+        ("no config", ["no adapter folder", "adapter_config.json"]),
+        ("cut", ["cannot be read"]),
+    ],
+)
+def test_an_adapter_that_cannot_be_exported_gets_one_line(run, tmp_path, capfd, how, words):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run[0] / "out" / "final", adapter)
+    spoil(adapter, how)
+    capfd.readouterr()
+    assert export.main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("grpo.export: error: ") and all(word in line for word in words), line
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--adapter", "a"], ["--adapter", "a", "--output", "b", "--base", "c"]])
+def test_export_without_its_flags_gets_one_line(capfd, arguments):
+    assert export.main(arguments) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("grpo.export: error: ") and "--help" in line

@@ -1,0 +1,175 @@
+"""What goes wrong on one rank ends or is survived on all, in one line; text from outside stays within its line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import train
+from data.dataset import InputError
+from data.loader import epoch_order
+from grpo.run.checkpoint import checkpoints
+from grpo.run.scoring import score
+from grpo.run.tracking import printable
+from tests.conftest import ROOT, make_tiny, run_ranks
+from tests.grpo.run.faulty_rewards import main
+from tests.kill_and_resume import run_flags
+from tests.test_train import curves
+
+STEPS = ["--max_steps", "4", "--save_steps", "1"]
+
+
+def end_with(fault: list[str], arguments: list[list[str]], log: str, code: int) -> None:
+    rank = int(os.environ["RANK"])
+    descriptor = os.open(f"{log}.{rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    assert main([*fault, *arguments[rank % len(arguments)]]) == code
+
+
+def run_with(fault: str, faulty_rank: int, ranks: int, arguments: list, tmp_path: Path, code: int = 0) -> str:
+    """Run the program with a faulty reward function, each rank with the same flags or its own; return what it says."""
+    arguments = arguments if isinstance(arguments[0], list) else [arguments]
+    run_ranks(end_with, ranks, [fault, str(faulty_rank)], arguments, str(tmp_path / "log"), code)
+    return "".join((tmp_path / f"log.{rank}").read_text() for rank in range(ranks))
+
+
+@pytest.mark.parametrize(("fault", "words"), [("raises", "Fault: a bug on one rank"), ("dies", "Signal 9 (SIGKILL)")])
+def test_a_rank_that_dies_ends_the_others_within_a_minute(tiny, tmp_path, fault, words):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["-m", "tests.grpo.run.faulty_rewards", fault, "1", *run_flags(tiny.folder, tmp_path / "out", *STEPS)]
+    began = time.monotonic()
+    ended = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert time.monotonic() - began < 60
+    assert ended.returncode != 0 and words in ended.stderr
+    assert set(checkpoints(tmp_path / "out")) == {1}
+
+
+def state(folder: Path) -> dict:
+    """All tensors of a checkpoint."""
+    stored = dcp.FileSystemReader(folder / "trainer_state").read_metadata().state_dict_metadata
+    tensors = {name: torch.zeros(entry.size) for name, entry in stored.items()}
+    dcp.load(tensors, checkpoint_id=folder / "trainer_state", no_dist=True)
+    return tensors
+
+
+@pytest.mark.parametrize(("ranks", "faulty"), [(1, 0), (2, 1)])
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tiny, tmp_path, ranks, faulty):
+    arguments = run_flags(tiny.folder, tmp_path / "out", *STEPS, "--scale_rewards", "none")
+    printed = run_with("infinite", faulty, ranks, arguments, tmp_path)
+    assert printed.count("is not finite") == 2
+    states = [state(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
+    assert any(name.endswith(".exp_avg") for name in states[0])
+    for name, tensor in states[0].items():
+        assert tensor.isfinite().all() and tensor.equal(states[1][name]) and tensor.equal(states[2][name]), name
+    assert not all(tensor.equal(states[3][name]) for name, tensor in states[0].items())
+    found = curves(tmp_path / "out")
+    assert found["bad_steps"] == [0, 1, 2, 2] and found["learning_rate"][3] < found["learning_rate"][1]
+
+
+def test_too_many_bad_steps_in_a_row_stop_all_ranks_with_advice_also_over_a_resume(tiny, tmp_path):
+    more = [*STEPS, "--max_bad_steps", "2", "--resume_from_checkpoint", "auto"]
+    arguments = run_flags(tiny.folder, tmp_path / "out", *more)
+    printed = run_with("infinite", 1, 2, arguments, tmp_path, code=2)
+    (line,) = [line for line in printed.splitlines() if line.startswith("train.py: error: ")]
+    assert "step 3" in line and "--max_bad_steps 2" in line and "--learning_rate" in line
+    assert set(checkpoints(tmp_path / "out")) == {1, 2}  # that of step 2 knows of one
+    printed = run_with("infinite", 1, 2, arguments, tmp_path, code=2)
+    assert "checkpoint-2: 2 of 4 steps are done" in printed and "--max_bad_steps 2" in printed
+
+
+@pytest.mark.parametrize(
+    ("limit", "ranks", "faulty", "code"),
+    [(1_500_000, 1, 0, 0), (600_000, 2, 1, 0), (100_000, 2, 0, 2)],
+    ids=["optimizer's state", "that of one of two ranks", "weights"],
+)
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(tiny, tmp_path, limit, ranks, faulty, code):
+    output = tmp_path / "out"
+    # Workers hand over tensors as files in memory, which the limit would not spare.
+    four = ["--max_steps", "4", "--dataloader_num_workers", "0"]
+    before = run_flags(tiny.folder, output, *four, "--save_steps", "2")
+    run_with("", 0, ranks, before, tmp_path)
+    shutil.rmtree(output / "final")
+    shutil.rmtree(output / "checkpoint-4")
+    more = [*four, "--save_steps", "1", "--resume_from_checkpoint", "auto"]
+    printed = run_with(str(limit), faulty, ranks, run_flags(tiny.folder, output, *more), tmp_path, code)
+    for step in (3, 4):
+        (line,) = [line for line in printed.splitlines() if f"checkpoint-{step}' cannot be saved" in line]
+        assert "training goes on without it" in line
+    assert set(checkpoints(output)) == {2} and not list(output.glob("*.unfinished"))
+    errors = [line for line in printed.splitlines() if line.startswith("train.py: error: ")]
+    assert len(errors) == (code == 2) and all("final' cannot be saved" in line for line in errors)
+    assert (output / "final").exists() == (code == 0)
+    assert len(curves(output)["loss"]) == 4
+
+
+def test_a_reward_function_that_hangs_is_named_with_its_sample_on_all_ranks(tiny, tmp_path):
+    seed = next(seed for seed in range(99) if epoch_order(4, seed, 0).index(1) >= 2)  # s1 is a rank's second sample
+    more = ["--reward_timeout", "1", "--global_batch_size", "4", "--seed", str(seed)]
+    arguments = run_flags(tiny.folder, tmp_path / "out", *STEPS, *more)
+    began = time.monotonic()
+    printed = run_with("hangs", -1, 2, arguments, tmp_path, code=2)
+    assert time.monotonic() - began < 30
+    (line,) = [line for line in printed.splitlines() if line.startswith("train.py: error: ")]
+    assert "faulty_reward" in line and "--reward_timeout 1 seconds" in line and "sample 's1'" in line
+
+
+def test_ranks_with_unequal_work_wait_for_each_other(tmp_path):
+    flags = []
+    for rank, (videos, tokens) in enumerate([(1, 3), (12, 40)]):
+        folder = make_tiny(tmp_path / f"rank{rank}", num_videos=[videos] * 4).folder
+        flags.append(run_flags(folder, tmp_path / "out", "--max_steps", "4", "--max_videos", "0"))
+        flags[-1] += ["--max_completion_length", str(tokens), "--model_id", str(tmp_path / "rank0" / "model")]
+    run_with("", 0, 2, flags, tmp_path)
+    found = curves(tmp_path / "out")
+    assert max(found["completions/max_length"]) == 40 and min(found["completions/min_length"]) <= 3
+    assert min(found["grad_norm"]) > 0
+
+
+def test_foreign_text_never_breaks_a_log_line(tiny, tmp_path):
+    printed = run_with("complains", 0, 1, run_flags(tiny.folder, tmp_path / "out", *STEPS), tmp_path, code=2)
+    (line,) = [line for line in printed.split("\n") if line.startswith("train.py: error: ")]
+    assert "faulty_reward raised ValueError (\\x1b[31mno" in line
+    assert all(c.isprintable() for c in line)
+    assert "\x1b[31m" not in printed and "\u202e" not in printed  # in the traceback neither
+
+
+def test_what_is_left_out_is_said_in_one_line(tiny, tmp_path, capfd):
+    folder = shutil.copytree(tiny.folder, tmp_path / "tiny")
+    samples = json.loads((folder / "data.json").read_text())
+    samples[0] |= {"id": "evil\n\x1b[2Jtrain.py: error: \udcff", "video": ["bad\n\x1b.mp4"]}
+    samples[0]["conversations"][0]["value"] = "EF?"
+    (folder / "data.json").write_text(json.dumps(samples))
+    (folder / "videos" / "bad\n\x1b.mp4").write_bytes(b"no video")
+    arguments = run_flags(folder, tmp_path / "out", "--on_bad_video", "skip")
+    assert train.main(arguments) == 0
+    out, err = capfd.readouterr()
+    (line,) = [line for line in out.split("\n") if "left out: " in line]
+    assert "bad\\n\\x1b.mp4" in line and "\x1b[2J" not in out + err
+
+
+def test_printable_text_is_left_alone_and_all_else_becomes_visible():
+    assert printable("Größe 45 % | 心臓 \\n") == "Größe 45 % | 心臓 \\n"
+    assert printable("a\nb\r\x1b[0m\u2028\u202e\x00\x85\ud800") == "a\\nb\\r\\x1b[0m\\u2028\\u202e\\x00\\x85\\ud800"
+
+
+def test_reward_functions_are_told_apart_by_name(tiny):
+    def points(completions, number, **columns):
+        return [number] * len(completions)
+
+    rollouts, two = [SimpleNamespace(prompt=tiny.prompts[0])], partial(points, number=2)
+    assert score([two], rollouts, ["55%", "60%"], 1, 9.0)["points"].tolist() == [[2, 2]]
+    with pytest.raises(InputError, match="points, points need names of their own"):
+        score([two, partial(points, number=3)], rollouts, ["55%", "60%"], 1, 9.0)

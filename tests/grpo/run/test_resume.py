@@ -1,0 +1,340 @@
+"""A run that is stopped, killed or extended goes on as if nothing had been: the same completions, losses, weights."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from data.loader import rank_slots
+from grpo.run.checkpoint import checkpoints
+from tests.conftest import make_tiny, run_ranks
+from tests.kill_and_resume import kill_and_resume, result, run_flags, start, wait
+from tests.test_train import weights
+
+AUTO = ["--resume_from_checkpoint", "auto"]
+STEPS = ["--max_steps", "6", "--save_steps", "1"]
+FEW_SAVES = ["--max_steps", "6", "--save_steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Five samples: in batches of two, checkpoints lie within an epoch and at its end."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "tiny", num_videos=(1, 2, 1, 1, 1))
+
+
+def stopped_after(step: int, whole: Path, output: Path, ranks: int = 1) -> Path:
+    """What a run leaves that was killed after `step` steps, with curves that reach further than its checkpoint."""
+    output.mkdir()
+    for name in ("config.json", "tensorboard", f"checkpoint-{step}"):
+        copy = shutil.copytree if (whole / name).is_dir() else shutil.copy
+        copy(whole / name, output / name)
+    return output
+
+
+def run(ranks: int, arguments: list[str], log: Path) -> str:
+    """Run the program in new processes; return what it printed."""
+    assert wait(start(ranks, arguments, log)) == [0] * ranks, log.read_text()
+    return log.read_text()
+
+
+def scored(log: Path, after: int = 0) -> list[str]:
+    """The completions after a step, with their rewards, as the reward function has logged them."""
+    lines = Path(f"{log}.rewards").read_text().splitlines()
+    return sorted(line for line in lines if json.loads(line)["step"] > after)
+
+
+LORA = "--lora_enable --lora_rank 4 --lora_dropout 0.3 --beta 0.1 --vision_lr 1e-4".split()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [(1, []), (1, LORA), (2, LORA)],
+    ids=["all weights", "adapters with dropout, KL", "adapters on two ranks"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tiny, tmp_path, ranks, more):
+    whole, output, logs = tmp_path / "whole", tmp_path / "resumed", (tmp_path / "1", tmp_path / "2")
+    run(ranks, run_flags(tiny.folder, whole, *FEW_SAVES, *more), logs[0])
+    stopped_after(2, whole, output)  # of 3 steps in an epoch
+    printed = run(ranks, run_flags(tiny.folder, output, *FEW_SAVES, *AUTO, *more), logs[1])
+    assert "checkpoint-2: 2 of 6 steps are done" in printed
+    assert "33%|" in printed and " 0%|" not in printed  # the bar begins where the run does
+    assert scored(logs[1]) == scored(logs[0], after=2) != []
+    (resumed_weights, resumed_curves), (whole_weights, whole_curves) = result(output), result(whole)
+    assert resumed_weights == whole_weights
+    assert resumed_curves == whole_curves  # each step once, though events of later steps lay there
+    assert [step for step, _ in resumed_curves["loss"]] == [1, 2, 3, 4, 5, 6]
+    assert max(value for _, value in resumed_curves["grad_norm"]) > 0
+
+
+def test_completions_show_once_per_step_after_resuming(tiny, tmp_path):
+    whole, output = tmp_path / "whole", tmp_path / "resumed"
+    train.main(run_flags(tiny.folder, whole, *STEPS))
+    train.main(run_flags(tiny.folder, stopped_after(4, whole, output), *STEPS, *AUTO))
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    assert [event.step for event in events.Tensors("completions/text_summary")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_slots_from_a_later_step_on_are_those_of_the_whole_run():
+    whole = list(rank_slots(5, 2, 8, 0, 0, 1))
+    assert all(list(rank_slots(5, 2, 8, 0, 0, 1, first)) == whole[first:] for first in range(9))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A run of six steps with a checkpoint at each."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert train.main(run_flags(tiny.folder, output, *STEPS)) == 0
+    return output
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_ranks_goes_on_with_the_same_run(tiny, tmp_path, before, after):
+    whole, output = tmp_path / "whole", tmp_path / "resumed"
+    run(before, run_flags(tiny.folder, whole, *FEW_SAVES), tmp_path / "log")
+    printed = run(after, run_flags(tiny.folder, stopped_after(2, whole, output), *FEW_SAVES, *AUTO), tmp_path / "log")
+    assert f"saved by {before} ranks, now {after}" in printed
+    difference = weights(output / "final") - weights(whole / "final")
+    assert difference.norm() / weights(whole / "final").norm() < 1e-5
+
+
+def test_a_checkpoint_of_another_folder_is_resumed_by_its_path(tiny, whole, tmp_path):
+    more = ["--resume_from_checkpoint", str(whole / "checkpoint-4")]
+    assert train.main(run_flags(tiny.folder, tmp_path / "out", *STEPS, *more)) == 0
+    (ours, curves), (theirs, _) = result(tmp_path / "out"), result(whole)
+    assert ours == theirs and [step for step, _ in curves["loss"]] == [5, 6]
+
+
+def test_a_moved_data_folder_and_flags_of_no_consequence_may_change(tiny, whole, tmp_path):
+    moved = shutil.copytree(tiny.folder, tmp_path / "moved")
+    more = "--logging_steps 2 --dataloader_num_workers 0 --save_total_limit 1 --max_bad_steps 3".split()
+    arguments = run_flags(moved, stopped_after(4, whole, tmp_path / "out"), *STEPS, *AUTO, *more)
+    arguments[1] = str(tiny.folder / "model")
+    assert train.main(arguments) == 0
+    assert result(tmp_path / "out")[0] == result(whole)[0]
+
+
+def change_data(folder: Path, how: str) -> None:
+    samples = json.loads((folder / "data.json").read_text())
+    if how == "one more":
+        samples.append(samples[0] | {"id": "new"})
+    elif how == "another answer":
+        samples[1]["conversations"][1]["value"] = "The ejection fraction is 12%."
+    (folder / "data.json").write_text(json.dumps(samples))
+
+
+@pytest.mark.parametrize(
+    ("more", "data", "words"),
+    [
+        (["--seed", "1"], "", ["--seed 1 was 0"]),
+        (["--beta", "0.5", "--num_generations", "2"], "", ["--beta 0.5 was 0.0", "--num_generations 2 was 4"]),
+        (["--lora_enable"], "", ["--lora_enable True was False"]),
+        (["--global_batch_size", "1"], "", ["--global_batch_size 1 was 2"]),
+        (["--max_steps", "2"], "", ["step 3", "--max_steps"]),
+        ([], "one more", ["--data_path", "other samples (5, now 6)"]),
+        ([], "another answer", ["--data_path", "other samples (5, now 5)"]),
+        (["--resume_from_checkpoint", "none"], "", ["another run", "--resume_from_checkpoint auto"]),
+        (["--resume_from_checkpoint", "nowhere"], "", ["another run"]),
+        (
+            ["--output_dir", "{new}", "--resume_from_checkpoint", "nowhere"],
+            "",
+            ["'nowhere' is no whole checkpoint", "auto"],
+        ),
+        (["--output_dir", "{new}", "--resume_from_checkpoint", "{whole}/final"], "", ["final", "checkpoint-N"]),
+        (["--resume_from_checkpoint", "{out}/checkpoint-2"], "", ["checkpoint-3 beside it is newer"]),
+    ],
+    ids=str,
+)
+def test_another_run_is_not_resumed(tiny, whole, tmp_path, capfd, more, data, words):
+    folder = shutil.copytree(tiny.folder, tmp_path / "tiny")
+    change_data(folder, data)
+    output = stopped_after(3, whole, tmp_path / "out")
+    shutil.copytree(whole / "checkpoint-2", output / "checkpoint-2")
+    more = [text.format(new=tmp_path / "new", out=output, whole=whole) for text in more]
+    arguments = run_flags(folder, output, *STEPS, *AUTO, *more)
+    arguments[1] = str(tiny.folder / "model")
+    assert train.main(arguments) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("train.py: error: ") and all(word in line for word in words), line
+
+
+def test_auto_begins_a_run_where_there_is_none_and_knows_a_complete_one(tiny, whole, tmp_path, capfd):
+    assert train.main(run_flags(tiny.folder, tmp_path / "out", *STEPS, *AUTO)) == 0
+    assert result(tmp_path / "out") == result(whole)
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*"))
+    assert train.main(run_flags(tiny.folder, tmp_path / "out", *STEPS, *AUTO)) == 0
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*")) == before
+    assert "is complete: 6 steps" in capfd.readouterr().out
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tiny, whole, tmp_path):
+    output = stopped_after(1, whole, tmp_path / "out")
+    shutil.rmtree(output / "checkpoint-1")
+    (output / "checkpoint-2.unfinished").mkdir()
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO)) == 0
+    assert result(output) == result(whole)
+    assert not (output / "checkpoint-2.unfinished").exists()
+
+
+def test_more_steps_extend_a_complete_run_at_the_learning_rate_of_the_longer_one(tiny, whole, tmp_path, capfd):
+    output = shutil.copytree(whole, tmp_path / "out")
+    longer = ["--max_steps", "9", "--save_steps", "3"]
+    assert train.main(run_flags(tiny.folder, output, *longer, *AUTO)) == 0
+    assert "of 6 steps so far: the learning rate goes on as in a run of 9" in capfd.readouterr().out
+    assert train.main(run_flags(tiny.folder, tmp_path / "nine", *longer)) == 0
+    rates = result(output)[1]["learning_rate"]
+    assert rates[6:] == result(tmp_path / "nine")[1]["learning_rate"][6:] and len(rates) == 9
+    assert json.loads((output / "final" / "progress.json").read_text())["step"] == 9
+
+
+def test_the_newest_checkpoints_are_kept_and_half_ones_never_count(tiny, whole, tmp_path):
+    output = stopped_after(1, whole, tmp_path / "out")
+    shutil.copytree(whole / "checkpoint-5", output / "checkpoint-5.unfinished")  # killed while it was saved
+    shutil.copytree(whole / "checkpoint-4", output / "checkpoint-4.removed")  # killed while it was removed
+    (shutil.copytree(whole / "checkpoint-3", output / "checkpoint-3") / "trainer_state" / ".metadata").unlink()
+    assert set(checkpoints(output)) == {1}
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO, "--save_total_limit", "3")) == 0
+    assert {path.name for path in output.iterdir()} == {
+        *("config.json", "tensorboard", "checkpoint-4", "checkpoint-5", "checkpoint-6", "final")
+    }
+    assert result(output)[0] == result(whole)[0]
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_a_checkpoint_that_cannot_be_read_is_named(tiny, whole, tmp_path, capfd, name):
+    output = stopped_after(2, whole, tmp_path / "out")
+    path = output / "checkpoint-2" / "trainer_state" / name
+    path.write_bytes(path.read_bytes()[:100])
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO)) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: error: ")]
+    assert "checkpoint-2' cannot be read" in line and "resume from the one before" in line
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "final"])
+def test_a_folder_without_its_progress_is_to_be_moved_away(tiny, whole, tmp_path, capfd, name):
+    output = stopped_after(3, whole, tmp_path / "out")
+    shutil.copytree(whole / "final", output / "final")
+    (output / name / "progress.json").write_text("")
+    assert train.main(run_flags(tiny.folder, output, "--max_steps", "7", *AUTO)) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert f"{name}' is no whole checkpoint" in line and "move it away" in line
+
+
+def test_a_branch_that_was_killed_before_its_first_checkpoint_never_begins_from_nothing(tiny, whole, tmp_path, capfd):
+    branch = ["--resume_from_checkpoint", str(whole / "checkpoint-4")]
+    arguments = run_flags(tiny.folder, tmp_path / "out", *STEPS)
+    assert train.main([*arguments, *branch]) == 0
+    for name in ("checkpoint-5", "checkpoint-6"):
+        shutil.rmtree(tmp_path / "out" / name)
+    assert train.main([*arguments, *branch]) == 2  # it has come to its end
+    assert "holds another run" in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "out" / "final")
+    assert train.main([*arguments, *AUTO]) == 2
+    assert f"give {' '.join(branch)}" in capfd.readouterr().err
+    assert train.main([*arguments, *branch]) == 0
+    assert result(tmp_path / "out")[0] == result(whole)[0]
+    assert train.main([*arguments, *branch]) == 2  # now it has its own
+    (tmp_path / "out" / "config.json").unlink()
+    assert train.main(arguments) == 2  # checkpoints are never written over
+    assert capfd.readouterr().err.count("holds another run") == 2
+
+
+def test_a_run_whose_own_checkpoints_are_all_gone_begins_anew(tiny, whole, tmp_path):
+    output = stopped_after(1, whole, tmp_path / "out")
+    flags = json.loads((output / "config.json").read_text())
+    flags["resume_from_checkpoint"] = str(output / "checkpoint-1")
+    (output / "config.json").write_text(json.dumps(flags))
+    shutil.rmtree(output / "checkpoint-1")
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO)) == 0
+    assert result(output) == result(whole)
+
+
+def test_checkpoints_may_be_links_to_another_disk(tiny, whole, tmp_path):
+    output = stopped_after(4, whole, tmp_path / "out")
+    (output / "checkpoint-4").rename(tmp_path / "elsewhere")
+    (output / "checkpoint-4").symlink_to(tmp_path / "elsewhere")
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO, "--save_total_limit", "1")) == 0
+    assert {path.name for path in output.iterdir()} == {"config.json", "tensorboard", "checkpoint-6", "final"}
+    assert checkpoints(tmp_path) == {} and (tmp_path / "elsewhere" / "trainer_state").exists()
+    assert result(output) == result(whole)
+
+
+def main_on_a_full_disk(arguments: list[str], log: str) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))  # no file may grow beyond so many bytes
+    with open(log, "w") as file, redirect_stderr(file):
+        assert train.main(arguments) == 2
+
+
+def test_a_disk_that_is_full_from_the_beginning_is_named_and_nothing_is_lost(tiny, whole, tmp_path):
+    output = stopped_after(4, whole, tmp_path / "out")
+    flags = (output / "config.json").read_text()
+    arguments = run_flags(tiny.folder, output, *STEPS, *AUTO)
+    run_ranks(main_on_a_full_disk, 1, [*arguments, "--dataloader_num_workers", "0"], str(tmp_path / "log"))
+    (line,) = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("train.py: error: ")]
+    assert "--output_dir" in line and "File too large" in line
+    assert (output / "config.json").read_text() == flags
+    assert train.main(arguments) == 0
+    assert result(output) == result(whole)
+
+
+def steps_of(log: Path) -> list[int]:
+    path = Path(f"{log}.rewards")
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_step(log: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while step not in steps_of(log):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks", "reached"),
+    [(signal.SIGINT, 1, "group"), (signal.SIGTERM, 2, "group"), (signal.SIGUSR1, 2, "one")],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_a_signal_stops_all_ranks_after_the_step_and_no_step_is_lost(tiny, tmp_path, number, ranks, reached):
+    whole, output, logs = tmp_path / "whole", tmp_path / "out", (tmp_path / "1", tmp_path / "2")
+    run(ranks, run_flags(tiny.folder, whole, "--max_steps", "9"), logs[0])
+    processes = start(ranks, run_flags(tiny.folder, output, "--max_steps", "9"), logs[1])
+    wait_for_step(logs[1], 1 if number == signal.SIGTERM else 4)
+    for process in processes if reached == "group" else processes[-1:]:
+        for pid in [process.pid, *children(process.pid)] if reached == "group" else [process.pid]:
+            os.kill(pid, number)  # with its workers
+    assert wait(processes) == [0] * ranks
+    done = max(checkpoints(output))
+    assert done < 9 and f"stopped after step {done}" in logs[1].read_text()
+    assert max(steps_of(logs[1])) == done  # the last step that was begun
+    run(ranks, run_flags(tiny.folder, output, "--max_steps", "9", *AUTO), logs[1])
+    assert scored(logs[1]) == scored(logs[0])  # each step once
+    assert result(output) == result(whole)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_second_signal_ends_the_program_at_once(tiny, tmp_path):
+    more = "--max_steps 9 --save_steps 1 --num_generations 64 --max_completion_length 64".split()  # long steps
+    (process,) = start(1, run_flags(tiny.folder, tmp_path / "out", *more), tmp_path / "log")
+    wait_for_step(tmp_path / "log", 2)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    assert wait([process], 5) == [128 + signal.SIGINT]
+    assert set(checkpoints(tmp_path / "out")) == {1}
+
+
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 2), (2, 1)])
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, ranks, kills):
+    tiny = make_tiny(tmp_path / "tiny", num_videos=(1, 2, 1))
+    assert kill_and_resume(tiny.folder, ranks, kills, signal.SIGKILL, 0, ["--max_steps", "6"])

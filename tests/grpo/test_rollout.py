@@ -1,0 +1,160 @@
+"""Sampling: against Hugging Face's own generate, against the trainer's log-probabilities, and where completions end."""
+
+import copy
+import dataclasses
+import weakref
+
+import pytest
+import torch
+
+from grpo.decoding import Decoder, decoder_for, prefill
+from grpo.logprobs import completion_logprobs
+from grpo.loss import clipped_loss, importance_ratios, weighted_sum
+from grpo.rollout import generate
+from tests.grpo.test_packed import hf_twin
+
+
+def sample(tiny, prompts, G=4, C=12, temperature=0.7, stop_ids=None, seed=0, model=None):
+    generators = None if seed is None else [torch.Generator().manual_seed(seed + n) for n in range(len(prompts))]
+    stop_ids = tiny.stop_ids if stop_ids is None else torch.tensor(stop_ids)
+    return generate(model or tiny.model, prompts, G, C, temperature, stop_ids, tiny.banned_ids, generators)
+
+
+OFTEN = list(range(0, 300, 6))  # stop ids that end some completions early and leave others running
+
+
+def test_greedy_completions_equal_those_of_hugging_faces_generate(tiny):
+    twin = hf_twin(tiny.model)
+    for prompt, rollout in zip(tiny.prompts, sample(tiny, tiny.prompts, G=1, seed=None), strict=True):
+        full = prompt.prompt_ids[None]
+        out = twin.generate(
+            input_ids=full,
+            attention_mask=torch.ones_like(full),
+            position_ids=prompt.position_ids[:, None],
+            pixel_values_videos=prompt.pixel_values_videos,
+            video_grid_thw=prompt.video_grid_thw,
+            max_new_tokens=12,
+            do_sample=False,
+            suppress_tokens=tiny.banned_ids.tolist(),
+        )[0, full.shape[1] :]
+        assert rollout.completion_ids[0][rollout.completion_mask[0]].tolist() == out.tolist()
+
+
+def test_logprobs_recorded_while_sampling_agree_with_the_update(tiny):
+    rollouts = sample(tiny, tiny.prompts, G=2, stop_ids=OFTEN)
+    assert len({rollout.completion_ids.shape[1] for rollout in rollouts}) > 1  # groups of unequal lengths
+    ids, masks = [r.completion_ids for r in rollouts], [r.completion_mask for r in rollouts]
+    results = completion_logprobs(tiny.model, tiny.prompts, ids, masks, 0.7, tiny.banned_ids)
+    for rollout, (logprobs, _) in zip(rollouts, results, strict=True):
+        assert (rollout.logprobs - logprobs).abs().max() < 1e-4
+        assert (rollout.logprobs[rollout.completion_mask] < 0).all()
+
+
+def test_on_the_first_update_the_ratio_is_one_and_the_gradient_that_of_reinforce(tiny):
+    (rollout,) = sample(tiny, tiny.prompts[:1])
+    advantages = torch.tensor([1.0, -0.5, 2.0, 0.25])
+    gradients = []
+    for objective in ("grpo", "reinforce"):
+        model = copy.deepcopy(tiny.model)
+        ((logprobs, _),) = completion_logprobs(
+            model, tiny.prompts[:1], [rollout.completion_ids], [rollout.completion_mask], 0.7, tiny.banned_ids
+        )
+        if objective == "grpo":
+            mask = rollout.completion_mask
+            ratio = importance_ratios(logprobs, logprobs.detach(), mask, "token")
+            assert torch.equal(ratio, torch.ones_like(ratio))
+            loss, low, high = clipped_loss(ratio, advantages, 0.05, 0.1)
+            assert not low.any() and not high.any()
+            loss = weighted_sum(loss, mask, torch.ones(4))
+        else:
+            loss = -(logprobs * advantages[:, None]).sum()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
+    assert gradients[0].norm() > 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_completion_ends_with_its_first_stop_token_or_at_the_limit(tiny, seed):
+    (rollout,) = sample(tiny, tiny.prompts[:1], G=32, stop_ids=OFTEN, seed=seed)
+    assert 0 < rollout.is_stopped.sum() < 32
+    assert (rollout.completion_ids[~rollout.completion_mask] == OFTEN[0]).all()  # what was drawn behind the end is gone
+    for ids, mask, stopped in zip(rollout.completion_ids, rollout.completion_mask, rollout.is_stopped, strict=True):
+        length = int(mask.sum())
+        assert mask.tolist() == [True] * length + [False] * (len(mask) - length)  # no holes
+        found = [t for t, token in enumerate(ids[:length].tolist()) if token in OFTEN]
+        assert found == ([length - 1] if stopped else [])  # the stop token is trained, and the last one
+        assert stopped or length == 12
+
+
+def test_banned_tokens_are_never_sampled_even_where_the_model_wants_them(tiny):
+    model = copy.deepcopy(tiny.model)
+    with torch.no_grad():  # tied to the output layer: a huge row makes the model love or hate it
+        model.lm_head.weight[tiny.banned_ids] *= 50
+    (rollout,) = sample(tiny, tiny.prompts[:1], G=16, model=model, temperature=2.0)
+    assert not torch.isin(rollout.completion_ids, tiny.banned_ids).any()
+    tiny_without_ban = generate(
+        model, tiny.prompts[:1], 16, 12, 2.0, tiny.stop_ids, torch.tensor([], dtype=torch.long), None
+    )
+    assert torch.isin(tiny_without_ban[0].completion_ids, tiny.banned_ids).any()
+
+
+def test_what_is_sampled_depends_on_the_generator_alone_not_on_the_company(tiny):
+    together = sample(tiny, tiny.prompts)
+    for n, rollout in enumerate(together):
+        (alone,) = sample(tiny, [tiny.prompts[n]], seed=n)
+        assert torch.equal(alone.completion_ids, rollout.completion_ids)
+        assert torch.allclose(alone.logprobs, rollout.logprobs, atol=1e-5)
+    assert not torch.equal(sample(tiny, tiny.prompts[:1], seed=5)[0].completion_ids, together[0].completion_ids)
+
+
+def test_sampled_tokens_follow_the_distribution(tiny):
+    (rollout,) = sample(tiny, tiny.prompts[:1], G=2000, C=1, temperature=0.5)
+    first, counts = rollout.completion_ids[:, 0].unique(return_counts=True)
+    for token, count in zip(first.tolist(), counts.tolist(), strict=True):
+        probability = rollout.logprobs[rollout.completion_ids[:, 0] == token][0, 0].exp().item()
+        assert abs(count / 2000 - probability) < 0.05  # five standard deviations
+
+
+def test_a_decoder_serves_many_rollouts_and_remembers_nothing_of_them(tiny):
+    decoder_for.cache_clear()
+    first = sample(tiny, tiny.prompts[:2], C=7)
+    sample(tiny, tiny.prompts[2:], C=7, seed=5)  # shorter or longer ones in between
+    pixels = torch.full_like(tiny.prompts[1].pixel_values_videos, torch.nan)
+    sample(tiny, [tiny.prompts[0], dataclasses.replace(tiny.prompts[1], pixel_values_videos=pixels)], C=7)
+    again = sample(tiny, tiny.prompts[:2], C=7)
+    assert decoder_for.cache_info().hits > 0
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.completion_ids, b.completion_ids) and torch.equal(a.logprobs, b.logprobs)
+
+
+def test_there_is_never_more_than_one_decoder(tiny, monkeypatch):
+    alive, init = weakref.WeakSet(), Decoder.__init__
+
+    def spy(self, *arguments):
+        assert not alive  # not even while the next one takes its memory
+        alive.add(self)
+        init(self, *arguments)
+
+    decoder_for.cache_clear()
+    monkeypatch.setattr(Decoder, "__init__", spy)
+    for C in (7, 8, 7):
+        sample(tiny, tiny.prompts[:1], C=C)
+    assert len(alive) == 1
+
+
+def test_room_that_stays_empty_changes_nothing(tiny):
+    (exact,) = sample(tiny, tiny.prompts[:1], C=6, stop_ids=[-1])
+    P = len(tiny.prompts[0].prompt_ids)
+    logits = []
+    with torch.no_grad():
+        for room in (P, P + 100):  # as on a GPU, where a graph serves prompts of many lengths
+            decoder = Decoder(tiny.model, 1, 4, room, 6)
+            prefill(tiny.model, tiny.prompts[:1], decoder.cache)
+            for t in range(5):
+                position = tiny.prompts[0].position_ids.max() + 1 + t
+                hidden = decoder.step(exact.completion_ids[:, t], position.expand(4))
+            logits.append(hidden @ tiny.model.lm_head.weight.T)
+    assert torch.allclose(logits[0], logits[1], atol=1e-5)
+    chosen = torch.log_softmax((logits[1] / 0.7).index_fill(1, tiny.banned_ids, -torch.inf), dim=1)
+    assert torch.allclose(chosen.gather(1, exact.completion_ids[:, 5:])[:, 0], exact.logprobs[:, 5], atol=1e-5)
