@@ -40,16 +40,18 @@ from grpo.loss import (
     trained_tokens,
     weighted_sum,
 )
-from grpo.model.load import SpecialTokens, make_optimizer, processor_files, special_tokens, table_of_parts, whole_tensor
+from grpo.model.load import SpecialTokens, processor_files, special_tokens
 from grpo.model.lora import adapters_off, gather_adapter, without_dropout
-from grpo.model.sharding import any_rank, from_rank_0, make_trainable, raise_together, start_processes
+from grpo.model.optimizer import make_optimizer, table_of_parts
+from grpo.model.sharding import make_trainable
+from grpo.ranks import any_rank, from_rank_0, raise_together, say, start_processes, whole_tensor
 from grpo.rollout import Rollout, generate, generators
 from grpo.run import checkpoint
 from grpo.run.inputs import load_inputs
 from grpo.run.preflight import memory_preflight
 from grpo.run.scoring import score
 from grpo.run.stopping import StopRequest
-from grpo.run.tracking import LOGP_DIFFERENCE, SUMS, Clock, Totals, Tracker, add_up, gather_groups, say, update_metrics
+from grpo.run.tracking import LOGP_DIFFERENCE, SUMS, Clock, Totals, Tracker, add_up, gather_groups, update_metrics
 from reward.numerical import numerical_video_reward
 
 REWARD_FUNCTIONS = [numerical_video_reward]  # a completion's reward is their sum

@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 from data.dataset import DuplicateId, InputError, Sample, TagMismatch, read_samples
-from data.prompt import check_text, encode_prompt, video_lengths
+from data.prompt import check_text, encode_prompt, load_tokenizer, video_lengths
 from data.video import BadVideo, TooFewFrames, VideoOptions, grid_of, read_frames
 from data.video_cap import cap_videos
-from reward.numerical import extract_number
+from reward.extract import extract_number
 
 KEPT = ("no number in the truth", "over --max_videos")
 PROBLEMS = ("malformed sample", "tags and videos differ", "duplicate id", "missing video", "undecodable video")
@@ -93,21 +93,10 @@ def problems_of(sample: Sample | InputError, opened: dict[str, tuple], max_video
     return problems
 
 
-def load_tokenizer(model_id: str):
-    """Load the tokenizer of a folder or hub name, None for no name; raise InputError."""
-    from transformers import AutoTokenizer  # slow, and not needed by the processes that open videos
-
-    try:
-        return AutoTokenizer.from_pretrained(model_id) if model_id else None
-    except Exception as error:  # what is edited by hand fails in every way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--model_id {model_id!r}: no tokenizer can be read ({reason})") from error
-
-
 def check(a: argparse.Namespace, options: VideoOptions) -> int:
     """Check, print and write as the flags say; return the exit code."""
     entries = list(read_samples(a.data_path, a.image_folder))
-    tokenizer = load_tokenizer(a.model_id)
+    tokenizer = load_tokenizer(a.model_id) if a.model_id else None
     paths = list(dict.fromkeys(path for _, sample in entries for path in getattr(sample, "videos", ())))
     with ThreadPoolExecutor(a.num_workers) as threads:
         grids = threads.map(partial(open_apart, options=options), paths)

@@ -29,6 +29,11 @@ class DuplicateId(InputError):
     """A sample has the id of an earlier one."""
 
 
+def first_line(error: Exception) -> str:
+    """Say what an error of a library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @dataclass(frozen=True)
 class Sample:
     """One prompt with its videos and its true answer."""

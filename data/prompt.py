@@ -13,15 +13,41 @@ P prompt tokens with the videos expanded, M videos.
 import re
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from data.dataset import InputError, first_line
 from data.video import MERGE_SIZE
 
 VIDEO_TAG = re.compile(r"\n?<video>\n?")  # one newline on either side belongs to the tag
 VIDEO_PLACEHOLDER = "<|video_pad|>"
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 # In a text they would add placeholders without a video, or turns that nobody took.
-RESERVED = re.compile(r"<\|(?:video_pad|image_pad|vision_pad|vision_start|vision_end|im_start|im_end|endoftext)\|>")
+RESERVED = re.compile("|".join(map(re.escape, (*VISION_TOKENS, "<|im_start|>", "<|im_end|>", "<|endoftext|>"))))
+
+
+def load_tokenizer(model_id: str):
+    """Load the tokenizer of a Qwen2.5-VL folder or hub name; raise InputError if it is none."""
+    try:
+        config = AutoConfig.from_pretrained(model_id)
+        tokenizer = AutoTokenizer.from_pretrained(model_id)
+    except Exception as error:  # what is edited by hand fails in every way
+        raise InputError(
+            f"--model_id {model_id!r}: no config and tokenizer can be read ({first_line(error)})"
+        ) from error
+    if config.model_type != "qwen2_5_vl":
+        raise InputError(f"--model_id {model_id!r} is a {config.model_type} model: give a Qwen2.5-VL")
+    missing = [token for token in VISION_TOKENS if token not in tokenizer.get_vocab()]
+    if missing or not tokenizer.chat_template:
+        lack = ", ".join(missing) or "chat template"
+        raise InputError(f"--model_id {model_id!r}: its tokenizer has no {lack}: take the tokenizer of a Qwen2.5-VL")
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
+    except Exception as error:
+        raise InputError(f"--model_id {model_id!r}: its chat template fails ({first_line(error)})") from error
+    if text.count("<|video_pad|>") != 1:
+        raise InputError(f"--model_id {model_id!r}: its chat template knows no videos: take that of a Qwen2.5-VL")
+    return tokenizer
 
 
 def encode_prompt(

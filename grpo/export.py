@@ -12,9 +12,10 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from data.dataset import InputError
-from grpo.model.load import first_line, load_model, load_tokenizer, processor_files, save_model
-from grpo.run.tracking import say
+from data.dataset import InputError, first_line
+from data.prompt import load_tokenizer
+from grpo.model.load import load_model, processor_files, save_model
+from grpo.ranks import say
 
 
 def base_of(adapter: str) -> str:

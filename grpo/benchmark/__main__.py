@@ -31,9 +31,11 @@ from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update
 from grpo.config import Config, flag
 from grpo.decoding import decoder_for
 from grpo.model.layers import use_our_layers
-from grpo.model.load import SpecialTokens, make_optimizer, make_states
+from grpo.model.load import SpecialTokens
+from grpo.model.optimizer import make_optimizer, make_states
 from grpo.model.random_model import SIZES, TOKENS_PER_SECOND, random_model
-from grpo.model.sharding import compute_dtype, end_alone, make_trainable, start_processes
+from grpo.model.sharding import compute_dtype, make_trainable
+from grpo.ranks import end_alone, start_processes
 from grpo.run.tracking import Totals, peak_memory_gb
 from train import rollout_phase, update_phase
 

@@ -20,6 +20,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, get_cosine_schedule
 
 from data.dataset import InputError, load_samples
 from data.loader import Prompt, load_prompt
+from data.prompt import load_tokenizer
 from data.video import VideoOptions
 from grpo.config import Config
 from grpo.demo.synthetic_echo import ANSWER, NUM_FRAMES, QUESTION, SIZE, write_samples
@@ -27,10 +28,10 @@ from grpo.demo.tiny_tokenizer import build_tokenizer
 from grpo.evaluate.heldout import evaluate
 from grpo.export import load_merged
 from grpo.model.layers import use_our_layers
-from grpo.model.load import load_model, load_tokenizer
+from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND, random_model
-from grpo.model.sharding import raise_together
-from reward.numerical import extract_number
+from grpo.ranks import raise_together
+from reward.extract import extract_number
 
 NUM_TRAIN, NUM_HELDOUT = 640, 96
 WARM_START_STEPS, WARM_START_BATCH, WARM_START_RATE = 350, 8, 1e-3

@@ -7,16 +7,9 @@ survives encode and decode), same special tokens, same chat format; only the voc
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+from data.prompt import VISION_TOKENS
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS]
 
 # Qwen2's splitting: contractions, words with one leading non-letter, single digits, punctuation, newlines, spaces.
 SPLIT_REGEX = (

@@ -5,7 +5,8 @@ import torch
 from data.loader import Prompt
 from grpo.model.load import special_tokens
 from grpo.rollout import generate
-from reward.numerical import extract_number, numerical_video_reward
+from reward.extract import extract_number
+from reward.numerical import numerical_video_reward
 
 
 def evaluate(model, tokenizer, prompts: list[Prompt], max_completion_length: int) -> dict[str, float]:

@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from data.dataset import InputError
 from grpo.config import Config
-from grpo.model.load import part_of, whole_tensor
+from grpo.model.optimizer import part_of
+from grpo.ranks import whole_tensor
 
 
 def layers_to_adapt(model, config: Config) -> list[str]:

@@ -24,11 +24,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data.dataset import InputError
+from data.dataset import InputError, first_line
 from grpo.config import Config
-from grpo.model.load import first_line, write_model
-from grpo.model.sharding import raise_together
-from grpo.run.tracking import say
+from grpo.model.load import write_model
+from grpo.ranks import raise_together, say
 
 STATE, PROGRESS = "trainer_state", "progress.json"
 

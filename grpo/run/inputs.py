@@ -5,10 +5,10 @@ import os
 import torch.distributed as dist
 
 from data.dataset import InputError, load_samples
-from data.prompt import check_text
+from data.prompt import check_text, load_tokenizer
 from data.video_cap import cap_all
 from grpo.config import Config, resolve_batch_sizes
-from grpo.model.load import load_model, load_tokenizer
+from grpo.model.load import load_model
 from grpo.model.lora import layers_to_adapt
 from grpo.run.resume import find_start
 from reward.numerical import numerical_video_reward

@@ -10,8 +10,9 @@ from data.loader import PromptDataset, Slot, checked
 from data.prompt import encode_prompt
 from data.video import BadVideo, video_grid
 from grpo.config import Config
-from grpo.model.load import SpecialTokens, make_states
-from grpo.model.sharding import end_alone, of_all_ranks, raise_together
+from grpo.model.load import SpecialTokens
+from grpo.model.optimizer import make_states
+from grpo.ranks import end_alone, of_all_ranks, raise_together
 from grpo.run.tracking import Totals, peak_memory_gb
 
 NUM_THREADS = 16  # that open videos; opening waits for disks

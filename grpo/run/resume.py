@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data.dataset import InputError, Sample
+from data.dataset import InputError, Sample, first_line
 from grpo.config import Config, count_steps
-from grpo.model.load import first_line
 from grpo.run.checkpoint import PROGRESS, checkpoints
 
 # Flags that a resumed run may change. Data may lie elsewhere but must be the same; how a step's work is split changes

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from data.dataset import InputError
+from grpo.ranks import printable
 from grpo.rollout import Rollout
-from grpo.run.tracking import printable
 
 
 class OutOfTime(BaseException):

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from grpo.model.sharding import any_rank
+from grpo.ranks import any_rank
 
 
 class StopRequest:

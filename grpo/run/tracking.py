@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data.dataset import InputError
 from grpo.config import Config
 from grpo.loss import is_uniform
-from grpo.model.sharding import of_all_ranks, raise_together
+from grpo.ranks import of_all_ranks, raise_together, say
 from grpo.rollout import Rollout
 
 LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
@@ -114,13 +114,6 @@ def update_metrics(sums: Tensor, difference_max: Tensor, num_tokens: int, num_it
         metrics[name] /= (1 if name == "loss" else num_tokens) * (1 if name == LOGP_DIFFERENCE else num_iterations)
     metrics["clip_ratio/region_mean"] = metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"]
     return metrics | {"sampling/sampling_logp_difference/max": difference_max.item()}
-
-
-def say(*lines: str, file=None) -> None:
-    """Let rank 0 print lines, not behind the progress bar; nothing in a line can break it."""
-    if int(os.environ.get("RANK", 0)) == 0:  # also before the ranks know each other
-        for line in lines:
-            tqdm.write(printable(line), file=file)
 
 
 class Clock:
@@ -268,11 +261,6 @@ def forget(folder: Path, step: int) -> None:
                 if Event.FromString(record).step <= step:
                     writer.write(record)
         os.replace(folder / "kept", path)
-
-
-def printable(text: str) -> str:
-    """Keep foreign text within its line of a log: control characters, line breaks and the like become visible."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def table_cell(text: str) -> str:

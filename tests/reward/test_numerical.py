@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from reward.numerical import extract_number, numerical_score, numerical_video_reward
+from reward.extract import extract_number
+from reward.numerical import numerical_score, numerical_video_reward
 
 ROOT = str(Path(__file__).parents[2])
 

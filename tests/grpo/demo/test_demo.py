@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import train
+from data.prompt import load_tokenizer
 from grpo.config import parse_config
 from grpo.demo.demo import load_prompts
 from grpo.demo.synthetic_echo import draw_clip, write_samples
 from grpo.evaluate.heldout import evaluate
 from grpo.export import load_merged
-from grpo.model.load import load_model, load_tokenizer, special_tokens
+from grpo.model.load import load_model, special_tokens
 from grpo.rollout import generate
-from reward.numerical import extract_number
+from reward.extract import extract_number
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from data.dataset import InputError
 from grpo.config import Config, parse_config
 from grpo.logprobs import completion_logprobs, encode_videos
 from grpo.model import sharding
-from grpo.model.load import freeze, make_optimizer, part_of
 from grpo.model.lora import add_adapters
+from grpo.model.optimizer import freeze, make_optimizer, part_of
 from tests.conftest import run_ranks
 from tests.grpo.model.test_lora import LORA
 from tests.grpo.model.test_sharding import one_rank, relative, rollouts_of, step  # noqa: F401  a fixture

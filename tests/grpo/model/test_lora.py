@@ -20,7 +20,7 @@ from grpo.config import Config, resolve_batch_sizes
 from grpo.logprobs import completion_logprobs
 from grpo.model import sharding
 from grpo.model.layers import use_our_layers
-from grpo.model.load import freeze, make_optimizer, save_model, whole_tensor
+from grpo.model.load import save_model
 from grpo.model.lora import (
     adapters_off,
     add_adapters,
@@ -30,6 +30,8 @@ from grpo.model.lora import (
     trains_adapters_alone,
     without_dropout,
 )
+from grpo.model.optimizer import freeze, make_optimizer
+from grpo.ranks import whole_tensor
 from tests.conftest import Tiny, run_ranks
 from tests.grpo.model.test_sharding import relative, rollouts_of, with_advantages
 from tests.test_train import curves, flags, run_main, weights

@@ -13,7 +13,8 @@ from data.loader import checked
 from grpo.config import Config, resolve_batch_sizes
 from grpo.logprobs import completion_logprobs
 from grpo.model import sharding
-from grpo.model.load import freeze, make_optimizer, whole_tensor
+from grpo.model.optimizer import freeze, make_optimizer
+from grpo.ranks import whole_tensor
 from grpo.rollout import generate
 from grpo.run.inputs import load_inputs
 from grpo.run.tracking import Totals

@@ -17,9 +17,9 @@ import torch.distributed.checkpoint as dcp
 import train
 from data.dataset import InputError
 from data.loader import epoch_order
+from grpo.ranks import printable
 from grpo.run.checkpoint import checkpoints
 from grpo.run.scoring import score
-from grpo.run.tracking import printable
 from tests.conftest import ROOT, make_tiny, run_ranks
 from tests.grpo.run.faulty_rewards import main
 from tests.kill_and_resume import run_flags

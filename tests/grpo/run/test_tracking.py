@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from grpo.config import Config
-from grpo.model.sharding import start_processes
+from grpo.ranks import start_processes
 from grpo.run.tracking import Tracker, add_up, rollout_metrics, table_cell
 from tests.conftest import run_ranks
 from tests.test_train import curves
