@@ -12,22 +12,26 @@ One step, for a batch of prompts:
     clipped loss, backward                  grpo/loss.py            divided by the tokens of all ranks
     clip the gradient, step
 
-Each rank samples the whole groups of its own prompts. What is sampled is a function of the weights and of (seed, step,
-place in the batch): neither the number of ranks nor what a rank did before changes it.
+Each rank samples the whole groups of its own prompts. Sampling depends only on the weights, the seed, the step and the
+position in the batch: neither the number of ranks nor what a rank did before changes it.
 """
 
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import grpo  # noqa: F401  first of all, since it sets how torch's threads wait
+
+# isort: split
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data.dataset import InputError
-from data.loader import Prompt, PromptDataset, checked, prompt_batches, rank_slots
+from data.loader import Prompt, PromptDataset, checked, prompt_batches, rank_batches, worker_failure
 from grpo.config import Config, count_steps, parse_config, video_options
 from grpo.demo import demo
 from grpo.logprobs import encode_videos
@@ -37,21 +41,30 @@ from grpo.loss import (
     group_advantages,
     importance_ratios,
     kl_estimate,
-    trained_tokens,
+    loss_mask,
     weighted_sum,
 )
-from grpo.model.load import SpecialTokens, processor_files, special_tokens
-from grpo.model.lora import adapters_off, gather_adapter, without_dropout
-from grpo.model.optimizer import make_optimizer, table_of_parts
-from grpo.model.sharding import make_trainable
-from grpo.ranks import any_rank, from_rank_0, raise_together, say, start_processes, whole_tensor
-from grpo.rollout import Rollout, generate, generators
+from grpo.model.load import ModelFiles, SpecialTokens, processor_files, special_tokens
+from grpo.model.lora import disable_adapters, gather_adapter, without_dropout
+from grpo.model.optimizer import components_table, make_optimizer
+from grpo.model.sharding import Models, build_models
+from grpo.ranks import abort_rank, any_rank, broadcast_object, full_tensor, print_rank0, raise_together, start_processes
+from grpo.rollout import Rollout, SamplingParams, generate, generators
 from grpo.run import checkpoint
 from grpo.run.inputs import load_inputs
-from grpo.run.preflight import memory_preflight
+from grpo.run.preflight import memory_preflight, with_trial_advantages
 from grpo.run.scoring import score
 from grpo.run.stopping import StopRequest
-from grpo.run.tracking import LOGP_DIFFERENCE, SUMS, Clock, Totals, Tracker, add_up, gather_groups, update_metrics
+from grpo.run.tracking import (
+    Clock,
+    GlobalCounts,
+    StepRecords,
+    TokenSums,
+    Tracker,
+    count_global,
+    gather_records,
+    sampling_difference,
+)
 from reward.numerical import numerical_video_reward
 
 REWARD_FUNCTIONS = [numerical_video_reward]  # a completion's reward is their sum
@@ -63,200 +76,212 @@ def batched(items: list, size: int) -> Iterator[list]:
 
 
 def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: Config, step: int) -> list[Rollout]:
-    """Sample a group for every prompt of this rank, with whole weights and without waiting for other ranks."""
+    """Sample a group for every prompt of this rank. model: unsharded, so that ranks do not wait for each other."""
+    params = SamplingParams(
+        config.num_generations, config.max_completion_length, config.temperature, config.top_p, config.top_k
+    )
     rollouts = []
     for batch in batched(prompts, config.per_device_train_batch_size):
         on_device = [prompt.to(tokens.device) for prompt in batch]
         if config.freeze_vision_tower and not config.vision_lora:
             batch = on_device = [encode_videos(model, prompt) for prompt in on_device]  # once, for the update too
-        sampled = generate(
-            model,
-            on_device,
-            config.num_generations,
-            config.max_completion_length,
-            config.temperature,
-            tokens.stop_ids,
-            tokens.banned_ids,
-            generators(batch, config.seed, step, tokens.device),
-            config.top_p,
-            config.top_k,
-        )
+        sampled = generate(model, on_device, tokens, params, generators(batch, config.seed, step, tokens.device))
         for rollout, prompt in zip(sampled, batch, strict=True):
             rollout.prompt = prompt  # pixels wait in the host's memory for the update
         rollouts += sampled
     return rollouts
 
 
-def reward_phase(rollouts: list[Rollout], tokenizer, config: Config, step: int) -> tuple:
-    """Score the completions; return the records of all ranks, their totals, and own texts, rewards, advantages."""
-    texts = [text for r in rollouts for text in tokenizer.batch_decode(r.completion_ids, skip_special_tokens=True)]
-    by_function = raise_together(score, REWARD_FUNCTIONS, rollouts, texts, step, config.reward_timeout)
+def reward_phase(rollouts: list[Rollout], tokenizer, config: Config, step: int) -> tuple[StepRecords, GlobalCounts]:
+    """Score the completions and compute their advantages; return the records and counts of all ranks."""
+    device = rollouts[0].logprobs.device
+    for rollout in rollouts:
+        rollout.texts = tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
+    by_function = raise_together(score, REWARD_FUNCTIONS, rollouts, step, config.reward_timeout)
     rewards = sum(by_function.values())  # (B, G), nan where a completion was not scored
-    for rollout, row in zip(rollouts, rewards.to(rollouts[0].logprobs.device), strict=True):
-        rollout.train_mask = rollout.prompt.counts & trained_tokens(
-            rollout.completion_mask, row, rollout.is_stopped, config.mask_truncated_completions
+    for rollout, row in zip(rollouts, rewards, strict=True):
+        rollout.rewards = row.to(device)
+        rollout.loss_mask = ~torch.tensor(rollout.prompt.is_padding) & loss_mask(
+            rollout.completion_mask, rollout.rewards, rollout.is_stopped, config.mask_truncated_completions
         )
-    groups = gather_groups(rollouts, by_function, rewards)  # of all ranks
-    totals = add_up(groups)  # among them the one denominator
-    advantages = group_advantages(rewards, config.scale_rewards, totals.reward_std)  # (B, G)
+    records = gather_records(rollouts, by_function)
+    counts = count_global(records)  # the denominators
+    advantages = group_advantages(rewards, config.scale_rewards, counts.reward_std)  # (B, G)
     for rollout, row in zip(rollouts, advantages, strict=True):
-        rollout.advantages = row.to(rollout.logprobs.device)
-    return groups, totals, texts, rewards, advantages
+        rollout.advantages = row.to(device)
+    return records, counts
 
 
 def update_phase(
-    model, reference, optimizer, rollouts: list[Rollout], totals: Totals, banned_ids: Tensor, config: Config
+    models: Models, optimizer, rollouts: list[Rollout], counts: GlobalCounts, suppress_tokens: Tensor, config: Config
 ) -> dict[str, float]:
-    """Improve the policy on one batch of rollouts; returns the metrics of all ranks."""
-    sums, difference_max = torch.zeros(len(SUMS), device=banned_ids.device), torch.zeros((), device=banned_ids.device)
-    is_bad = False
+    """Update the policy on one batch of rollouts, `num_iterations` times; return the metrics of all ranks."""
+    sums, is_bad = TokenSums(suppress_tokens.device), False
     for iteration in range(config.num_iterations):
         optimizer.zero_grad()
         for batch in batched(rollouts, config.per_device_train_batch_size):
-            inputs = (
-                [rollout.prompt.to(banned_ids.device) for rollout in batch],
-                [rollout.completion_ids for rollout in batch],
-                [rollout.completion_mask for rollout in batch],
-                config.temperature,
-                banned_ids,
-            )
-            results = model.completion_logprobs(*inputs)
+            results = policy_logprobs(models.policy, batch, suppress_tokens, config)
             if iteration == 0:
-                scored = results  # by the weights that sampled: the ratio is exactly 1 here
-                if config.num_iterations > 1 and config.lora_enable and config.lora_dropout > 0:
-                    with torch.no_grad(), without_dropout(model):  # later ratios compare policies, not dropouts
-                        scored = model.completion_logprobs(*inputs)
-                for rollout, (logprobs, _) in zip(batch, scored, strict=True):
-                    rollout.old_logprobs = logprobs.detach()
-                    difference = (rollout.logprobs - rollout.old_logprobs).abs() * rollout.train_mask
-                    sums[SUMS.index(LOGP_DIFFERENCE)] += difference.sum()
-                    difference_max = torch.maximum(difference_max, difference.max())
-                if config.beta > 0:
-                    with torch.no_grad(), adapters_off(reference):
-                        initial = reference.completion_logprobs(*inputs)
-                    for rollout, (logprobs, _) in zip(batch, initial, strict=True):
-                        rollout.reference_logprobs = logprobs
-
+                set_old_logprobs(models, batch, results, suppress_tokens, config)
             loss = 0.0
             for rollout, (logprobs, entropy) in zip(batch, results, strict=True):
-                share, clipped, kl = group_loss(rollout, logprobs, totals, config)
-                loss = loss + share
-                entropy = (entropy * rollout.train_mask).sum()
-                sums[:5] += torch.stack([share.detach(), entropy, clipped["low"], clipped["high"], kl])
-            # FSDP takes the mean of the ranks' gradients; the loss is the sum of their shares.
+                mask = rollout.loss_mask
+                ratio = importance_ratios(logprobs, rollout.old_logprobs, mask, config.importance_sampling_level)
+                token_loss, low, high = clipped_loss(ratio, rollout.advantages, config.epsilon, config.epsilon_high)
+                if config.beta > 0:
+                    kl = kl_estimate(logprobs, rollout.reference_logprobs)
+                    token_loss = token_loss + config.beta * kl
+                    sums.add("kl", kl, mask)
+                weights = completion_weights(
+                    config.loss_type,
+                    mask.sum(dim=1),
+                    counts.num_tokens,
+                    counts.num_completions,
+                    config.max_completion_length,
+                )
+                loss = loss + weighted_sum(token_loss, mask, weights)
+                sums.add("entropy", entropy, mask)
+                sums.add("clip_ratio/low_mean", low, mask)
+                sums.add("clip_ratio/high_mean", high, mask)
+            # FSDP averages the gradients of the ranks, but the step's loss is the sum of their losses.
             (loss * dist.get_world_size()).backward()
-        grad_norm = whole_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
-        if any_rank(not torch.isfinite(sums[0] + grad_norm)):  # sums[0] is the loss
+            sums.loss += loss.detach()
+        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(models.policy.parameters(), config.max_grad_norm))
+        if any_rank(not torch.isfinite(sums.loss + grad_norm)):
             is_bad = True  # weights and optimizer stay as they are
         else:
             optimizer.step()
-    metrics = update_metrics(sums, difference_max, totals.num_tokens, config.num_iterations)
+    metrics = sums.means(counts.num_tokens, config.num_iterations) | sampling_difference(rollouts, counts.num_tokens)
     return metrics | {"grad_norm": grad_norm.item(), "bad_steps": float(is_bad)}
 
 
-def group_loss(rollout: Rollout, logprobs: Tensor, totals: Totals, config: Config) -> tuple[Tensor, dict, Tensor]:
-    """Return a group's share of the step's loss, the numbers of its tokens that were clipped, and its summed KL."""
-    mask = rollout.train_mask
-    ratio = importance_ratios(logprobs, rollout.old_logprobs, mask, config.importance_sampling_level)
-    loss, low, high = clipped_loss(ratio, rollout.advantages, config.epsilon, config.epsilon_high)
-    kl = torch.zeros_like(loss)
-    if config.beta > 0:
-        kl = kl_estimate(logprobs, rollout.reference_logprobs)
-        loss = loss + config.beta * kl
-    weights = completion_weights(
-        config.loss_type, mask.sum(dim=1), totals.num_tokens, totals.num_completions, config.max_completion_length
+def policy_logprobs(
+    policy, batch: list[Rollout], suppress_tokens: Tensor, config: Config
+) -> list[tuple[Tensor, Tensor]]:
+    """Return log-probabilities and entropies of the completions, both (G, C) per rollout, in one packed pass."""
+    return policy.completion_logprobs(
+        [rollout.prompt.to(suppress_tokens.device) for rollout in batch],
+        [rollout.completion_ids for rollout in batch],
+        [rollout.completion_mask for rollout in batch],
+        config.temperature,
+        suppress_tokens,
     )
-    clipped = {"low": (low & mask).sum(), "high": (high & mask).sum()}
-    return weighted_sum(loss, mask, weights), clipped, (kl.detach() * mask).sum()
+
+
+def set_old_logprobs(
+    models: Models, batch: list[Rollout], results: list[tuple[Tensor, Tensor]], suppress_tokens: Tensor, config: Config
+) -> None:
+    """Keep the log-probabilities of the policy before its first update, and those of the reference policy.
+
+    results: those of the first update's own pass, so that its ratio is exactly 1.
+    """
+    if config.num_iterations > 1 and config.lora_enable and config.lora_dropout > 0:
+        with torch.no_grad(), without_dropout(models.policy):  # later ratios compare policies, not dropout masks
+            results = policy_logprobs(models.policy, batch, suppress_tokens, config)
+    for rollout, (logprobs, _) in zip(batch, results, strict=True):
+        rollout.old_logprobs = logprobs.detach()
+    if config.beta > 0:
+        with torch.no_grad(), disable_adapters(models.reference):
+            results = policy_logprobs(models.reference, batch, suppress_tokens, config)
+        for rollout, (logprobs, _) in zip(batch, results, strict=True):
+            rollout.reference_logprobs = logprobs
+
+
+def trial_step(models: Models, optimizer, tokens: SpecialTokens, config: Config, prompts: list[Prompt]) -> None:
+    """Run a step with completions of full length and made-up advantages: for `memory_preflight`."""
+    rollouts = rollout_phase(models.sampling.sync(models.policy), prompts, tokens.without_eos(), config, step=0)
+    counts = with_trial_advantages(rollouts)
+    update_phase(models, optimizer, rollouts, counts, tokens.suppress_tokens, config)
 
 
 def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
-    """Train as the flags say, or until `stop`, which gives False; raise InputError, on all ranks, for what the user
-    can mend."""
-    config, samples, num_cut, start, tokenizer, loaded = raise_together(load_inputs, config)
-    start = from_rank_0(start)
-    if start.is_complete:
-        say(*start.words)
+    """Train; return False if a signal stopped the run. Raises InputError, on all ranks, for what the user can fix."""
+    inputs = raise_together(load_inputs, config)
+    config, samples, tokenizer = inputs.config, inputs.samples, inputs.tokenizer
+    resume = broadcast_object(inputs.resume)
+    if resume.is_complete:
+        print_rank0(*resume.messages)
         return True
-    model, whole, reference = make_trainable(loaded, config, device)
-    del loaded  # what rank 0 has read
-    tokens = special_tokens(model, tokenizer, device)
+    models = build_models(inputs.model, config, device)
+    inputs.model = None  # free the copy on rank 0
+    policy, tokens = models.policy, special_tokens(models.policy, tokenizer, device)
     total_steps = count_steps(config, len(samples))
-    optimizer, schedule = make_optimizer(model, config, total_steps)
-    pace = model.config.vision_config.tokens_per_second
-    dataset = PromptDataset(samples, tokenizer, pace, video_options(config), config.on_bad_video)
+    optimizer, schedule = make_optimizer(policy, config, total_steps)
+    tokens_per_second = policy.config.vision_config.tokens_per_second
+    dataset = PromptDataset(samples, tokenizer, tokens_per_second, video_options(config), config.on_bad_video)
     if config.memory_preflight or (config.memory_preflight is None and device.type == "cuda"):
-        models, phases = (model, whole, reference), (rollout_phase, update_phase)
-        say(memory_preflight(dataset, tokens, optimizer, config, models, phases))
-    checkpoint.load(start.folder, start.step, model, optimizer, schedule)
-    place = dist.get_rank(), dist.get_world_size()
-    slots = rank_slots(len(samples), config.global_batch_size, total_steps, config.seed, *place, start.step)
-    tracker = Tracker(config, total_steps, start.step, start.counts)
-    say(f"{len(samples)} samples, {total_steps} steps of {config.global_batch_size} prompts")
-    if num_cut:
-        say(f"{num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out")
-    say(*table_of_parts(model, config).splitlines(), *start.words)
-    extras = processor_files(config.model_id)
+        step_on = partial(trial_step, models, optimizer, tokens, config)
+        print_rank0(memory_preflight(dataset, optimizer, config, step_on))
+    checkpoint.load(resume.folder, resume.step, policy, optimizer, schedule)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    batches = rank_batches(
+        len(samples), config.global_batch_size, total_steps, config.seed, rank, world_size, resume.step
+    )
+    print_rank0(f"{len(samples)} samples, {total_steps} steps of {config.global_batch_size} prompts", *inputs.messages)
+    print_rank0(*components_table(policy, config).splitlines(), *resume.messages)
+    tracker = Tracker(config, total_steps, resume.step, resume.counts)
+    processor = processor_files(config.model_id)
 
     def save(name: str, step: int, is_needed: bool = True) -> None:
-        """Write the trained model, or its adapters, and beside it what it takes to go on."""
-        trained = gather_adapter(model, config) if config.lora_enable else whole.refresh(model)
-        state = {} if name == "final" else checkpoint.trainer_state(model, optimizer)
-        progress = start.run | {"step": step, "counts": tracker.counts}
-        checkpoint.save(config, name, (trained, tokenizer, extras), state, progress, is_needed)
+        """Write the trained model, or its adapters; a checkpoint also holds what resuming needs."""
+        trained = gather_adapter(policy, config) if config.lora_enable else models.sampling.sync(policy)
+        state = {} if name == "final" else checkpoint.trainer_state(policy, optimizer)
+        progress = resume.metadata | {"step": step, "counts": tracker.counts}
+        checkpoint.save(config, name, ModelFiles(trained, tokenizer, processor), state, progress, is_needed)
 
     stop.listen()
     clock = Clock()
-    for step, batch in enumerate(prompt_batches(dataset, slots, config.dataloader_num_workers), start=start.step + 1):
+    for step, batch in enumerate(prompt_batches(dataset, batches, config.dataloader_num_workers), resume.step + 1):
         prompts = raise_together(checked, batch)
         clock.lap("data")
 
-        whole.refresh(model)
-        rollouts = rollout_phase(whole.module, prompts, tokens, config, step)
+        sampling_model = models.sampling.sync(policy)
+        rollouts = rollout_phase(sampling_model, prompts, tokens, config, step)
         clock.lap("rollout")
 
-        groups, totals, texts, rewards, advantages = reward_phase(rollouts, tokenizer, config, step)
+        records, counts = reward_phase(rollouts, tokenizer, config, step)
         clock.lap("reward")
 
-        torch.manual_seed(hash((config.seed, step, dist.get_rank())) % 2**63)  # dropout, too, depends on nothing else
-        metrics = update_phase(model, reference, optimizer, rollouts, totals, tokens.banned_ids, config)
+        torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # of dropout
+        metrics = update_phase(models, optimizer, rollouts, counts, tokens.suppress_tokens, config)
         metrics["learning_rate"] = schedule.get_last_lr()[0]
         schedule.step()
         clock.lap("update")
 
-        if tracker.log(step, groups, metrics, clock):
-            tracker.show_completions(step, rollouts, texts, rewards, advantages)
-        is_stopped = stop.is_made()
+        if tracker.log(step, records, metrics, clock):
+            tracker.show_completions(step, rollouts)
+        is_stopped = stop.requested()
         if is_stopped or (config.save_steps and step % config.save_steps == 0):
             save(f"checkpoint-{step}", step, is_needed=is_stopped)
         if is_stopped:
             tracker.close()
-            say(f"stopped after step {step}: the same command with --resume_from_checkpoint auto goes on from there")
+            print_rank0(f"stopped after step {step}: continue with --resume_from_checkpoint auto")
             return False
-        clock = Clock()  # what logging and saving took is no part of the next step
+        clock = Clock()  # time spent on logging and saving does not count to the next step
     save("final", total_steps)
     tracker.close()
-    say(f"done: the trained model is in {Path(config.output_dir, 'final')}")
+    print_rank0(f"done: the trained model is in {Path(config.output_dir, 'final')}")
     return True
 
 
 def main(argv: list[str]) -> int:
-    """Run; return 2, with one line, for what the user can mend."""
+    """Run; return 2, after one line, for what the user can fix."""
     began, code, stop = time.time(), 0, StopRequest()
     try:
         config = parse_config(argv)
         device = start_processes()
-        if config.demo:
-            config = demo.prepare(config)
-            if train(config, device, stop):
-                demo.report(config, began)
-        else:
-            train(config, device, stop)
+        prepared = demo.prepare(config) if config.demo else config
+        if train(prepared, device, stop) and config.demo:
+            demo.report(prepared, began)
     except InputError as error:  # raised on all ranks together
-        say(f"train.py: error: {error}", file=sys.stderr)
+        print_rank0(f"train.py: error: {error}", file=sys.stderr)
         code = 2
+    except RuntimeError as error:
+        if line := worker_failure(error):  # on this rank alone
+            abort_rank(f"train.py: error: {line}")
+        raise
     finally:
-        stop.release()
+        stop.restore()
     if dist.is_initialized():  # after any other error the ranks do not wait for each other
         dist.destroy_process_group()
     return code

@@ -1,6 +1,6 @@
-"""Samples -> tensors, decoded by worker processes ahead of the loop, in an order that the seed alone decides.
+"""Samples -> tensors, decoded by worker processes ahead of the loop, in an order that depends on the seed only.
 
-| B | prompts on this rank in a step | P | prompt tokens | M | videos | S | vision patches |
+| B | prompts on this rank in a step | P | prompt tokens | C | completion tokens | M | videos | S | vision patches |
 """
 
 import atexit
@@ -22,18 +22,23 @@ from data.video import BadVideo, VideoOptions, load_video
 
 @dataclass
 class Prompt:
-    """One sample as the model sees it."""
+    """One sample as input of the model."""
 
     sample: Sample
-    prompt_ids: Tensor  # (P,) token ids, the videos' placeholders included
+    prompt_ids: Tensor  # (P,) token ids, with the videos' placeholders
     position_ids: Tensor  # (3, P) mRoPE positions
     pixel_values_videos: Tensor  # (S, 1176) patches of all videos
     video_grid_thw: Tensor  # (M, 3) patches per video along time, height, width
     second_per_grid_ts: Tensor  # (M,) seconds between patches along time
-    vision_states: Tensor | None = None  # (S, hidden size of the tower): what a frozen one makes of the pixels
-    slot: int = 0  # position in the step's global batch
-    counts: bool = True  # False: only keeps this rank in step with the others, weighs nothing
-    bad_video: str = ""  # why the sample meant for this slot was left out, if it was
+    vision_states: Tensor | None = None  # (S, hidden size of the tower): a frozen tower's output, in place of pixels
+    position: int = 0  # in the step's global batch
+    is_padding: bool = False  # True: keeps this rank in step with the others, has no part in loss and metrics
+    bad_video: str = ""  # why the sample meant for this position was left out, if it was
+
+    def completion_positions(self, length: int) -> Tensor:
+        """Positions of the first `length` completion tokens, (3, C): they count up from the prompt's largest + 1."""
+        start = self.position_ids.max() + 1
+        return (start + torch.arange(length, device=start.device)).expand(3, -1)
 
     def to(self, device: torch.device) -> "Prompt":
         """Copy the tensors to `device`."""
@@ -42,12 +47,12 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where in the step's global batch which sample goes."""
+class BatchItem:
+    """Which sample goes to which position of the step's global batch."""
 
     position: int
     index: int
-    counts: bool
+    is_padding: bool = False
 
 
 def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: VideoOptions) -> Prompt:
@@ -61,10 +66,10 @@ def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: Vide
 
 
 class PromptDataset(Dataset):
-    """Decoded prompts by slot.
+    """Decoded prompts, by `BatchItem`.
 
-    With `on_bad_video="skip"` a sample with an unreadable video is replaced by the next readable one, which does not
-    count. What stops the run is returned, not raised, since an error raised in a worker arrives as a page of traceback.
+    With `on_bad_video="skip"` a sample with an unreadable video is replaced by the next readable one, as padding.
+    Errors are returned, not raised, since an error raised in a worker process arrives as a page of traceback.
     """
 
     def __init__(
@@ -73,10 +78,10 @@ class PromptDataset(Dataset):
         self.samples, self.tokenizer, self.tokens_per_second = samples, tokenizer, tokens_per_second
         self.options, self.on_bad_video = options, on_bad_video
 
-    def __getitem__(self, slot: Slot) -> Prompt | InputError:
+    def __getitem__(self, item: BatchItem) -> Prompt | InputError:
         bad_video = ""
         for offset in range(len(self.samples)):
-            sample = self.samples[(slot.index + offset) % len(self.samples)]
+            sample = self.samples[(item.index + offset) % len(self.samples)]
             try:
                 prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, self.options)
             except (BadVideo, FileNotFoundError) as error:
@@ -86,10 +91,10 @@ class PromptDataset(Dataset):
                 continue
             except ValueError as error:
                 return InputError(f"sample {sample.id!r}: {error}")
-            counts = slot.counts and not bad_video
-            # A slot that only keeps a rank in step repeats a sample, whose bad video is reported in its own place.
-            bad_video = bad_video if slot.counts else ""
-            return dataclasses.replace(prompt, slot=slot.position, counts=counts, bad_video=bad_video)
+            is_padding = item.is_padding or bool(bad_video)
+            # Padding repeats a sample, whose bad video is reported where the sample itself stands.
+            bad_video = "" if item.is_padding else bad_video
+            return dataclasses.replace(prompt, position=item.position, is_padding=is_padding, bad_video=bad_video)
         return InputError(f"no sample has readable videos; the first: {bad_video}")
 
 
@@ -107,40 +112,41 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(num_samples, generator=generator).tolist()
 
 
-def rank_slots(
+def rank_batches(
     num_samples: int,
     global_batch_size: int,
     total_steps: int,
     seed: int,
     rank: int,
     world_size: int,
-    first_step: int = 0,
-) -> Iterator[list[Slot]]:
-    """Yield this rank's slots of every step from `first_step` on, the number of steps that are done already.
+    start_step: int = 0,
+) -> Iterator[list[BatchItem]]:
+    """Yield this rank's part of every step's batch, after the `start_step` steps that are done already.
 
     A step takes the next `global_batch_size` samples of the epoch, the last step of an epoch what remains. Every rank
-    gets equally many slots, because sharded ranks must run equally many passes: where the samples do not suffice, some
-    are repeated and do not count.
+    gets equally many items, because sharded ranks must run equally many passes: where the samples do not suffice, some
+    are repeated as padding.
     """
     steps_per_epoch = -(-num_samples // global_batch_size)
-    for step in range(first_step, total_steps):
+    for step in range(start_step, total_steps):
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        if step_in_epoch == 0 or step == first_step:
+        if step_in_epoch == 0 or step == start_step:
             order = epoch_order(num_samples, seed, epoch)
         batch = order[step_in_epoch * global_batch_size :][:global_batch_size]
-        slots = [Slot(position, index, counts=True) for position, index in enumerate(batch)]
-        while len(slots) % world_size:
-            slots.append(dataclasses.replace(slots[len(slots) - len(batch)], position=len(slots), counts=False))
-        yield slots[rank::world_size]
+        items = [BatchItem(position, index) for position, index in enumerate(batch)]
+        while len(items) % world_size:
+            repeated = items[len(items) - len(batch)].index
+            items.append(BatchItem(len(items), repeated, is_padding=True))
+        yield items[rank::world_size]
 
 
-def prompt_batches(dataset: PromptDataset, slots: Iterator[list[Slot]], num_workers: int) -> DataLoader:
-    """Load each step's prompts in order, workers some steps ahead. Iterating gives list[Prompt | InputError]."""
+def prompt_batches(dataset: PromptDataset, batches: Iterator[list[BatchItem]], num_workers: int) -> DataLoader:
+    """Load each step's prompts in order, some steps ahead; iterating gives list[Prompt | InputError]."""
     atexit.register(kill_workers)
-    gc.collect()  # here, where its threads are, not in a worker
+    gc.collect()  # before the fork, for the reason given in `begin_worker`
     return DataLoader(
         dataset,
-        batch_sampler=slots,
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=list,
         worker_init_fn=begin_worker,
@@ -149,9 +155,10 @@ def prompt_batches(dataset: PromptDataset, slots: Iterator[list[Slot]], num_work
 
 
 def begin_worker(worker: int) -> None:
-    """Let a worker outlive the signals that stop a run: they reach all processes, and the step needs its prompts.
+    """Set up a worker process.
 
-    What it has inherited it must not collect: the end of a process group waits for threads that a fork leaves behind.
+    It ignores the signals that stop a run, since the current step still needs its prompts. It must not garbage-collect
+    inherited objects: destroying a process group waits for threads that do not exist after a fork.
     """
     gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -159,7 +166,18 @@ def begin_worker(worker: int) -> None:
 
 
 def kill_workers() -> None:
-    """End the workers that are left when the program ends; Python would ask with a SIGTERM, and wait."""
+    """Kill the workers that are left when the program ends; Python would send SIGTERM, which they ignore, and wait."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
+
+
+def worker_failure(error: RuntimeError) -> str | None:
+    """Return a line about a worker process that died, if that is what the error is about."""
+    text = " ".join(str(error).split())
+    if not text.startswith("DataLoader worker"):
+        return None
+    return (
+        f"{text.rstrip('.')}. If memory ran out: lower --dataloader_num_workers. If a broken video crashed the "
+        "decoder: python -m data.check names it"
+    )

@@ -8,10 +8,11 @@ A group shares its prompt, and with 30 videos the prompt is nearly all of the wo
 
 That equals G separate rows `[prompt | ci]` (proved in `tests/grpo/test_packed.py`) at about 1/G of the cost. Several
 groups may follow each other in a row. While sampling, the same split lets G completions read one copy of the prompt's
-keys and values (`grpo/decoding.py`). The last layer leaves out what no completion asks for (`grpo/model/layers.py`).
+keys and values (`grpo/decoding.py`). The last layer computes only the states that predict a token
+(`grpo/model/layers.py`).
 
-How it is plugged in: the model's attention layers call `attend` with their query, key and value; which tokens see which
-is decided by the function that the caller passes down through the model's keyword arguments.
+How it is plugged in: the model's attention layers call `shared_prefix_attention`, which calls the `attention_fn` that
+our code passes to the model as a keyword argument. That function decides which tokens see which.
 
 | B | prompts | P | prompt tokens | G | completions of a prompt | C | completion tokens |
 | H | query heads | K | key heads | D | head size | L | tokens of a row |
@@ -27,14 +28,14 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 # (query (N, H, L, D), key (N, K, L, D), value (N, K, L, D), layer index) -> (N, H, L, D)
-AttendFn = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> Tensor:
-    """Attend causally within each row, of whose last tokens, or all, the queries are: an ordinary language model."""
+    """Causal attention; the queries may be those of the last tokens only."""
     is_square = query.shape[2] == key.shape[2]
-    # On a GPU, SDPA's flash kernel knows this bias, which is a name more than a tensor. Yet it takes address space for
-    # queries x keys on the host: not for a whole prompt.
+    # SDPA's flash kernel recognises this bias and never reads it, but making it allocates host memory for queries x
+    # keys. So a whole prompt says is_causal instead.
     bias = None if is_square else causal_lower_right(query.shape[2], key.shape[2])
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=is_square, enable_gqa=True)
 
@@ -42,8 +43,8 @@ def causal(query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> Tensor:
 def group_attention(query: Tensor, key: Tensor, value: Tensor, P: int, G: int) -> Tensor:
     """Attend within one group `[prompt | c1 | … | cG]`: two SDPA calls, no (P + G·C)² mask.
 
-    query: (1, H, N + G·C, D), of the last N prompt tokens and the completions; key, value: (1, K, P + G·C, D). Returns
-    the shape of query.
+    query: (1, H, N + G·C, D), the last N prompt tokens and all completions; key, value: (1, K, P + G·C, D). Returns the
+    shape of query.
     """
     C = (key.shape[2] - P) // G
 
@@ -53,20 +54,21 @@ def group_attention(query: Tensor, key: Tensor, value: Tensor, P: int, G: int) -
     prompt_out = causal(query[:, :, : -G * C], key[:, :, :P], value[:, :, :P])  # (1, H, N, D)
     keys = torch.cat([key[:, :, :P].expand(G, -1, -1, -1), completions(key)], dim=2)  # (G, K, P + C, D)
     values = torch.cat([value[:, :, :P].expand(G, -1, -1, -1), completions(value)], dim=2)
-    # Completions shorter than C need no mask: what follows their end is behind all that counts.
+    # Completions shorter than C need no mask: padding comes last, and causal attention never looks ahead.
     out = causal(completions(query), keys, values)
     return torch.cat([prompt_out, out.transpose(0, 1).flatten(1, 2)[None]], dim=2)
 
 
-def packed(prompt_lengths: list[int], group_lengths: list[int], num_completions: int) -> AttendFn:
-    """Return the attention of a row of groups; of each its P and its P + G·C are given.
+def packed(prompt_lengths: list[int], group_lengths: list[int], num_completions: int) -> AttentionFn:
+    """Return the attention function for a row of groups.
 
-    Queries may be those of all tokens, or of each prompt the last one's alone and of its completions.
+    prompt_lengths, group_lengths: P and P + G·C of each group. The queries are either those of all tokens, or of each
+    group those of the last prompt token and the completions.
     """
-    kept_lengths = [length - P + 1 for length, P in zip(group_lengths, prompt_lengths, strict=True)]
+    query_lengths = [length - P + 1 for length, P in zip(group_lengths, prompt_lengths, strict=True)]
 
     def attend_packed(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-        queries = query.split(group_lengths if query.shape[2] == key.shape[2] else kept_lengths, dim=2)
+        queries = query.split(group_lengths if query.shape[2] == key.shape[2] else query_lengths, dim=2)
         keys, values = (x.split(group_lengths, dim=2) for x in (key, value))
         groups = zip(queries, keys, values, prompt_lengths, strict=True)
         return torch.cat([group_attention(q, k, v, P, num_completions) for q, k, v, P in groups], dim=2)
@@ -75,49 +77,51 @@ def packed(prompt_lengths: list[int], group_lengths: list[int], num_completions:
 
 
 def matmul_float32(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply matrices, or batches of them, with a result in float32, the precision in which GPUs add up anyway.
+    """Multiply matrices, or batches of them; the result is float32, in which GPUs accumulate anyway.
 
-    Rounded to bfloat16, scores of Qwen's large keys and logits would be far off.
+    Rounded to bfloat16, the attention scores of Qwen's large keys, and its logits, would be far off.
     """
     if a.is_cuda and a.dtype == torch.bfloat16:
         return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
-def attend(module, query, key, value, attention_mask, attend_fn: AttendFn = causal, **kwargs):
-    """Language model attention for Hugging Face's interface: hand over to the caller's `attend_fn`."""
-    return attend_fn(query, key, value, module.layer_idx).transpose(1, 2), None  # (N, L, H, D)
+def shared_prefix_attention(module, query, key, value, attention_mask, attention_fn: AttentionFn = causal, **kwargs):
+    """Attention of the language model, in Hugging Face's interface: calls the caller's `attention_fn`."""
+    return attention_fn(query, key, value, module.layer_idx).transpose(1, 2), None  # (N, L, H, D)
 
 
-@functools.lru_cache(maxsize=2)  # windows and frames
-def segment_sizes(cu_seq_lens: Tensor) -> list[int]:
-    """List the lengths that segments have. All blocks share two tensors of boundaries, which are known by identity: to
-    ask a GPU for their contents means to wait for it."""
+@functools.lru_cache(maxsize=2)  # keyed by tensor identity: one for windows, one for frames
+def distinct_lengths(cu_seq_lens: Tensor) -> list[int]:
+    """List the distinct segment lengths. Reading them waits for the GPU, so it is done once, not in every block."""
     return cu_seq_lens.diff().unique().tolist()
 
 
-def attend_segments(module, query, key, value, attention_mask, cu_seq_lens_q: Tensor, **kwargs):
-    """Vision tower attention: every segment (a window or a frame) attends to itself, equal lengths in one SDPA call.
+def varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q: Tensor, **kwargs):
+    """Attention of the vision tower: each segment (a window or a frame) attends to itself.
 
-    Frames of a study have equal sizes, so that this is one call where Hugging Face loops over hundreds of windows.
+    Segments of equal length share one SDPA call. Frames of a study have equal sizes, so that this is usually one call,
+    where Hugging Face loops over hundreds of windows.
 
-    query, key, value: (1, H, S, D); cu_seq_lens_q: (segments + 1,) where segments begin and the last one ends.
+    query, key, value: (1, H, S, D); cu_seq_lens_q: (segments + 1,), cumulative lengths from 0 to S.
     """
-    sizes = segment_sizes(cu_seq_lens_q)
-    if len(sizes) == 1:  # views alone, nothing is copied
-        q, k, v = (x[0].unflatten(1, (-1, sizes[0])).transpose(0, 1) for x in (query, key, value))  # (n, H, length, D)
+    lengths = distinct_lengths(cu_seq_lens_q)
+    if len(lengths) == 1:  # views, no copies
+        q, k, v = (
+            x[0].unflatten(1, (-1, lengths[0])).transpose(0, 1) for x in (query, key, value)
+        )  # (n, H, length, D)
         out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).flatten(0, 1)[None], None
-    starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
+    starts, segment_lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
     out = torch.empty_like(query.transpose(1, 2))  # (1, S, H, D)
-    for length in sizes:
-        rows = starts[lengths == length, None] + torch.arange(length, device=query.device)  # (n, length)
+    for length in lengths:
+        rows = starts[segment_lengths == length, None] + torch.arange(length, device=query.device)  # (n, length)
         q, k, v = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
         out[0, rows] = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return out, None
 
 
-# Hugging Face hands whole sequences with their segment boundaries only to an attention with "flash" in its name;
-# to any other it hands one segment at a time.
-AttentionInterface.register("shared_prefix", attend)
-AttentionInterface.register("segments_like_flash", attend_segments)
+# Hugging Face passes whole sequences with their boundaries only to an attention function with "flash" in its name; to
+# any other it passes one segment at a time.
+AttentionInterface.register("shared_prefix", shared_prefix_attention)
+AttentionInterface.register("varlen_like_flash", varlen_attention)

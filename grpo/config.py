@@ -1,6 +1,8 @@
 """Every flag of `train.py`, each with its meaning; nothing else decides how a run goes."""
 
+import argparse
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -12,126 +14,156 @@ from data.video import VideoOptions
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
 
 
-def flag(default, help: str):
-    return dataclasses.field(default=default, metadata={"help": help})
+def flag(default, help: str, heading: str | None = None, demo=None):
+    """Describe a flag; a heading starts a section of --help, demo is the default with --demo."""
+    return dataclasses.field(default=default, metadata={"help": help, "heading": heading, "demo": demo})
 
 
 @dataclass
 class Config:
     """The flags. Names and defaults are those of TRL and of the original system where they have one."""
 
-    # what to train on what
-    model_id: str = flag("", "Qwen2.5-VL: a local folder or a hub name")
-    data_path: str = flag("", "JSON or JSONL file of samples (README, 'Data')")
+    model_id: str = flag("", "Qwen2.5-VL: a local folder or a hub name", heading="model and data")
+    data_path: str = flag("", "JSON or JSONL file of samples (data/README.md)")
     image_folder: str = flag("", "folder of the videos whose path in the JSON does not exist as it is")
-    output_dir: str = flag("", "new folder for curves, flags, checkpoints and the trained model")
+    output_dir: str = flag("", "new folder for curves, flags, checkpoints and the trained model", demo="output/demo")
     demo: bool = flag(False, "make synthetic beating hearts and a small model, train on them, show before and after")
 
-    # videos
-    max_videos: int = flag(5, "videos kept per sample, a memory setting; 0: all of them")
+    max_videos: int = flag(5, "videos kept per sample, a memory setting; 0: all of them", heading="videos")
     fps: float | None = flag(None, "frames per second read from a video (2 if --nframes is not given either)")
-    nframes: int | None = flag(None, "frames read from every video (rounded to even), instead of --fps")
-    video_resized_width: int | None = flag(None, "width of the frames in pixels, rounded to a multiple of 28")
-    video_resized_height: int | None = flag(None, "height of the frames in pixels, rounded to a multiple of 28")
+    nframes: int | None = flag(None, "frames read from every video (rounded to even), instead of --fps", demo=8)
+    video_resized_width: int | None = flag(None, "width of the frames in pixels, rounded to a multiple of 28", demo=56)
+    video_resized_height: int | None = flag(
+        None, "height of the frames in pixels, rounded to a multiple of 28", demo=56
+    )
     video_min_pixels: int = flag(128 * 28 * 28, "least pixels per frame, where width and height are not given")
     video_max_pixels: int = flag(768 * 28 * 28, "most pixels per frame, where width and height are not given")
     on_bad_video: Literal["error", "skip"] = flag("error", "a video without readable frames: stop, or leave it out")
     dataloader_num_workers: int = flag(2, "processes per rank that decode videos ahead; 0: decode in the loop")
 
-    # group sampling
-    num_generations: int = flag(8, "completions sampled per prompt (G)")
-    max_completion_length: int = flag(512, "tokens after which a completion is cut")
-    temperature: float = flag(0.7, "sampling temperature, also that of the trained log-probabilities")
-
+    num_generations: int = flag(8, "completions sampled per prompt (G)", heading="group sampling")
+    max_completion_length: int = flag(512, "tokens after which a completion is cut", demo=16)
+    temperature: float = flag(0.7, "sampling temperature, also that of the trained log-probabilities", demo=1.0)
     top_p: float = flag(1.0, "sample only from the most probable tokens that make up this probability; 1: from all")
     top_k: int = flag(0, "sample only from this many most probable tokens; 0: from all")
 
-    # the objective
-    loss_type: LossType = flag("dapo", "how tokens are weighed: all alike, per completion, or by the length limit")
+    loss_type: LossType = flag(
+        "dapo", "weight of a token: equal for all, per completion, or by the length limit", heading="objective"
+    )
     scale_rewards: ScaleRewards = flag("group", "what advantages are divided by: the group's or batch's std, or none")
     importance_sampling_level: ImportanceSamplingLevel = flag("token", "a ratio per token, or per completion (GSPO)")
     beta: float = flag(0.0, "weight of the KL divergence from the initial policy; 0: no reference model at all")
-    mask_truncated_completions: bool = flag(False, "do not train on completions that were cut at the length limit")
-    epsilon: float = flag(0.05, "lower clipping: the ratio counts down to 1 - epsilon")
-    epsilon_high: float = flag(0.1, "upper clipping: the ratio counts up to 1 + epsilon_high")
+    # In the demo the reward reads the first number and ignores what follows: unmasked, completions forget to end.
+    mask_truncated_completions: bool = flag(
+        False, "do not train on completions that were cut at the length limit", demo=True
+    )
+    epsilon: float = flag(0.05, "lower clipping: ratios below 1 - epsilon have no gradient")
+    epsilon_high: float = flag(0.1, "upper clipping: ratios above 1 + epsilon_high have no gradient")
     num_iterations: int = flag(1, "updates per batch of rollouts")
 
-    # what is trained
-    lora_enable: bool = flag(False, "train adapters (LoRA) on the language model, whose own weights stay frozen")
+    lora_enable: bool = flag(
+        False, "train adapters (LoRA) on the language model, whose own weights stay frozen", heading="what is trained"
+    )
     lora_rank: int = flag(64, "rank of the adapters")
     lora_alpha: int = flag(16, "the adapters' product is scaled by lora_alpha / lora_rank")
-    lora_dropout: float = flag(0.05, "dropout in front of the adapters, in the update alone")
+    lora_dropout: float = flag(0.05, "dropout in front of the adapters, in the update only")
     vision_lora: bool = flag(False, "adapters on the vision tower too, with --freeze_vision_tower")
-    lora_namespan_exclude: str = flag("", "no adapters on layers whose name holds one of these: \"['o_proj', 'mlp']\"")
-    freeze_vision_tower: bool = flag(False, "do not train the vision tower (the merger is a part of its own)")
+    lora_namespan_exclude: str = flag("", "no adapters on layers whose name contains one of: \"['o_proj', 'mlp']\"")
+    freeze_vision_tower: bool = flag(False, "do not train the vision tower (the merger is a component of its own)")
     freeze_llm: bool = flag(False, "do not train the language model; implied by --lora_enable")
     freeze_merger: bool = flag(False, "do not train the merger, between vision tower and language model")
 
-    # batches, counted in prompts; any one may be left out
-    global_batch_size: int | None = flag(None, "prompts per step on all ranks (1 per rank if no size is given)")
+    global_batch_size: int | None = flag(
+        None,
+        "prompts per step on all ranks (1 per rank if no size is given)",
+        heading="batches, counted in prompts; any of the three sizes may be left out",
+        demo=8,
+    )
     per_device_train_batch_size: int | None = flag(None, "prompts of a rank that pass through the model together")
-    gradient_accumulation_steps: int | None = flag(None, "passes per rank and step: global / (per device x ranks)")
-    num_train_epochs: float = flag(1.0, "passes over the samples")
-    max_steps: int = flag(0, "steps, in place of --num_train_epochs; 0: whole epochs")
+    gradient_accumulation_steps: int | None = flag(
+        None, "forward and backward passes of a rank per step: global / (per device x ranks)"
+    )
+    num_train_epochs: float = flag(1.0, "epochs")
+    max_steps: int = flag(0, "steps, in place of --num_train_epochs; 0: whole epochs", demo=200)
 
-    # the optimizer
-    learning_rate: float = flag(1e-6, "peak learning rate of AdamW, reached after warm-up, then a cosine to 0")
-    vision_lr: float | None = flag(None, "that of the vision tower, its adapters included (else --learning_rate)")
-    merger_lr: float | None = flag(None, "that of the merger (else --learning_rate)")
-    weight_decay: float = flag(0.0, "decay of the weight matrices")
+    # In the demo, with 2e-4, one of three seeds collapsed: no completion ended any more.
+    learning_rate: float = flag(
+        1e-6, "peak learning rate of AdamW, reached after warm-up, then a cosine to 0", heading="optimizer", demo=1e-4
+    )
+    vision_lr: float | None = flag(None, "learning rate of the vision tower and its adapters (else --learning_rate)")
+    merger_lr: float | None = flag(None, "learning rate of the merger (else --learning_rate)")
+    weight_decay: float = flag(0.0, "weight decay of the weight matrices")
     warmup_ratio: float = flag(0.03, "share of the steps in which the learning rate rises")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
     gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
 
-    # the run
-    memory_preflight: bool | None = flag(None, "first try a step on the longest prompt, for its memory (on a GPU: on)")
+    memory_preflight: bool | None = flag(
+        None, "first try a step on the longest prompt, for its memory (on a GPU: on)", heading="the run"
+    )
     logging_steps: int = flag(1, "steps between points of the curves")
     log_completions: int = flag(4, "completions shown in TensorBoard at a logging step")
     save_steps: int = flag(0, "steps between checkpoints; 0: only where a signal stops the run")
     save_total_limit: int = flag(0, "checkpoints kept, the newest; 0: all of them")
-    resume_from_checkpoint: str = flag("none", "go on from a folder checkpoint-N, or auto: the newest in --output_dir")
-    max_bad_steps: int = flag(10, "steps in a row without a finite loss and gradient (left out) after which to stop")
+    resume_from_checkpoint: str = flag("none", "resume from this folder checkpoint-N; auto: the newest in --output_dir")
+    max_bad_steps: int = flag(10, "stop after this many steps in a row without a finite loss and gradient")
     reward_timeout: float = flag(600.0, "seconds that a reward function may take for a step's completions")
     seed: int = flag(0, "seed of the data order and of the sampling")
 
 
 DEMO_DEFAULTS = {
-    "output_dir": "output/demo",
-    "nframes": 8,
-    "video_resized_width": 56,
-    "video_resized_height": 56,
-    "max_completion_length": 16,
-    "global_batch_size": 8,
-    "max_steps": 200,
-    "learning_rate": 1e-4,  # with 2e-4, one of three seeds collapsed: no completion ended any more
-    # The reward reads the first number and does not mind what follows: unmasked, completions may forget to end.
-    "mask_truncated_completions": True,
-    "temperature": 1.0,
+    field.name: field.metadata["demo"] for field in dataclasses.fields(Config) if field.metadata["demo"] is not None
 }
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Read the flags; raise InputError, one line, for an unknown flag or a value that cannot be."""
-    parser = HfArgumentParser(Config, prog="train.py", allow_abbrev=False)
-    parser.error = _fail
-    config, *unknown = _parse(parser, argv)
+    """Read the flags; raise InputError for unknown flags and impossible values."""
+    config = parse_flags(Config, argv, "python train.py")
     if config.demo:  # other defaults, which flags beside it override
-        parser.set_defaults(**DEMO_DEFAULTS)
-        config, *unknown = _parse(parser, argv)
-    if unknown:
-        raise InputError(f"unknown flag {unknown[0]!r}: python train.py --help lists the flags")
+        config = parse_flags(Config, argv, "python train.py", DEMO_DEFAULTS)
     _check(config)
     return config
 
 
-def _parse(parser: HfArgumentParser, argv: list[str]) -> list:
-    """Return the Config, then whatever was not understood."""
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    return [config, *unknown]
+class _HelpFormatter(argparse.HelpFormatter):
+    """Show each flag in one spelling: HfArgumentParser also takes hyphens in place of underscores."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        values = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
+        return action.option_strings[-1 if "-h" in action.option_strings else 0] + values
 
 
-def _fail(message: str):
-    raise InputError(f"{message}: python train.py --help explains the flags")
+def parse_flags(cls: type, argv: list[str], prog: str, defaults: dict | None = None):
+    """Read a dataclass of `flag`s from the command line; raise InputError for what it does not understand."""
+    sections = {}
+    for field in dataclasses.fields(cls):
+        heading = field.metadata["heading"] or list(sections)[-1]
+        known = [f"default: {field.default}"] if field.default not in (None, "") and field.default is not False else []
+        known += [f"with --demo: {field.metadata['demo']}"] if field.metadata["demo"] is not None else []
+        text = field.metadata["help"] + (f" ({'; '.join(known)})" if known else "")
+        described = dataclasses.field(default=field.default, metadata={"help": text.replace("%", "%%")})
+        sections.setdefault(heading, []).append((field.name, field.type, described))
+    groups = [
+        dataclasses.make_dataclass("Section", fields, namespace={"_argument_group_name": heading})
+        for heading, fields in sections.items()
+    ]
+
+    def fail(message: str):
+        raise InputError(f"{message}: {prog} --help explains the flags")
+
+    parser = HfArgumentParser(
+        groups, prog=prog, usage=f"{prog} [flags]", formatter_class=_HelpFormatter, allow_abbrev=False
+    )
+    parser.error = fail
+    parser.set_defaults(**(defaults or {}))
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        names = [f"--{field.name}" for field in dataclasses.fields(cls)]
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
+        fail(f"unknown flag {unknown[0]!r}" + (f", did you mean {nearest[0]}?" if nearest else ""))
+    return cls(**{name: value for section in parsed for name, value in vars(section).items()})
 
 
 def _check(config: Config) -> None:
@@ -203,7 +235,7 @@ def _check_what_is_trained(config: Config) -> None:
 
 
 def video_options(config: Config) -> VideoOptions:
-    """Pick the flags that say which frames are read and how large; raise ValueError for a contradiction."""
+    """Return the flags about frames and their size; raise ValueError for a contradiction."""
     return VideoOptions(
         fps=config.fps,
         nframes=config.nframes,
@@ -230,23 +262,21 @@ def resolve_batch_sizes(config: Config, world_size: int) -> Config:
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
     )
+    given = {"--per_device_train_batch_size": device, "--gradient_accumulation_steps": accumulation}
+    factors = [f"{world_size} ranks", *(f"{name} {value}" for name, value in given.items() if value is not None)]
+    product = world_size * (device or 1) * (accumulation or 1)
     if total is None:
-        device, accumulation = device or 1, accumulation or 1
-        total = device * world_size * accumulation
-    elif device is None:
+        total = product
+    elif total % product or (device is not None and accumulation is not None and total != product):
+        verb = "a multiple of" if device is None or accumulation is None else "equal to"
+        arithmetic = f"{' x '.join(factors)} = {product}"
+        raise InputError(f"--global_batch_size {total} is not {verb} {arithmetic}: change or leave out one of them")
+    if device is None:
         accumulation = accumulation or 1
         device = total // (world_size * accumulation)
-    elif accumulation is None:
-        accumulation = total // (world_size * device)
-    if total != device * world_size * accumulation or total == 0:
-        product = f"{device} x {world_size} ranks x --gradient_accumulation_steps {accumulation}"
-        raise InputError(
-            f"--global_batch_size {total} is not --per_device_train_batch_size {product} = "
-            f"{device * world_size * accumulation}: change or leave out one of them"
-        )
     return dataclasses.replace(
         config,
         global_batch_size=total,
         per_device_train_batch_size=device,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=accumulation or total // (world_size * device),
     )

@@ -5,6 +5,8 @@ python -m grpo.export --adapter output/run/final --output output/merged
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -14,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 from data.dataset import InputError, first_line
 from data.prompt import load_tokenizer
-from grpo.model.load import load_model, processor_files, save_model
-from grpo.ranks import say
+from grpo.model.load import ModelFiles, load_model, processor_files
+from grpo.ranks import print_rank0
 
 
 def base_of(adapter: str) -> str:
-    """Return the base model that an adapter folder names; raise InputError if it is no such folder."""
+    """Return the base model that an adapter folder names; raise InputError if it is not an adapter folder."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not Path(adapter, name).is_file():
             raise InputError(f"--adapter {adapter!r} is no adapter folder: it has no {name}")
@@ -43,7 +45,7 @@ def load_merged(adapter: str, model_id: str):
         with safe_open(Path(adapter, "adapter_model.safetensors"), "pt") as file:
             stored = set(file.keys())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that keys do not fit is said below
+            warnings.simplefilter("ignore")  # about keys that do not fit: raised as an error below
             peft_model = PeftModel.from_pretrained(model, adapter)
     except SafetensorError as error:
         raise InputError(f"--adapter {adapter!r}: its weights cannot be read ({first_line(error)})") from error
@@ -68,8 +70,12 @@ def export(adapter: str, output: str, model_id: str = "") -> None:
     tokenizer = load_tokenizer(model_id)
     model = load_merged(adapter, model_id)
     try:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        save_model(model, tokenizer, output, processor_files(model_id))
+        unfinished = Path(f"{output}.unfinished")
+        if unfinished.exists():  # left by an export that was killed
+            shutil.rmtree(unfinished)
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        ModelFiles(model, tokenizer, processor_files(model_id)).write(unfinished)
+        os.rename(unfinished, output)  # the folder gets its name once it is complete
     except OSError as error:
         raise InputError(f"--output {output!r} cannot be written ({first_line(error)}): name another place") from error
 
@@ -89,7 +95,7 @@ def main(argv: list[str]) -> int:
         arguments = parser.parse_args(argv)
         export(**vars(arguments))
     except InputError as error:
-        say(f"grpo.export: error: {error}", file=sys.stderr)
+        print_rank0(f"grpo.export: error: {error}", file=sys.stderr)
         return 2
     print(f"the merged model is in {arguments.output}")
     return 0

@@ -8,18 +8,19 @@ For one prompt with completions o_1 … o_G and rewards r_1 … r_G (GRPO: DeepS
               + beta (pi_ref / pi - log(pi_ref / pi) - 1)                                    kl_estimate
     loss    = sum_i weight_i sum_t loss_it                                                   completion_weights
 
-`weight_i` is all that sets the loss types apart, with N completions of all ranks in a step:
+The loss types differ only in `weight_i`; N is the number of completions of all ranks in a step:
 
     dapo     1 / (tokens of all ranks): every token counts alike              (DAPO, arXiv:2503.14476, equation 8)
     grpo     1 / (N · tokens of o_i): every completion counts alike           (DeepSeekMath, equation 3)
     dr_grpo  1 / (N · max_completion_length): no bias by length               (Dr. GRPO, arXiv:2503.20783, section 3.2)
 
 Clipping is asymmetric as in DAPO; `importance_sampling_level="sequence"` takes one ratio per completion (GSPO,
-arXiv:2507.18071, equation 7). What divides is counted over all ranks before the first backward pass, so that splitting
-a batch differently changes nothing.
+arXiv:2507.18071, equation 7). Denominators are global: counted over all ranks before the first backward pass, so that
+splitting a batch differently changes nothing.
 
 Deviations from the papers: the standard deviation is the unbiased one, as in TRL; GSPO's ratio is weighted per token
-under `dapo` and `dr_grpo`. A completion that is not trained (no reward, or cut and masked) is in no count either.
+under `dapo` and `dr_grpo`. A completion that is not trained (no reward, or cut and masked) is excluded from the
+denominators too.
 
 | B | prompts | G | completions per prompt | C | completion tokens, padded |
 """
@@ -35,37 +36,35 @@ ImportanceSamplingLevel = Literal["token", "sequence"]
 
 
 def group_advantages(rewards: Tensor, scale_rewards: ScaleRewards, batch_std: Tensor | float = 1.0) -> Tensor:
-    """Compare each completion with its group.
+    """Return each completion's reward relative to its group.
 
-    rewards: (B, G), nan where a completion was not scored. scale_rewards: divide by the standard deviation of the
-    group, by that of all rewards of the step, `batch_std`, or by nothing. Returns (B, G); exactly 0 where a completion
-    was not scored and throughout a group whose rewards are all equal.
+    rewards: (B, G), nan where a completion was not scored. scale_rewards: divide by the group's standard deviation, by
+    that of all rewards of the step, `batch_std`, or by nothing. Returns (B, G); exactly 0 where a completion was not
+    scored, and in a group whose rewards are all equal.
     """
     scored = ~rewards.isnan()
     count = scored.sum(dim=1, keepdim=True)
-    deviation = rewards - rewards.nanmean(dim=1, keepdim=True)
-    # Rounding can leave the mean of equal rewards a little off them, which the division would blow up.
-    deviation = torch.where(scored & ~is_uniform(rewards)[:, None], deviation, 0.0)
+    centered = rewards - rewards.nanmean(dim=1, keepdim=True)
+    # The mean of equal rewards can differ from them by rounding, which the division would magnify.
+    centered = torch.where(scored & ~has_zero_std(rewards)[:, None], centered, 0.0)
     if scale_rewards == "group":
-        return deviation / ((deviation.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
+        return centered / ((centered.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
     if scale_rewards == "batch":
-        return deviation / (batch_std + 1e-4)
-    return deviation
+        return centered / (batch_std + 1e-4)
+    return centered
 
 
-def is_uniform(rewards: Tensor) -> Tensor:
-    """Tell which groups have nothing to compare: rewards (B, G), nan where not scored -> (B,)."""
+def has_zero_std(rewards: Tensor) -> Tensor:
+    """Tell which groups have equal rewards, and so no signal: rewards (B, G), nan where not scored -> (B,)."""
     lowest, highest = rewards.nan_to_num(torch.inf).amin(dim=1), rewards.nan_to_num(-torch.inf).amax(dim=1)
     return lowest >= highest  # also where nothing was scored
 
 
-def trained_tokens(
-    completion_mask: Tensor, rewards: Tensor, is_stopped: Tensor, mask_truncated_completions: bool
-) -> Tensor:
+def loss_mask(completion_mask: Tensor, rewards: Tensor, is_stopped: Tensor, mask_truncated_completions: bool) -> Tensor:
     """Return which tokens of a group are trained: (G, C).
 
-    completion_mask: (G, C); rewards, is_stopped: (G,). Left out are completions that were not scored (nan), and those
-    that were cut at the length limit, if asked for (overlong filtering, DAPO, section 3.4).
+    completion_mask: (G, C); rewards, is_stopped: (G,). Excluded are completions that were not scored (nan) and, with
+    mask_truncated_completions, those that were cut at the length limit (overlong filtering, DAPO, section 3.4).
     """
     is_trained = ~rewards.isnan()
     if mask_truncated_completions:
@@ -74,7 +73,7 @@ def trained_tokens(
 
 
 def importance_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: ImportanceSamplingLevel) -> Tensor:
-    """Return how much more probable the policy has become: (G, C), per token or alike along each completion.
+    """Return the ratio of the policy's probability to the old policy's: (G, C), per token or one per completion.
 
     logprobs, old_logprobs: (G, C); mask: (G, C), True where a token is trained.
     """
@@ -87,7 +86,10 @@ def importance_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, leve
 def clipped_loss(
     ratio: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of each token, and which ones were clipped below and above; ratio: (G, C), advantages: (G,)."""
+    """Return the loss of each token, and which tokens were clipped below and above, all (G, C).
+
+    ratio: (G, C); advantages: (G,).
+    """
     advantages = advantages[:, None]
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)
     low, high = (ratio < 1 - epsilon) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
@@ -103,7 +105,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 def completion_weights(
     loss_type: LossType, lengths: Tensor, num_tokens: int, num_completions: int, max_completion_length: int
 ) -> Tensor:
-    """Return what a token of each completion weighs in the loss of the step.
+    """Return the weight of each completion's tokens in the loss of the step: (G,).
 
     lengths: (G,) trained tokens of each completion. num_tokens, num_completions: those trained on all ranks.
     """

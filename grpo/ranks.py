@@ -2,6 +2,9 @@
 
 import os
 import sys
+import threading
+import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -12,6 +15,8 @@ from tqdm import tqdm
 
 from data.dataset import InputError
 
+LAUNCHER_POLL_SECONDS = 5.0
+
 
 def start_processes() -> torch.device:
     """Join the process group that torchrun describes, or make one of a single process; return this rank's device."""
@@ -19,71 +24,88 @@ def start_processes() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-        # It plans anew for every length of a prompt, and keeps the plans. Flash takes its place.
+        # cuDNN's attention makes and keeps a plan for every prompt length. Flash attention takes its place.
         torch.backends.cuda.enable_cudnn_sdp(False)
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    # Ranks wait long for one with the most to sample, or that writes a large model; not for one that died: connections
-    # to it break, and torchrun ends the others.
+    # Long, since ranks wait for the one that samples the longest completions or writes a large model. Nobody waits an
+    # hour for a rank that died: connections to it break, and torchrun ends the others.
     timeout = timedelta(hours=1)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
+        threading.Thread(target=exit_with_launcher, args=(os.getppid(),), daemon=True).start()
     return device
 
 
+def exit_with_launcher(launcher: int) -> None:
+    """End this process once its parent `launcher` (a process id) is gone: a killed torchrun cannot end its ranks."""
+    while os.getppid() == launcher:
+        time.sleep(LAUNCHER_POLL_SECONDS)
+    with suppress(OSError):  # where it printed to may be gone too
+        print(f"torchrun (process {launcher}) is gone: this rank ends", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def raise_together(function, *arguments):
-    """Call a function on every rank; where it raises InputError on any, raise it on all, so that none waits."""
-    result, own = None, None
+    """Call a function on every rank; an InputError on any rank is raised on all of them, so that none is left waiting.
+
+    Collective. Returns the function's result.
+    """
+    result, own_error = None, None
     try:
         result = function(*arguments)
     except InputError as error:
-        own = str(error)
-    for line in of_all_ranks(own):
-        if line is not None:
-            raise InputError(line)
+        own_error = str(error)
+    for error in all_gather_object(own_error):
+        if error is not None:
+            raise InputError(error)
     return result
 
 
-def of_all_ranks(value) -> list:
-    """Return the value that each rank has given, on all ranks; collective."""
+def all_gather_object(value) -> list:
+    """Return the values of all ranks, in their order, on every rank; collective."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def from_rank_0(value):
-    """Return rank 0's value on all ranks; collective."""
+def broadcast_object(value):
+    """Return rank 0's value on every rank; collective."""
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
 
 
 def any_rank(flag: bool) -> bool:
-    """Return True on all ranks if `flag` is on any; collective."""
+    """Return True on every rank if `flag` is True on any; collective."""
     flags = torch.tensor([int(flag)])
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
 
 
-def end_alone(line: str) -> None:
-    """End this rank amid a step, with a line: the others may wait for its part of it, and no word reaches them."""
-    print(line, file=sys.stderr, flush=True)
-    os._exit(2)  # upon which torchrun ends them
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """Gather a tensor that is sharded, as in `grpo/model/sharding.py`; collective."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor if it is sharded; collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def say(*lines: str, file=None) -> None:
-    """Let rank 0 print lines, not behind the progress bar; nothing in a line can break it."""
-    if int(os.environ.get("RANK", 0)) == 0:  # also before the ranks know each other
+def abort_rank(line: str) -> None:
+    """Print a line and end this rank in the middle of a step, where the other ranks cannot be told.
+
+    They may be waiting for it in a collective; torchrun ends them when it sees this exit code.
+    """
+    print(line, file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def print_rank0(*lines: str, file=None) -> None:
+    """Print lines on rank 0, above the progress bar; control characters in them are escaped."""
+    if int(os.environ.get("RANK", 0)) == 0:  # works before the process group exists
         for line in lines:
             tqdm.write(printable(line), file=file)
 
 
 def printable(text: str) -> str:
-    """Keep foreign text within its line of a log: control characters, line breaks and the like become visible."""
+    """Escape control characters and line breaks, so that foreign text stays within one line of a log."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -13,58 +13,72 @@ from torch import Tensor
 from data.loader import Prompt
 from grpo.decoding import decoder_for, prefill
 from grpo.logprobs import sampling_logprobs
+from grpo.model.load import SpecialTokens
 
-LEAST_ROOM = 2048  # prompt tokens, whose keys and values take a hundredth of the memory that the weights take
+MIN_PROMPT_CAPACITY = 2048  # tokens; their keys and values take a hundredth of the weights' memory
+
+
+@dataclass
+class SamplingParams:
+    """How completions are sampled."""
+
+    num_generations: int  # completions per prompt (G)
+    max_completion_length: int  # tokens
+    temperature: float = 1.0
+    top_p: float = 1.0  # 1: all tokens
+    top_k: int = 0  # 0: all tokens
 
 
 @dataclass
 class Rollout:
-    """One group. Column t of every tensor speaks of `completion_ids[:, t]`."""
+    """The group of one prompt. All (G, C) tensors are aligned with `completion_ids`."""
 
     prompt: Prompt
     completion_ids: Tensor  # (G, C)
-    completion_mask: Tensor  # (G, C), True for the tokens that were sampled, the stop token included
-    logprobs: Tensor  # (G, C) float32, as recorded while sampling; 0 where the mask is False
+    completion_mask: Tensor  # (G, C), True for sampled tokens, the end-of-sequence token included
+    logprobs: Tensor  # (G, C) float32, recorded while sampling; 0 where the mask is False
     is_stopped: Tensor  # (G,), False where a completion was cut at the length limit
-    # What the loop finds out about it on the way:
-    train_mask: Tensor | None = None  # (G, C), True for the tokens that are trained
+    # Filled in by the training loop:
+    texts: list[str] | None = None  # G completions as text
+    rewards: Tensor | None = None  # (G,), nan where a completion was not scored
+    loss_mask: Tensor | None = None  # (G, C), True for tokens that are trained
     advantages: Tensor | None = None  # (G,)
     old_logprobs: Tensor | None = None  # (G, C), of the policy before the first update
     reference_logprobs: Tensor | None = None  # (G, C), of the initial policy
 
 
 def generators(prompts: list[Prompt], seed: int, step: int, device: torch.device) -> list[torch.Generator]:
-    """Make the random numbers of each prompt a function of seed, step and place in the batch, and of nothing else."""
-    seeds = [hashlib.sha256(f"{seed} {step} {prompt.slot}".encode()).digest()[:8] for prompt in prompts]
+    """Make a generator per prompt, seeded by seed, step and position in the global batch only."""
+    seeds = [hashlib.sha256(f"{seed} {step} {prompt.position}".encode()).digest()[:8] for prompt in prompts]
     return [torch.Generator(device).manual_seed(int.from_bytes(s) >> 1) for s in seeds]
 
 
-def most_probable(logprobs: Tensor, top_p: float, top_k: int) -> Tensor:
+def filter_top_k_top_p(logprobs: Tensor, top_p: float, top_k: int) -> Tensor:
     """Keep the most probable tokens of each row, (N, V) -> (N, V), renormalised; the others get -inf.
 
     top_k: how many, 0 for all. top_p: as few as make up this probability (nucleus sampling, arXiv:1904.09751).
-    What is left out is sampled too rarely and the rest too often. The ratio of the update does not see it, since both
-    of its policies are whole distributions; `sampling/sampling_logp_difference` does.
+    Sampling is then truncated and the ratio does not correct for it, since both of its policies are full distributions;
+    `sampling/sampling_logp_difference` shows how far apart they are.
     """
     if top_k:
         least = logprobs.topk(min(top_k, logprobs.shape[1])).values[:, -1:]
         logprobs = torch.where(logprobs >= least, logprobs, -torch.inf).log_softmax(dim=1)
     if top_p < 1:
         ordered, order = logprobs.sort(dim=1, descending=True)
-        before = ordered.exp().cumsum(dim=1) - ordered.exp()  # probability of what is more probable
+        before = ordered.exp().cumsum(dim=1) - ordered.exp()  # total probability of the more probable tokens
         ordered = torch.where(before < top_p, ordered, -torch.inf)
         logprobs = torch.empty_like(logprobs).scatter(1, order, ordered).log_softmax(dim=1)
     return logprobs
 
 
 def sample(logprobs: Tensor, generators: list[torch.Generator] | None) -> Tensor:
-    """Draw a token per row, (B·G, V) -> (B·G,), with a generator per prompt; the most probable one without.
+    """Draw a token per row, (B·G, V) -> (B·G,), with a generator per prompt; greedily without generators.
 
-    By the Gumbel-max trick (arXiv:1411.0030): with a Gumbel variable added to each log-probability, the largest sum is
-    a draw. Unlike torch.multinomial it lets a GPU go on without waiting.
+    By the Gumbel-max trick (arXiv:1411.0030): the argmax of log-probabilities plus Gumbel noise is a sample. Unlike
+    torch.multinomial it does not make a GPU wait.
     """
     if generators is not None:
-        shape = len(logprobs) // len(generators), logprobs.shape[1]  # float64: float32 has no draws below 1e-7
+        shape = len(logprobs) // len(generators), logprobs.shape[1]  # float64, since float32 never draws below 1e-7
         draws = [torch.rand(shape, generator=g, device=g.device, dtype=torch.float64) for g in generators]
         logprobs = logprobs - (-torch.cat(draws).log()).log()
     return logprobs.argmax(dim=1)
@@ -74,36 +88,34 @@ def sample(logprobs: Tensor, generators: list[torch.Generator] | None) -> Tensor
 def generate(
     model,
     prompts: list[Prompt],
-    num_generations: int,
-    max_completion_length: int,
-    temperature: float,
-    stop_ids: Tensor,
-    banned_ids: Tensor,
-    generators: list[torch.Generator] | None,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    tokens: SpecialTokens,
+    params: SamplingParams,
+    generators: list[torch.Generator] | None = None,
 ) -> list[Rollout]:
-    """Sample a group per prompt, each completion to its stop token or the length limit; greedily without generators.
+    """Sample a group per prompt, each completion to its end or to the length limit; greedily without generators.
 
-    Touches this process alone: ranks decode different numbers of tokens without waiting for each other.
+    model: unsharded. Nothing here communicates, so ranks may decode different numbers of tokens.
     """
-    B, G, P = len(prompts), num_generations, max(len(prompt.prompt_ids) for prompt in prompts)
+    B, G, P = len(prompts), params.num_generations, max(len(prompt.prompt_ids) for prompt in prompts)
     if model.device.type == "cuda":
-        # One graph serves most lengths, and which one it is must not depend on earlier prompts.
-        P = max(LEAST_ROOM, 1 << (P - 1).bit_length())
-    decoder = decoder_for(model, B, G, P, max_completion_length)
+        # Rounded up so that one graph serves many lengths. A function of this batch only: results must not depend on
+        # earlier prompts.
+        P = max(MIN_PROMPT_CAPACITY, 1 << (P - 1).bit_length())
+    decoder = decoder_for(model, B, G, P, params.max_completion_length)
     hidden = prefill(model, prompts, decoder.cache).repeat_interleave(G, dim=0)  # (B·G, E)
-    positions = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts]).repeat_interleave(G)  # (B·G,)
+    positions = torch.cat([prompt.completion_positions(1)[0] for prompt in prompts]).repeat_interleave(G)  # (B·G,)
     running = torch.ones(B * G, dtype=torch.bool, device=hidden.device)
     ids, mask, logprobs = [], [], []  # one (B·G,) per token
     while True:
-        distribution = sampling_logprobs(hidden, model.lm_head.weight, temperature, banned_ids)  # (B·G, V)
-        distribution = most_probable(distribution, top_p, top_k)
+        distribution = sampling_logprobs(
+            hidden, model.lm_head.weight, params.temperature, tokens.suppress_tokens
+        )  # (B·G, V)
+        distribution = filter_top_k_top_p(distribution, params.top_p, params.top_k)
         ids.append(sample(distribution, generators))
         mask.append(running)
         logprobs.append(distribution.gather(1, ids[-1][:, None])[:, 0])
-        running = running & ~torch.isin(ids[-1], stop_ids)
-        if len(ids) == max_completion_length or not running.any():
+        running = running & ~torch.isin(ids[-1], tokens.eos_token_ids)
+        if len(ids) == params.max_completion_length or not running.any():
             break
         hidden = decoder.step(ids[-1], positions)
         positions = positions + 1
@@ -112,7 +124,7 @@ def generate(
     for (prompt, ids, mask, logprobs), is_running in zip(groups, running.split(G), strict=True):
         C = int(mask.sum(dim=1).max())  # other groups may have gone on for longer
         ids, mask, logprobs = ids[:, :C], mask[:, :C], logprobs[:, :C]
-        # What is drawn behind a stop token is no part of the completion.
-        ids, logprobs = torch.where(mask, ids, stop_ids[0]), torch.where(mask, logprobs, 0.0)
+        # Tokens drawn after the end are not part of the completion.
+        ids, logprobs = torch.where(mask, ids, tokens.eos_token_ids[0]), torch.where(mask, logprobs, 0.0)
         rollouts.append(Rollout(prompt, ids, mask, logprobs, is_stopped=~is_running))
     return rollouts

@@ -59,14 +59,19 @@ def numerical_video_reward(completions, assistant, **kwargs) -> list[float]:
                 "reward": reward,
             }
         )
-    if os.environ.get("DEBUG_MODE", "").lower() == "true":
-        _append_to_log(os.environ.get("LOG_PATH") or "grpo_rewards.log", records)
+    append_to_log(records)
     return rewards
 
 
-def _append_to_log(path: str, records: list[dict]) -> None:
-    """Append one JSON object a line; several processes may do so at once."""
+def append_to_log(records: list[dict]) -> None:
+    """Append one JSON object a line to LOG_PATH, with DEBUG_MODE=true; several processes may do so at once.
+
+    Without records it only opens the file: raises OSError if it cannot be written.
+    """
+    if os.environ.get("DEBUG_MODE", "").lower() != "true":
+        return
     lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path = os.environ.get("LOG_PATH") or "grpo_rewards.log"
     with open(path, "ab", buffering=0) as file:  # unbuffered: one write, so that no line is torn
         fcntl.flock(file, fcntl.LOCK_EX)  # held until the file is closed; appending alone is not atomic on NFS
         file.write(lines)

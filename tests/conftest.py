@@ -8,13 +8,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-import torch.multiprocessing as mp
-
 ROOT = Path(__file__).parents[1]  # of the project
 sys.path.insert(0, str(ROOT))
+
+import grpo  # noqa: E402, F401  first of all, since it sets how torch's threads wait
+
+# isort: split
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.multiprocessing as mp  # noqa: E402
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nothing waits for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
 
@@ -24,7 +28,7 @@ from data.video import VideoOptions  # noqa: E402
 from grpo.demo.demo import CHAT_WORDS, build_model  # noqa: E402
 from grpo.demo.mp4 import write_mp4  # noqa: E402
 from grpo.demo.tiny_tokenizer import build_tokenizer  # noqa: E402
-from grpo.model.load import special_tokens  # noqa: E402
+from grpo.model.load import SpecialTokens, special_tokens  # noqa: E402
 
 OPTIONS = VideoOptions(nframes=4, resized_width=56, resized_height=56)
 FLAGS = "--nframes 4 --video_resized_width 56 --video_resized_height 56 --max_completion_length 6".split()
@@ -41,8 +45,11 @@ class Tiny:
     model: torch.nn.Module
     tokenizer: object
     prompts: list[Prompt]
-    stop_ids: torch.Tensor
-    banned_ids: torch.Tensor
+    tokens: SpecialTokens
+
+    @property
+    def suppress_tokens(self) -> torch.Tensor:
+        return self.tokens.suppress_tokens
 
 
 def make_tiny(folder: Path, num_videos=(1, 3, 2, 1), size=56) -> Tiny:
@@ -71,8 +78,7 @@ def make_tiny(folder: Path, num_videos=(1, 3, 2, 1), size=56) -> Tiny:
     tokenizer.save_pretrained(folder / "model")
     loaded = load_samples(str(folder / "data.json"), str(folder / "videos"))
     prompts = [load_prompt(sample, tokenizer, 2, OPTIONS) for sample in loaded]
-    tokens = special_tokens(model, tokenizer, torch.device("cpu"))
-    return Tiny(folder, model, tokenizer, prompts, tokens.stop_ids, tokens.banned_ids)
+    return Tiny(folder, model, tokenizer, prompts, special_tokens(model, tokenizer, torch.device("cpu")))
 
 
 @pytest.fixture(scope="session")

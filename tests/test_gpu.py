@@ -13,19 +13,20 @@ from grpo.benchmark.__main__ import Options as BenchmarkOptions
 from grpo.decoding import Decoder, decoder_for
 from grpo.logprobs import Logits, completion_logprobs
 from grpo.model.layers import use_our_layers
+from grpo.model.load import SpecialTokens
 from grpo.model.random_model import SIZES, random_model
-from grpo.rollout import generate
+from grpo.rollout import SamplingParams, generate
 from tests.grpo.test_packed import hf_twin
 from tests.test_train import curves, flags
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
-NO_STOP, BANNED = [-1], [1, 2, 3, 4]
+SUPPRESSED = [1, 2, 3, 4]
 
 
 def sample(model, prompts, C, generators=None):
-    ends = torch.tensor(NO_STOP, device=CUDA), torch.tensor(BANNED, device=CUDA)
-    return generate(model, prompts, 4, C, 1.0, *ends, generators)
+    tokens = SpecialTokens(torch.tensor([-1], device=CUDA), torch.tensor(SUPPRESSED, device=CUDA))  # no end
+    return generate(model, prompts, tokens, SamplingParams(4, C), generators)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_sampled_and_trained_log_probabilities_agree_in_bfloat16(model, prompts)
     rollouts = sample(model, prompts, 24, generators)
     ids, masks = [r.completion_ids for r in rollouts], [r.completion_mask for r in rollouts]
     with torch.no_grad():
-        trained = completion_logprobs(model, prompts, ids, masks, 1.0, torch.tensor(BANNED, device=CUDA))
+        trained = completion_logprobs(model, prompts, ids, masks, 1.0, torch.tensor(SUPPRESSED, device=CUDA))
     for rollout, (logprobs, _) in zip(rollouts, trained, strict=True):
         assert (rollout.logprobs - logprobs).abs().mean() < 0.02
 
@@ -81,19 +82,18 @@ def test_the_packed_pass_equals_hugging_faces_in_float32(tiny):
     model = copy.deepcopy(tiny.model).to(CUDA)
     twin, prompt = hf_twin(model), tiny.prompts[1].to(CUDA)
     ids = torch.randint(5, 200, (3, 6), device=CUDA)
-    banned = tiny.banned_ids.to(CUDA)
-    ((logprobs, _),) = completion_logprobs(model, [prompt], [ids], [torch.ones_like(ids).bool()], 1.0, banned)
+    suppressed = tiny.suppress_tokens.to(CUDA)
+    ((logprobs, _),) = completion_logprobs(model, [prompt], [ids], [torch.ones_like(ids).bool()], 1.0, suppressed)
     P = len(prompt.prompt_ids)
     for g in range(3):
-        own = prompt.position_ids.max() + 1 + torch.arange(6, device=CUDA)
         logits = twin(
             input_ids=torch.cat([prompt.prompt_ids, ids[g]])[None],
-            position_ids=torch.cat([prompt.position_ids, own.expand(3, -1)], dim=1)[:, None],
+            position_ids=torch.cat([prompt.position_ids, prompt.completion_positions(6)], dim=1)[:, None],
             pixel_values_videos=prompt.pixel_values_videos,
             video_grid_thw=prompt.video_grid_thw,
             use_cache=False,
         ).logits[0, P - 1 : -1]
-        expected = torch.log_softmax(logits.index_fill(1, banned, -torch.inf), dim=1)
+        expected = torch.log_softmax(logits.index_fill(1, suppressed, -torch.inf), dim=1)
         assert torch.allclose(logprobs[g], expected.gather(1, ids[g][:, None])[:, 0], atol=1e-3)
 
 

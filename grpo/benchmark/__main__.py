@@ -1,9 +1,9 @@
-"""`python -m grpo.benchmark`: what a step costs here, before data, weights or eight GPUs are at hand.
+"""`python -m grpo.benchmark`: what a step costs on this machine, without data or weights.
 
-Builds a Qwen2.5-VL of random weights, takes random pixels for videos, and times the trainer's own rollout and update.
-Beside them, run by run, the repeated rows that other trainers compute: each of the G completions a row with its own
-copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and sharding. All
-completions run to `--completion_length`. Under torchrun every rank has one prompt, as in training.
+Builds a Qwen2.5-VL with random weights and a prompt with random pixels, and times the trainer's own rollout and update.
+In turn with them it times the baseline, which other trainers compute (`repeated_rows.py`): each of the G completions is
+a row with its own copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and
+sharding. All completions have `--completion_length` tokens. Under torchrun every rank has one prompt, as in training.
 """
 
 import ctypes
@@ -21,25 +21,25 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import HfArgumentParser
 
 from data.dataset import InputError, Sample
 from data.loader import Prompt
 from data.prompt import mrope_positions
 from data.video import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update
-from grpo.config import Config, flag
+from grpo.config import Config, flag, parse_flags
 from grpo.decoding import decoder_for
 from grpo.model.layers import use_our_layers
 from grpo.model.load import SpecialTokens
-from grpo.model.optimizer import make_optimizer, make_states
+from grpo.model.optimizer import init_optimizer_state, make_optimizer
 from grpo.model.random_model import SIZES, TOKENS_PER_SECOND, random_model
-from grpo.model.sharding import compute_dtype, make_trainable
-from grpo.ranks import end_alone, start_processes
-from grpo.run.tracking import Totals, peak_memory_gb
+from grpo.model.sharding import build_models, compute_dtype
+from grpo.ranks import abort_rank, start_processes
+from grpo.run.preflight import with_trial_advantages
+from grpo.run.tracking import peak_memory_gb
 from train import rollout_phase, update_phase
 
-VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN = 1, 2, 3, 4  # words of the random model
+VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN = 1, 2, 3, 4  # token ids of the random model
 IDS = {"video_token_id": VIDEO_TOKEN, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
 IDS |= {"image_token_id": IMAGE_TOKEN, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb")
@@ -49,7 +49,9 @@ FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb"
 class Options:
     """The flags."""
 
-    size: Literal["tiny", "cpu", "3b", "7b"] = flag("cpu", "the model: 1, 29, 3,755 or 8,292 million parameters")
+    size: Literal["tiny", "cpu", "3b", "7b"] = flag(
+        "cpu", "the model: 1, 29, 3,755 or 8,292 million parameters", heading="step"
+    )
     num_videos: int = flag(5, "videos of the prompt")
     frames: int = flag(8, "frames of a video")
     resolution: int = flag(84, "width and height of the frames in pixels, rounded to a multiple of 28")
@@ -57,13 +59,13 @@ class Options:
     completion_length: int = flag(32, "tokens of every completion")
     freeze_vision_tower: bool = flag(False, "do not train the vision tower")
     gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
-    runs: int = flag(3, "counted runs, of which the median is shown; an uncounted one comes before each")
-    baseline: bool = flag(True, "also measure repeated rows")
+    runs: int = flag(3, "measured runs, whose medians are shown; each is preceded by one for its peak memory")
+    baseline: bool = flag(True, "also measure the baseline: one copy of the prompt per completion")
     json: str = flag("", "file to write the figures to")
 
 
 def random_prompt(options: Options) -> Prompt:
-    """Make a prompt of random text and pixels."""
+    """Make a prompt with random pixels."""
     side = max(1, round(options.resolution / SIZE_FACTOR)) * SIZE_FACTOR // PATCH_SIZE
     t = options.frames // TEMPORAL_PATCH_SIZE
     grid = torch.tensor([[t, side, side]] * options.num_videos)
@@ -76,15 +78,15 @@ def random_prompt(options: Options) -> Prompt:
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory_gb` begin anew."""
+    """Make `peak_memory_gb` start from what is in use now."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # hand freed memory back, or it would count for whoever comes next
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory, which would count for the next measurement
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak of resident memory is what is resident now: man 5 proc
+            file.write("5")  # reset the peak of resident memory: man 5 proc
 
 
 def seconds(function, *arguments) -> tuple[float, object]:
@@ -99,10 +101,10 @@ def seconds(function, *arguments) -> tuple[float, object]:
 
 
 def measure(rollout, update) -> dict[str, float]:
-    """Measure a step of two phases, of which the second takes what the first returns.
+    """Measure a step of two phases; the second takes the result of the first.
 
-    It runs twice: for its peak memory, and then for its times, since handed-back memory that is fetched anew takes time
-    which training, one step after the other, does not spend.
+    It runs twice, for its peak memory and then for its times: allocating returned memory again takes time that
+    training, one step after the other, does not spend.
     """
     reset_peak_memory()
     update(rollout())
@@ -118,10 +120,10 @@ def best_of(function, times: int = 5) -> float:
 
 
 def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_seconds: float, update_seconds: float):
-    """Compare a decoding step with the time to read what it must read, and an update with its matrix products alone.
+    """Return what share of the memory bandwidth decoding reaches, and of the matrix products the update.
 
-    model: with whole weights. The limits are measured here: a copy of 1 GB, and a product of large matrices. Attention
-    and what is recomputed are not counted as work.
+    model: unsharded. Both limits are measured: by a copy of 1 GB, and by a product of large matrices. Attention and
+    recomputation are not counted as work.
     """
     device, dtype = model.device, model.dtype
     words = torch.ones(2**29 // dtype.itemsize, dtype=dtype, device=device)
@@ -164,44 +166,43 @@ def run(options: Options, device: torch.device) -> dict:
     torch.manual_seed(0)
     with device:
         loaded = random_model(*SIZES[options.size], IDS) if dist.get_rank() == 0 else None
-    model, whole, _ = make_trainable(loaded, config, device)
+    models = build_models(loaded, config, device)
     del loaded
-    optimizer, _ = make_optimizer(model, config, total_steps=1)
-    make_states(optimizer)  # the peak of a first step would lack them
+    policy, sampling_model = models.policy, models.sampling.model
+    optimizer, _ = make_optimizer(policy, config, total_steps=1)
+    init_optimizer_state(optimizer)  # else the peak memory of the first step would lack it
     tokens = SpecialTokens(
-        stop_ids=torch.tensor([-1], device=device),  # no token: every completion has its full length
-        banned_ids=torch.tensor([VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN], device=device),
+        eos_token_ids=torch.tensor([-1], device=device),  # not a token, so every completion has its full length
+        suppress_tokens=torch.tensor([VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN], device=device),
     )
     prompt, advantages = random_prompt(options), torch.linspace(-1, 1, G, device=device)
-    totals = Totals(G * C * dist.get_world_size(), G * dist.get_world_size(), 1.0)
 
     def rollout(length: int = C):
         settings = dataclasses.replace(config, max_completion_length=length)
-        return rollout_phase(whole.refresh(model), [prompt], tokens, settings, step=1)
+        return rollout_phase(models.sampling.sync(policy), [prompt], tokens, settings, step=1)
 
     def update(rollouts):
-        for one in rollouts:
-            one.train_mask, one.advantages = one.completion_mask, advantages
-        return update_phase(model, None, optimizer, rollouts, totals, tokens.banned_ids, config)
+        counts = with_trial_advantages(rollouts)
+        return update_phase(models, optimizer, rollouts, counts, tokens.suppress_tokens, config)
 
     def baseline_rollout():
-        return repeated_rollout(whole.module, prompt.to(device), G, C, tokens.banned_ids)
+        return repeated_rollout(sampling_model, prompt.to(device), G, C, tokens.suppress_tokens)
 
     def baseline_update(ids):
-        repeated_update(model, optimizer, prompt.to(device), ids, advantages, tokens.banned_ids)
+        repeated_update(policy, optimizer, prompt.to(device), ids, advantages, tokens.suppress_tokens)
 
     ours, theirs = [], []
-    for _ in range(options.runs):  # in turn, so that a machine that slows down slows both
+    for _ in range(options.runs):  # in turn, so that a machine that becomes slower slows both down
         ours.append(measure(rollout, update))
         if options.baseline:
-            decoder_for.cache_clear()  # ours
-            whole.refresh(model)  # not counted
-            for module in (model, whole.module):  # Hugging Face's own layers
+            decoder_for.cache_clear()  # free our cache
+            models.sampling.sync(policy)  # not part of the baseline's time
+            for module in (policy, sampling_model):  # Hugging Face's own layers
                 module.set_attn_implementation("sdpa")
                 for layer in module.modules():
                     vars(layer).pop("forward", None)
             theirs.append(measure(baseline_rollout, baseline_update))
-            for module in (model, whole.module):
+            for module in (policy, sampling_model):
                 use_our_layers(module)
 
     def medians(runs: list[dict]) -> dict[str, float]:
@@ -210,13 +211,13 @@ def run(options: Options, device: torch.device) -> dict:
     prefill_seconds = best_of(lambda: rollout(1))
     figures = medians(ours) | {"baseline": medians(theirs) if theirs else None, "prefill_seconds": prefill_seconds}
     decode_seconds = (figures["rollout_seconds"] - prefill_seconds) / (C - 1)
-    return figures | shares_of_the_machine(whole.module, prompt, options, decode_seconds, figures["update_seconds"])
+    return figures | shares_of_the_machine(sampling_model, prompt, options, decode_seconds, figures["update_seconds"])
 
 
 def run_what_fits(options: Options, device: torch.device) -> dict:
-    """Measure; where memory does not suffice, without the baseline; raise InputError if not for ours either.
+    """Measure; if the baseline runs out of memory, measure without it; raise InputError if ours does.
 
-    Of several ranks one may be short of memory alone: it ends the run with its line, whatever was to be measured.
+    With several ranks, one that runs out of memory cannot tell the others and ends the benchmark.
     """
     try:
         return run(options, device) | {"baseline_out_of_memory": False}
@@ -224,18 +225,18 @@ def run_what_fits(options: Options, device: torch.device) -> dict:
         line = "out of memory: lower a figure, or add --gradient_checkpointing true"
         if dist.get_world_size() > 1:
             line += " or --baseline False" if options.baseline else ""
-            end_alone(f"python -m grpo.benchmark: error: rank {dist.get_rank()}: {line}")
+            abort_rank(f"python -m grpo.benchmark: error: rank {dist.get_rank()}: {line}")
         if not options.baseline:
             raise InputError(line) from error
-    # A pass that did not come to its end has left its model in pieces: begin anew, without it.
+    # An interrupted pass leaves the model in an undefined state: start again, without the baseline.
     decoder_for.cache_clear()
     gc.collect()
     return run_what_fits(dataclasses.replace(options, baseline=False), device) | {"baseline_out_of_memory": True}
 
 
 def table(figures: dict) -> str:
-    """Show the figures, ours beside the baseline's."""
-    lines = [f"{'':24} {'ours':>10} {'repeated rows':>14} {'ratio':>8}"]
+    """Return a table of the figures, ours beside the baseline's."""
+    lines = [f"{'':24} {'ours':>10} {'baseline':>14} {'ratio':>8}"]
     theirs = figures["baseline"]
     missing = "out of memory" if figures["baseline_out_of_memory"] else "-"
     for name in FIGURES:
@@ -251,16 +252,12 @@ def table(figures: dict) -> str:
 
 
 def parse(argv: list[str]) -> Options:
-    """Read the flags; raise InputError, one line, for what cannot be."""
+    """Read the flags; raise InputError for unknown flags and impossible values."""
+    options = parse_flags(Options, argv, "python -m grpo.benchmark")
 
     def fail(message: str):
         raise InputError(f"{message}: python -m grpo.benchmark --help explains the flags")
 
-    parser = HfArgumentParser(Options, prog="python -m grpo.benchmark", allow_abbrev=False)
-    parser.error = fail
-    options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        fail(f"unknown flag {unknown[0]!r}")
     least = {"num_videos": 1, "frames": 2, "resolution": 1, "num_generations": 2, "completion_length": 2, "runs": 1}
     for name, value in least.items():
         if getattr(options, name) < value:
@@ -273,7 +270,7 @@ def parse(argv: list[str]) -> Options:
 
 
 def main(argv: list[str]) -> int:
-    """Run; print a table and write the JSON file on rank 0; return 2, with one line, for what the user can mend."""
+    """Run; print a table and write the JSON file on rank 0; return 2, after one line, for what the user can fix."""
     try:
         options = parse(argv)
         device = start_processes()

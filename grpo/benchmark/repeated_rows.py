@@ -1,7 +1,9 @@
-"""What other trainers compute: each of the G completions a row with its own copy of the prompt and its videos.
+"""The baseline of `python -m grpo.benchmark`: every completion is a row with its own copy of the prompt and its videos.
 
-The baseline of `python -m grpo.benchmark`; nothing in training calls it. Both functions take Hugging Face's own model,
-without our layers. Shapes: G completions of C tokens each, P prompt tokens.
+Other trainers compute it so; nothing in training calls it. Both functions take Hugging Face's own model, without our
+layers, but with our positions (`data/prompt.py`), since those of transformers 5.3 and later are wrong.
+
+| G | completions of the prompt | C | tokens of each completion | P | prompt tokens | V | vocabulary |
 """
 
 import torch
@@ -11,7 +13,7 @@ from data.loader import Prompt
 from grpo.loss import clipped_loss
 
 
-def repeated_rollout(model, prompt: Prompt, G: int, C: int, banned_ids: Tensor) -> Tensor:
+def repeated_rollout(model, prompt: Prompt, G: int, C: int, suppress_tokens: Tensor) -> Tensor:
     """Sample G rows of C tokens each by Hugging Face's `generate`; return their ids, (G, C)."""
     ids = prompt.prompt_ids.expand(G, -1)  # (G, P)
     return model.generate(
@@ -24,24 +26,24 @@ def repeated_rollout(model, prompt: Prompt, G: int, C: int, banned_ids: Tensor) 
         max_new_tokens=C,
         do_sample=True,
         top_k=0,
-        suppress_tokens=banned_ids.tolist(),
+        suppress_tokens=suppress_tokens.tolist(),
     )[:, ids.shape[1] :]
 
 
-def repeated_update(model, optimizer, prompt: Prompt, ids: Tensor, advantages: Tensor, banned_ids: Tensor) -> None:
+def repeated_update(model, optimizer, prompt: Prompt, ids: Tensor, advantages: Tensor, suppress_tokens: Tensor) -> None:
     """Do an update of the policy on G rows `[prompt | completion]`; ids: (G, C), advantages: (G,)."""
     G, C = ids.shape
-    own = prompt.position_ids.max() + 1 + torch.arange(C, device=ids.device)
+    positions = torch.cat([prompt.position_ids, prompt.completion_positions(C)], dim=1)  # (3, P + C)
     optimizer.zero_grad()
     logits = model(
         input_ids=torch.cat([prompt.prompt_ids.expand(G, -1), ids], dim=1),
-        position_ids=torch.cat([prompt.position_ids, own.expand(3, -1)], dim=1)[:, None].expand(-1, G, -1),
+        position_ids=positions[:, None].expand(-1, G, -1),
         pixel_values_videos=prompt.pixel_values_videos.repeat(G, 1),
         video_grid_thw=prompt.video_grid_thw.repeat(G, 1),
         logits_to_keep=C + 1,
         use_cache=False,
     ).logits[:, :-1]  # (G, C, V)
-    logprobs = torch.log_softmax(logits.float().index_fill(2, banned_ids, -torch.inf), dim=2)
+    logprobs = torch.log_softmax(logits.float().index_fill(2, suppress_tokens, -torch.inf), dim=2)
     logprobs = logprobs.gather(2, ids[:, :, None])[:, :, 0]
     loss, _, _ = clipped_loss((logprobs - logprobs.detach()).exp(), advantages, 0.05, 0.1)
     loss.mean().backward()

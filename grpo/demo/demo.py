@@ -1,9 +1,8 @@
 """`python train.py --demo`: everything a run needs, made on the spot, and what the run achieved.
 
-Draws beating hearts (`synthetic_echo.py`), builds a Qwen2.5-VL of the real class with a million parameters and a
-tokenizer of its own, and gives it a short supervised warm start on labels of a careless reader, who overestimates: it
-answers in the right form, and badly. Then the ordinary loop runs on these folders. What the answers gain from there on,
-GRPO has learned from rewards alone.
+Draws beating hearts (`synthetic_echo.py`), builds a Qwen2.5-VL of the real class with a million parameters and its own
+tokenizer, and gives it a short supervised warm start on biased labels (too high): it then answers in the right form,
+and badly. Then the ordinary loop runs on these folders, so that everything it gains is learned from rewards only.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from data.dataset import InputError, load_samples
 from data.loader import Prompt, load_prompt
 from data.prompt import load_tokenizer
 from data.video import VideoOptions
-from grpo.config import Config
+from grpo.config import DEMO_DEFAULTS, Config
 from grpo.demo.synthetic_echo import ANSWER, NUM_FRAMES, QUESTION, SIZE, write_samples
 from grpo.demo.tiny_tokenizer import build_tokenizer
 from grpo.evaluate.heldout import evaluate
@@ -30,14 +29,15 @@ from grpo.export import load_merged
 from grpo.model.layers import use_our_layers
 from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND, random_model
-from grpo.ranks import raise_together
+from grpo.ranks import broadcast_object, raise_together
+from grpo.run.lock import lock_folder
 from reward.extract import extract_number
 
 NUM_TRAIN, NUM_HELDOUT = 640, 96
 WARM_START_STEPS, WARM_START_BATCH, WARM_START_RATE = 350, 8, 1e-3
-LABEL_BIAS, LABEL_NOISE = 12.0, 8.0  # points that careless labels lie too high, and their standard deviation
-INIT_RANGE = 0.06  # of such small layers; with 0.02, right for large ones, learning starts late
-# The chat format's own words, so that the tokenizer learns them whole.
+LABEL_BIAS, LABEL_NOISE = 12.0, 8.0  # points: how much too high the biased labels are, and their standard deviation
+INIT_RANGE = 0.06  # standard deviation of the initial weights; with 0.02, learning starts late in such small layers
+# Words of the chat format, so that the tokenizer learns each as one token.
 CHAT_WORDS = "system\nYou are a helpful assistant.\nuser\nassistant\n" * 2
 VIDEO_OPTIONS = VideoOptions(nframes=NUM_FRAMES, resized_width=SIZE, resized_height=SIZE)
 
@@ -56,12 +56,11 @@ def build_model(tokenizer, seed: int, hidden_size: int = 128, layers: int = 4) -
 
 
 def supervised_loss(model, prompts: list[Prompt], answer_ids: list[Tensor]) -> Tensor:
-    """Mean cross-entropy of the answers; rows are padded on the right, where causal attention never looks."""
+    """Mean cross-entropy of the answers; padding is on the right, where causal attention never looks."""
     rows, positions, labels = [], [], []
     for prompt, answer in zip(prompts, answer_ids, strict=True):
-        own = prompt.position_ids.max() + 1 + torch.arange(len(answer))
         rows.append(torch.cat([prompt.prompt_ids, answer]))
-        positions.append(torch.cat([prompt.position_ids, own.expand(3, -1)], dim=1).T)
+        positions.append(torch.cat([prompt.position_ids, prompt.completion_positions(len(answer))], dim=1).T)
         labels.append(torch.cat([torch.full_like(prompt.prompt_ids, -100), answer]))
     pad = torch.nn.utils.rnn.pad_sequence
     return model(
@@ -75,7 +74,7 @@ def supervised_loss(model, prompts: list[Prompt], answer_ids: list[Tensor]) -> T
 
 
 def write_warm_start(folder: Path, prompts: list[Prompt], tokenizer, seed: int) -> None:
-    """Teach a new model to answer, from careless labels, and save it as a model folder."""
+    """Train a new model on biased labels and save it as a model folder."""
     model = build_model(tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START_RATE, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 20, WARM_START_STEPS)
@@ -84,9 +83,9 @@ def write_warm_start(folder: Path, prompts: list[Prompt], tokenizer, seed: int) 
         batch = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:WARM_START_BATCH]]
         answers = []
         for prompt in batch:
-            off = LABEL_BIAS + LABEL_NOISE * torch.randn((), generator=generator).item()
-            careless = round(min(max(extract_number(prompt.sample.answer) + off, 5), 95))
-            answers.append(torch.tensor(tokenizer.encode(ANSWER.format(careless)) + [tokenizer.eos_token_id]))
+            bias = LABEL_BIAS + LABEL_NOISE * torch.randn((), generator=generator).item()
+            label = round(min(max(extract_number(prompt.sample.answer) + bias, 5), 95))
+            answers.append(torch.tensor(tokenizer.encode(ANSWER.format(label)) + [tokenizer.eos_token_id]))
         optimizer.zero_grad()
         supervised_loss(model, batch, answers).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -102,28 +101,15 @@ def load_prompts(json_path: Path, tokenizer) -> list[Prompt]:
     return [load_prompt(sample, tokenizer, TOKENS_PER_SECOND, VIDEO_OPTIONS) for sample in samples]
 
 
-def make_folder(output: Path) -> None:
-    """Make the folder of the run; raise InputError if that cannot be."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--output_dir {str(output)!r} cannot be made ({error.strerror}): name another place"
-        ) from error
-
-
 def prepare(config: Config) -> Config:
-    """Make data and a warm-started model in `output_dir`; return the ordinary flags that train on them."""
+    """Make data and a warm-started model in `output_dir`; return the ordinary flags that train on them. Collective.
+
+    A folder whose run has begun is only continued; one in which an earlier `prepare` was interrupted is used again.
+    """
+    config = broadcast_object(raise_together(choose_folder, config))
     output = Path(config.output_dir)
     data, model_folder = output / "data", output / "warm_start"
-    has_begun = (output / "config.json").exists()  # which comes after both
-    is_made = has_begun and config.resume_from_checkpoint != "none"
-    if output.exists() and not is_made:
-        mend = "name a new folder" + ", or go on in it with --resume_from_checkpoint auto" * has_begun
-        raise InputError(f"--output_dir {config.output_dir!r} exists: {mend}")
-    dist.barrier()
-    raise_together(make_folder, output)
-    if dist.get_rank() == 0 and not is_made:
+    if dist.get_rank() == 0 and not has_begun(output):
         print(f"Drawing {NUM_TRAIN + NUM_HELDOUT} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
         train_json = write_samples(data, "train", NUM_TRAIN, config.seed)
         write_samples(data, "heldout", NUM_HELDOUT, config.seed)
@@ -142,8 +128,43 @@ def prepare(config: Config) -> Config:
     return config
 
 
+def choose_folder(config: Config) -> Config | None:
+    """On rank 0, find the folder of the run, make and lock it; raise InputError if it cannot be used.
+
+    Without --output_dir it is the first of output/demo, output/demo-2, … in which no run has begun, or with
+    --resume_from_checkpoint the last one in which one has.
+    """
+    if dist.get_rank() != 0:
+        return None
+    is_resumed, default = config.resume_from_checkpoint != "none", DEMO_DEFAULTS["output_dir"]
+    output = config.output_dir
+    if output == default:
+        numbered = [default, *(f"{default}-{n}" for n in range(2, 1000))]
+        free = next(n for n, folder in enumerate(numbered) if not is_in_use(Path(folder)))
+        output = numbered[max(free - 1, 0) if is_resumed else free]
+    if is_in_use(Path(output)) and not (is_resumed and has_begun(Path(output))):
+        fix = "name a new folder" + ", or continue with --resume_from_checkpoint auto" * has_begun(Path(output))
+        raise InputError(f"--output_dir {output!r} exists: {fix}")
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {output!r} cannot be made ({error.strerror}): name another place") from error
+    lock_folder(output)
+    return dataclasses.replace(config, output_dir=output)
+
+
+def is_in_use(output: Path) -> bool:
+    """True if a folder holds anything but what an interrupted `prepare` leaves."""
+    return output.exists() and not {path.name for path in output.glob("*")} <= {"data", "warm_start", ".lock"}
+
+
+def has_begun(output: Path) -> bool:
+    """True if a run has begun in the folder, so that its data and model are complete."""
+    return (output / "config.json").exists()
+
+
 def command(config: Config) -> str:
-    """Write the flags that differ from their defaults as a command line."""
+    """Return a command line with the flags that differ from their defaults."""
     flags = [
         f"--{field.name} {getattr(config, field.name)}"
         for field in dataclasses.fields(config)
@@ -153,7 +174,7 @@ def command(config: Config) -> str:
 
 
 def report(config: Config, began: float) -> None:
-    """Evaluate the model before and after on held-out hearts; print it and write `demo_report.json`."""
+    """Evaluate the models before and after GRPO on held-out hearts; print and write `demo_report.json`. Collective."""
     if dist.get_rank() == 0:
         rows = {}
         for when, folder in {"before": config.model_id, "after": os.path.join(config.output_dir, "final")}.items():

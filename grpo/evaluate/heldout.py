@@ -4,7 +4,7 @@ import torch
 
 from data.loader import Prompt
 from grpo.model.load import special_tokens
-from grpo.rollout import generate
+from grpo.rollout import SamplingParams, generate
 from reward.extract import extract_number
 from reward.numerical import numerical_video_reward
 
@@ -12,16 +12,14 @@ from reward.numerical import numerical_video_reward
 def evaluate(model, tokenizer, prompts: list[Prompt], max_completion_length: int) -> dict[str, float]:
     """Answer every prompt greedily.
 
-    model: with whole weights. Returns the mean `reward`, the mean absolute error `mae` over the answers that hold a
-    number (in points, where the truth has one) and the share of such answers, `parse_rate`.
+    model: unsharded. Returns the mean `reward`, the mean absolute error `mae` of the answers that contain a number (in
+    points, where the truth has one) and the share of such answers, `parse_rate`.
     """
     device = next(model.parameters()).device
-    tokens = special_tokens(model, tokenizer, device)
+    tokens, params = special_tokens(model, tokenizer, device), SamplingParams(1, max_completion_length)
     rewards, errors, parsed = [], [], []
     for prompt in prompts:
-        (rollout,) = generate(
-            model, [prompt.to(device)], 1, max_completion_length, 1.0, tokens.stop_ids, tokens.banned_ids, None
-        )
+        (rollout,) = generate(model, [prompt.to(device)], tokens, params)
         text = tokenizer.decode(rollout.completion_ids[0], skip_special_tokens=True)
         answer = prompt.sample.answer
         rewards += numerical_video_reward(

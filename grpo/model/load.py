@@ -1,5 +1,5 @@
 """Load a Qwen2.5-VL, know its special tokens, and save it as an ordinary Hugging Face folder."""
-import os
+
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,27 +15,31 @@ from grpo.model.layers import use_our_layers
 
 logging.disable_progress_bar()  # of loading and saving; the run has a bar of its own
 
-# What else an inference server wants to find beside weights, config and tokenizer.
+# Files that inference servers expect beside weights, config and tokenizer.
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json")
 
 
 @dataclass
 class SpecialTokens:
-    """Token ids that sampling treats apart, on the model's device."""
+    """Token ids with a role in sampling, on the model's device."""
 
-    stop_ids: Tensor  # a completion ends with one of these
-    banned_ids: Tensor  # never sampled: a placeholder in a completion would ask the model for a video
+    eos_token_ids: Tensor  # a completion ends with one of these
+    suppress_tokens: Tensor  # never sampled: the model would look for a video behind a placeholder in a completion
 
     @property
     def device(self) -> torch.device:
-        return self.stop_ids.device
+        return self.eos_token_ids.device
+
+    def without_eos(self) -> "SpecialTokens":
+        """Return a copy in which no token ends a completion, so that all have full length."""
+        return SpecialTokens(torch.full_like(self.eos_token_ids, -1), self.suppress_tokens)
 
 
 def load_model(model_id: str, dtype=torch.float32) -> Qwen2_5_VLForConditionalGeneration:
-    """Load the model in float32, the precision of the master weights, ready to train, with shared-prefix attention.
+    """Load the model, by default in float32, the precision of the master weights, with shared-prefix attention.
 
-    dtype: "auto" for the precision that it is stored in.
-    Raise InputError if weights cannot be read, or some are missing, which would be random ones.
+    dtype: "auto" for the precision in which it is stored.
+    Raises InputError if weights cannot be read, or some are missing, in whose place there would be random ones.
     """
     try:
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -50,36 +54,32 @@ def load_model(model_id: str, dtype=torch.float32) -> Qwen2_5_VLForConditionalGe
 
 def special_tokens(model, tokenizer, device) -> SpecialTokens:
     """Find the ids that end a completion and those that must not occur in one."""
-    stop = model.generation_config.eos_token_id
-    stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
-    banned = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
+    eos = model.generation_config.eos_token_id
+    eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    suppressed = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
     return SpecialTokens(
-        stop_ids=torch.tensor(sorted(stop), device=device), banned_ids=torch.tensor(banned, device=device)
+        eos_token_ids=torch.tensor(sorted(eos), device=device), suppress_tokens=torch.tensor(suppressed, device=device)
     )
 
 
 def processor_files(model_id: str) -> list[str]:
-    """Find the small files of the model's processor, which let a saved model serve wherever the old one did."""
+    """Find the small files of the model's processor; inference servers need them beside a saved model."""
     paths = (cached_file(model_id, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES)
     return [path for path in paths if path]
 
 
-def save_model(model, tokenizer, folder: str, processor_files: list[str]) -> None:
-    """Write weights, config and tokenizer; the folder appears under its name only when it is whole.
+@dataclass
+class ModelFiles:
+    """What a model folder holds."""
 
-    model: with whole, not sharded, weights; or an `Adapter`.
-    """
-    unfinished = Path(f"{folder}.unfinished")
-    if unfinished.exists():  # left by a program that was killed while saving
-        shutil.rmtree(unfinished)
-    write_model(model, tokenizer, processor_files, unfinished)
-    os.rename(unfinished, folder)
+    model: object  # an unsharded model, or an `Adapter`
+    tokenizer: object
+    processor_files: list[str]  # paths of small files to copy
 
-
-def write_model(model, tokenizer, processor_files: list[str], folder: Path) -> None:
-    """Write weights, config, tokenizer and what else an inference server wants to find."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for path in processor_files:
-        if not (folder / Path(path).name).exists():
-            shutil.copy(path, folder)
+    def write(self, folder: Path) -> None:
+        """Write weights, config, tokenizer and the processor's files, which inference servers want to find."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        for path in self.processor_files:
+            if not (folder / Path(path).name).exists():
+                shutil.copy(path, folder)

@@ -1,8 +1,8 @@
 """LoRA (arXiv:2106.09685): y = W x + (lora_alpha / lora_rank) B A x, where W is frozen and A and B are trained.
 
 The adapters are peft's layers, put into the decoder layers (and vision blocks) so that they are sharded with them.
-Sampling, evaluating and the exported model use W + (lora_alpha / lora_rank) B A instead, one matrix as before: no
-further work per token, and no dropout (`WholeWeights` in `grpo/model/sharding.py`).
+Sampling, evaluation and the exported model use the merged matrix W + (lora_alpha / lora_rank) B A: no extra work per
+token, and no dropout (`SamplingModel` in `grpo/model/sharding.py`).
 
 | r | rank of the adapters | A | (r, inputs) | B | (outputs, r) | W | (outputs, inputs) |
 """
@@ -22,14 +22,14 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from data.dataset import InputError
 from grpo.config import Config
-from grpo.model.optimizer import part_of
-from grpo.ranks import whole_tensor
+from grpo.model.optimizer import component_of
+from grpo.ranks import full_tensor
 
 
 def layers_to_adapt(model, config: Config) -> list[str]:
-    """Name the linear layers that get an adapter; raise InputError if there are none, or what is excluded is nowhere.
+    """Name the linear layers that get an adapter; raise InputError if none is left or an exclusion matches nothing.
 
-    They are those of the language model, and of the vision tower with --vision_lora; never lm_head or the merger.
+    They are those of the language model and, with --vision_lora, of the vision tower; never lm_head or the merger.
     """
     excluded = re.findall(r"[^][()\s,'\"]+", config.lora_namespan_exclude)  # "['a', 'b']" and "a, b" alike
     for word in excluded:
@@ -62,12 +62,12 @@ def peft_config(config: Config, layers: list[str], **more) -> LoraConfig:
 
 
 def add_adapters(model, config: Config) -> None:
-    """Put an adapter, at first without effect (B = 0), around each of `layers_to_adapt`, in place.
+    """Add an adapter with B = 0, at first without effect, to each of `layers_to_adapt`, in place.
 
-    A layer's own weights move to `base_layer` below its old name. peft freezes everything else: `freeze` comes after.
+    A layer's own weights move to `base_layer` below its old name. peft freezes everything else, so call `freeze` after.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)  # every rank shards its own A, so all must draw the same
+        torch.manual_seed(config.seed)  # each rank keeps its shard of A, so all must draw the same A
         inject_adapter_in_model(peft_config(config, layers_to_adapt(model, config)), model)
 
 
@@ -79,7 +79,7 @@ def lora_layers(model) -> dict[str, LoraLayer]:
 def merged_weight(layer: LoraLayer) -> Tensor:
     """Return W + scaling B A of a sharded layer, (outputs, inputs), in the precision and sharding of W.
 
-    W and B are split into the same rows, so each rank merges its own and nothing but the small A is gathered.
+    W and B are sharded by the same rows, so each rank merges its own rows and only the small A is gathered.
     """
     weight, A, B = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     if isinstance(A, DTensor):
@@ -88,10 +88,10 @@ def merged_weight(layer: LoraLayer) -> Tensor:
 
 
 @contextmanager
-def adapters_off(model) -> Iterator[None]:
-    """Compute with the base weights alone: the model as its own reference.
+def disable_adapters(model) -> Iterator[None]:
+    """Compute with the base weights only: the model as its own reference policy.
 
-    It is the initial model only while nothing but adapters is trained (`trains_adapters_alone`).
+    That is the initial policy only if nothing but adapters is trained (`trains_only_adapters`).
     """
     layers = lora_layers(model).values()
     for layer in layers:
@@ -103,14 +103,14 @@ def adapters_off(model) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def trains_adapters_alone(model) -> bool:
-    """True if the vision tower and the merger are frozen, so that the base weights never change."""
+def trains_only_adapters(model) -> bool:
+    """True if the base weights never change, since the vision tower and the merger are frozen."""
     return all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 @contextmanager
 def without_dropout(model) -> Iterator[None]:
-    """Compute without dropout; a backward pass that recomputes activations must come within, too."""
+    """Compute without dropout; a backward pass that recomputes activations must be inside, too."""
     layers = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
     for layer in layers:
         layer.eval()
@@ -123,7 +123,7 @@ def without_dropout(model) -> Iterator[None]:
 
 @dataclass
 class Adapter:
-    """What a run with LoRA has trained, on its way into a folder."""
+    """All weights that a run with LoRA has trained, ready to be saved."""
 
     config: LoraConfig
     weights: dict[str, Tensor]  # under peft's names
@@ -136,21 +136,21 @@ class Adapter:
 
 @torch.no_grad()
 def gather_adapter(model, config: Config) -> Adapter:
-    """Collect all trained weights of the sharded model from all ranks; collective.
+    """Gather all trained weights of the sharded model; collective.
 
-    Modules of the vision tower and the merger that are trained beside the adapters go into the same folder whole, as
-    peft's `modules_to_save`.
+    Modules of the vision tower and the merger that are trained beside the adapters are saved in full in the same
+    folder, as peft's `modules_to_save`.
     """
-    weights, whole_modules = {}, {}
+    weights, full_modules = {}, {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             peft_name = "base_model.model." + name.replace(".default.", ".")
-            weights[peft_name] = whole_tensor(parameter).cpu().contiguous()
-            if not part_of(name).startswith("adapters"):
-                # model.visual.blocks.0, model.visual.patch_embed, model.visual.merger: peft takes no lists of modules
+            weights[peft_name] = full_tensor(parameter).cpu().contiguous()
+            if not component_of(name).startswith("adapters"):
+                # such as model.visual.blocks.0 or model.visual.merger; peft cannot save a list such as visual.blocks
                 module = re.match(r"model\.visual\.(blocks\.\d+|\w+)", name).group()
-                whole_modules[module] = True
+                full_modules[module] = True
     described = peft_config(
-        config, list(lora_layers(model)), modules_to_save=list(whole_modules) or None, inference_mode=True
+        config, list(lora_layers(model)), modules_to_save=list(full_modules) or None, inference_mode=True
     )
     return Adapter(described, weights)

@@ -1,4 +1,4 @@
-"""What is trained, and how: the parts of the model, each frozen or at a learning rate of its own, and AdamW."""
+"""The optimizer, and the components of the model: each is frozen, or trained at a learning rate of its own."""
 
 import math
 
@@ -9,7 +9,7 @@ from grpo.config import Config
 
 
 def learning_rates(config: Config) -> dict[str, float | None]:
-    """Return the peak learning rate of each part; None: the part is frozen. Parts without parameters are listed too."""
+    """Return the peak learning rate of each component, None if it is frozen; some may have no parameters."""
     vision_lr = config.learning_rate if config.vision_lr is None else config.vision_lr
     merger_lr = config.learning_rate if config.merger_lr is None else config.merger_lr
     return {
@@ -21,47 +21,47 @@ def learning_rates(config: Config) -> dict[str, float | None]:
     }
 
 
-def part_of(name: str) -> str:
-    """Name the part that a parameter belongs to: a key of `learning_rates`."""
-    part = "merger" if "visual.merger." in name else "vision tower" if "visual." in name else "language model"
-    return f"adapters of the {part}" if ".lora_" in name else part
+def component_of(name: str) -> str:
+    """Name the component that a parameter belongs to: a key of `learning_rates`."""
+    component = "merger" if "visual.merger." in name else "vision tower" if "visual." in name else "language model"
+    return f"adapters of the {component}" if ".lora_" in name else component
 
 
 def freeze(model, config: Config) -> None:
-    """Let gradients flow to the trained parts alone; do it before sharding, with the adapters in place."""
+    """Set requires_grad on the trained components only; call it before sharding, with the adapters in place."""
     rates = learning_rates(config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(rates[part_of(name)] is not None)
+        parameter.requires_grad_(rates[component_of(name)] is not None)
 
 
 def parameter_groups(model, config: Config) -> list[dict]:
-    """Group the trained parameters for the optimizer: by part, each with its learning rate; only matrices decay."""
+    """Group the trained parameters by component, each with its learning rate; weight decay on matrices only."""
     groups = []
-    for part, lr in learning_rates(config).items():
-        own = [p for name, p in model.named_parameters() if part_of(name) == part and p.requires_grad]
-        matrices, vectors = [p for p in own if p.ndim >= 2], [p for p in own if p.ndim < 2]
+    for component, lr in learning_rates(config).items():
+        trained = [p for name, p in model.named_parameters() if component_of(name) == component and p.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
         for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
             if parameters:
-                groups.append({"name": part, "params": parameters, "lr": lr, "weight_decay": decay})
+                groups.append({"name": component, "params": parameters, "lr": lr, "weight_decay": decay})
     return groups
 
 
 def make_optimizer(model, config: Config, total_steps: int):
-    """AdamW, each part at its own learning rate, weight decay on matrices alone; warm-up, then a cosine to 0."""
+    """Return AdamW over the `parameter_groups`, and its schedule: linear warm-up, then a cosine to 0."""
     optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)
     warmup = math.ceil(config.warmup_ratio * total_steps)
-    # The first step already moves: its rollouts cost as much as any.
+    # The first step's learning rate is not 0: its rollouts cost as much as any other's.
     rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=max(warmup, 1))
     fall = CosineAnnealingLR(optimizer, T_max=max(total_steps - warmup, 1))
     return optimizer, SequentialLR(optimizer, [rise, fall], milestones=[warmup])
 
 
 @torch.no_grad()
-def make_states(optimizer) -> None:
-    """Let AdamW make its states, two more copies of what is trained, by a step with gradients of 0.
+def init_optimizer_state(optimizer) -> None:
+    """Allocate AdamW's states, two more copies of what is trained, by a step with zero gradients.
 
-    Else its first step makes them after the backward pass, whose peak of memory would lack them. The learning rate or
-    the weight decay must be 0, so that the weights stay as they are.
+    AdamW allocates them in its first step, after the backward pass, so that the peak memory of a first step lacks them.
+    The learning rate or the weight decay must be 0, so that the weights do not change.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -70,15 +70,15 @@ def make_states(optimizer) -> None:
     optimizer.zero_grad()
 
 
-def table_of_parts(model, config: Config) -> str:
-    """Show what is trained: part, parameters, trained or not, learning rate."""
+def components_table(model, config: Config) -> str:
+    """Return a table of the components: parameters, trained or not, learning rate."""
     sizes = {}
     for name, parameter in model.named_parameters():
-        sizes[part_of(name)] = sizes.get(part_of(name), 0) + parameter.numel()
-    lines = [f"{'part':30} {'parameters':>15}   trained   learning rate"]
+        sizes[component_of(name)] = sizes.get(component_of(name), 0) + parameter.numel()
+    lines = [f"{'component':30} {'parameters':>15}   trained   learning rate"]
     rates = learning_rates(config)
-    for part, size in sizes.items():
-        rate = "no                    -" if rates[part] is None else f"yes {rates[part]:>19g}"
-        lines.append(f"{part:30} {size:15,}   {rate}")
-    total, trained = sum(sizes.values()), sum(size for part, size in sizes.items() if rates[part] is not None)
-    return "\n".join([*lines, f"{'trained in all':30} {trained:15,}   of {total:,} ({trained / total:.1%})"])
+    for component, size in sizes.items():
+        rate = "no                    -" if rates[component] is None else f"yes {rates[component]:>19g}"
+        lines.append(f"{component:30} {size:15,}   {rate}")
+    total, trained = sum(sizes.values()), sum(size for name, size in sizes.items() if rates[name] is not None)
+    return "\n".join([*lines, f"{'trained in total':30} {trained:15,}   of {total:,} ({trained / total:.1%})"])

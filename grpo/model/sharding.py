@@ -1,17 +1,19 @@
-"""Processes and sharding: the same code on one CPU, one GPU, or many nodes.
+"""FSDP2 sharding of the policy, and its unsharded copy for sampling: the same code on one CPU, one GPU, or many nodes.
 
 FSDP2 (`fully_shard`) splits float32 master weights, gradients and optimizer states over the ranks and computes in
-bfloat16 on GPUs; a CPU process of its own has nothing to split. Rank 0 alone reads the weights and hands out the
-shards, so that a host holds one copy of them, not one per GPU. Sampling wants whole weights, thousands of times in a
-row; `WholeWeights` gathers them once per step.
+bfloat16 on GPUs; a single CPU process has nothing to split and does without it. Rank 0 alone reads the weights and
+hands out the shards, so that a host holds one copy of them, not one per GPU. Sampling reads all weights for every
+token, so `SamplingModel` gathers them once per step.
 """
 
 import copy
 import os
 import types
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import distribute_tensor
@@ -19,10 +21,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from grpo.config import Config
 from grpo.logprobs import completion_logprobs
-from grpo.model.layers import pack_weights, use_our_layers
-from grpo.model.lora import add_adapters, lora_layers, merged_weight, trains_adapters_alone
+from grpo.model.layers import use_our_layers
+from grpo.model.lora import add_adapters, lora_layers, merged_weight, trains_only_adapters
 from grpo.model.optimizer import freeze
-from grpo.ranks import from_rank_0
+from grpo.ranks import broadcast_object
 
 
 def device_mesh(device: torch.device) -> DeviceMesh:
@@ -38,13 +40,13 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def shard(model, device: torch.device):
-    """Shard each decoder layer, each vision block and the rest, in place; make `model.completion_logprobs` callable."""
+def apply_fsdp(model, device: torch.device):
+    """Shard each decoder layer, each vision block and the rest, in place; adds `model.completion_logprobs`."""
     model.completion_logprobs = types.MethodType(completion_logprobs, model)
     if dist.get_world_size() == 1 and compute_dtype(device) == torch.float32:
-        return model  # nothing to split, nothing to round, and FSDP's copies would cost a tenth of the update
+        return model  # nothing to split or to round, and FSDP's copies would cost a tenth of the update
     mesh = device_mesh(device)
-    # Inputs keep their dtype: the rotary tables of the vision tower are float32, when sampling as in the update.
+    # Inputs keep their dtype: the rotary tables of the vision tower are float32 in sampling, so here too.
     precision = MixedPrecisionPolicy(
         param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -55,94 +57,100 @@ def shard(model, device: torch.device):
     return model
 
 
-class WholeWeights:
-    """The model with whole weights in compute precision, for sampling, evaluating and saving.
+class SamplingModel:
+    """An unsharded copy of the policy in compute precision, for sampling, evaluation and saving.
 
-    `module` is an ordinary Hugging Face model, into which adapters are merged. `refresh` is collective; between
-    refreshes nothing here communicates. A model that is not sharded lends its weights, but for those that an adapter
-    changes; after they have changed, linear layers need a refresh nevertheless (`pack_weights`).
+    `model` is an ordinary Hugging Face model, with the adapters merged into its weights. `sync` is collective; between
+    syncs nothing communicates. Where the policy is not sharded, the copy shares its weights, except merged ones.
     """
 
-    def __init__(self, model):
-        """Make the twin before `model` gets adapters and is sharded: the same modules, without weights of their own
-        until the first refresh."""
-        self.module = copy.deepcopy(model).eval()
-        self.is_filled = False
+    def __init__(self, policy):
+        """Copy the modules, without weights until the first sync. Call it before adapters and sharding."""
+        self.model = copy.deepcopy(policy).eval()
+        self.is_allocated = False
 
-    def allocate(self, model) -> None:
-        """Make room on the device of `model`, in compute precision."""
-        device = next(model.parameters()).device
-        self.module.to(compute_dtype(device)).to_empty(device=device)
-        self.module.tie_weights()
-        for name, buffer in model.named_buffers():  # rotary frequencies: float32 whatever the weights are
-            owner, _, own_name = name.rpartition(".")
-            setattr(self.module.get_submodule(owner), own_name, buffer)
+    def allocate(self, policy) -> None:
+        """Allocate the weights on the device of the policy, in compute precision."""
+        device = next(policy.parameters()).device
+        self.model.to(compute_dtype(device)).to_empty(device=device)
+        self.model.tie_weights()
+        for name, buffer in policy.named_buffers():  # rotary frequencies: float32 whatever the weights are
+            owner, _, buffer_name = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), buffer_name, buffer)
 
     @torch.no_grad()
-    def refresh(self, model):
-        """Bring in the present weights of the sharded `model`; return `module`."""
-        if not self.is_filled:
-            self.allocate(model)
-        adapted = lora_layers(model)
-        own = dict(self.module.named_parameters())
-        for name, sharded in model.named_parameters():
+    def sync(self, policy):
+        """Copy the policy's current weights into `model` and return it; collective."""
+        is_first = not self.is_allocated
+        if is_first:
+            self.allocate(policy)
+            self.is_allocated = True
+        adapted = lora_layers(policy)
+        weights = dict(self.model.named_parameters())
+        for name, sharded in policy.named_parameters():
             if ".lora_" in name:
                 continue
             layer_name, _, kind = name.rpartition(".base_layer.")
             if kind == "weight" and layer_name in adapted:
                 sharded = merged_weight(adapted[layer_name])
-            elif self.is_filled and not sharded.requires_grad:
-                continue  # frozen: as it was
-            whole = own[name.replace(".base_layer.", ".")]
-            if isinstance(model, FSDPModule):  # into the same memory, from which captured graphs read
-                whole.copy_(sharded.to(whole.dtype).full_tensor())
+            elif not is_first and not sharded.requires_grad:
+                continue  # frozen, so it has not changed
+            weight = weights[name.replace(".base_layer.", ".")]
+            if isinstance(policy, FSDPModule):
+                weight.copy_(sharded.to(weight.dtype).full_tensor())  # in place: captured graphs read this memory
             else:
-                whole.data = sharded.data
-        self.is_filled = True
-        if self.module.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            pack_weights(self.module.model)
-        return self.module
+                weight.data = sharded.data
+        return self.model
 
 
 @torch.no_grad()
-def distribute(model, loaded, device: torch.device) -> None:
+def load_sharded_weights(model, loaded, device: torch.device) -> None:
     """Fill the sharded `model`, in place, with the weights and buffers of rank 0's `loaded`; collective."""
-    buffers = from_rank_0(None if loaded is None else {name: buffer.cpu() for name, buffer in loaded.named_buffers()})
+    buffers = {} if loaded is None else {name: buffer.cpu() for name, buffer in loaded.named_buffers()}
+    buffers = broadcast_object(buffers)
     model.to_empty(device=device)
     model.tie_weights()
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
-    whole = {} if loaded is None else dict(loaded.named_parameters())
+    weights = {} if loaded is None else dict(loaded.named_parameters())
     for name, sharded in model.named_parameters():
-        weight = torch.empty(sharded.shape, device=device) if loaded is None else whole[name].to(device)
+        weight = torch.empty(sharded.shape, device=device) if loaded is None else weights[name].to(device)
         if isinstance(model, FSDPModule):
             weight = distribute_tensor(weight, sharded.device_mesh, sharded.placements)
         sharded.copy_(weight)
 
 
-def make_trainable(loaded, config: Config, device: torch.device) -> tuple:
-    """Spread the model that rank 0 has loaded over all ranks, with adapters and frozen parts as the flags say.
+@dataclass
+class Models:
+    """The models of a run."""
 
-    loaded: with whole weights on rank 0, None on the others. Returns the sharded model, the whole weights for sampling,
-    and the reference policy.
+    policy: nn.Module  # trained: sharded, float32 master weights
+    sampling: SamplingModel  # its unsharded copy
+    reference: nn.Module | None  # the initial policy, sharded; None without a KL term
+
+
+def build_models(loaded, config: Config, device: torch.device) -> Models:
+    """Shard the model that rank 0 has loaded over all ranks, with adapters and frozen components as the flags say.
+
+    loaded: the unsharded model on rank 0, None on the others. Collective.
     """
-    described, generation = from_rank_0(None if loaded is None else (loaded.config.to_dict(), loaded.generation_config))
-    with torch.device("meta"):  # shapes alone
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(described))
-    use_our_layers(model)
-    model.generation_config = generation
-    reference = copy.deepcopy(model).requires_grad_(False) if config.beta > 0 else None
+    described, generation = broadcast_object(loaded and (loaded.config.to_dict(), loaded.generation_config))
+    with torch.device("meta"):  # shapes only, no memory
+        policy = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(described))
+    use_our_layers(policy)
+    policy.generation_config = generation
+    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
     if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    whole = WholeWeights(model)
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    sampling = SamplingModel(policy)
     if config.lora_enable:
-        add_adapters(model, config)
-    freeze(model, config)
-    if reference is not None and trains_adapters_alone(model):
-        reference = model  # without its adapters it is the initial policy
+        add_adapters(policy, config)
+    freeze(policy, config)
+    if reference is not None and trains_only_adapters(policy):
+        reference = policy  # with its adapters disabled it is the initial policy
     elif reference is not None:
-        distribute(shard(reference, device), loaded, device)
+        load_sharded_weights(apply_fsdp(reference, device), loaded, device)
     if config.lora_enable and loaded is not None:
         add_adapters(loaded, config)
-    distribute(shard(model, device), loaded, device)
-    return model, whole, reference
+    load_sharded_weights(apply_fsdp(policy, device), loaded, device)
+    return Models(policy, sampling, reference)

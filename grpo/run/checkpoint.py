@@ -1,12 +1,12 @@
-"""Save a run and bring it back, to the bit.
+"""Save a run and restore it, to the bit.
 
-    checkpoint-N/           appears under its name when all of it, from all ranks, is on disk
+    checkpoint-N/           gets its name once everything, from all ranks, is on disk
         model.safetensors…  an ordinary Hugging Face (or PEFT) folder
-        trainer_state/      what is trained, in float32, and the optimizer's state: torch's DCP
-        progress.json       the step, the flags, the data's fingerprint, what was counted
+        trainer_state/      trained weights in float32 and the optimizer's state: torch.distributed.checkpoint (DCP)
+        progress.json       the step, the flags, the data's fingerprint, counts
 
-Nothing else decides how a run goes on: the order of the data, sampling and dropout are functions of (seed, step), and
-the learning rate is one of the step. Frozen weights come from --model_id.
+Nothing else decides how a run continues: the order of the data, sampling and dropout are functions of (seed, step), the
+learning rate is one of the step, and frozen weights come from --model_id.
 """
 
 import json
@@ -26,20 +26,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data.dataset import InputError, first_line
 from grpo.config import Config
-from grpo.model.load import write_model
-from grpo.ranks import raise_together, say
+from grpo.model.load import ModelFiles
+from grpo.ranks import print_rank0, raise_together
 
 STATE, PROGRESS = "trainer_state", "progress.json"
 
 
 def checkpoints(output: Path) -> dict[int, Path]:
-    """Find the whole checkpoints of a run, by step."""
+    """Find the complete checkpoints of a run, by step."""
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output.glob("checkpoint-*")}
     return {int(match[1]): path for path, match in found.items() if match and (path / STATE / ".metadata").exists()}
 
 
 def trainer_state(model, optimizer) -> dict[str, Tensor]:
-    """Return the trained weights and the optimizer's state, sharded as they are, under names of their own."""
+    """Return the trained weights and the optimizer's state, still sharded, by name."""
     state = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -49,13 +49,13 @@ def trainer_state(model, optimizer) -> dict[str, Tensor]:
 
 
 def load(folder: Path | None, step: int, model, optimizer, schedule) -> None:
-    """Bring weights, optimizer and schedule to where they were after `step` steps, in place; collective.
+    """Restore weights, optimizer and schedule as they were after `step` steps, in place; collective.
 
     folder: the checkpoint, of any number of ranks; None at step 0. Raises InputError, on all ranks, if it is broken.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the optimizer has not moved yet
-        for _ in range(step):  # the very products of the run so far, so that the learning rates are equal to the bit
+        warnings.simplefilter("ignore")  # PyTorch warns that the optimizer has not stepped yet
+        for _ in range(step):  # replay the scheduler, so that the learning rate is equal to the bit
             schedule.step()
     if folder is None:
         return
@@ -71,34 +71,34 @@ def load(folder: Path | None, step: int, model, optimizer, schedule) -> None:
                 )
                 optimizer.state[parameter][key.rpartition(".")[2]] = empty.detach()
         dcp.load(trainer_state(model, optimizer), checkpoint_id=folder / STATE)
-    except (Exception, CheckpointException) as error:  # what is damaged fails in every way that unpickling can
+    except (Exception, CheckpointException) as error:  # a damaged file can fail in any way that unpickling can
         raise InputError(
             f"{str(folder)!r} cannot be read ({reason(error)}): move it away, and resume from the one before"
         ) from error
 
 
-def save(config: Config, name: str, model_parts: tuple, state: dict, progress: dict, is_needed: bool) -> None:
+def save(config: Config, name: str, files: ModelFiles, state: dict, progress: dict, is_needed: bool) -> None:
     """Write a checkpoint, or with an empty `state` the final model, under `output_dir`; collective.
 
-    model_parts: what `write_model` takes, used on rank 0. If the disk does not take it, what was there before is as it
-    was, and all ranks raise InputError; or go on with a line, if it is not needed.
+    files: written by rank 0. If writing fails, earlier folders stay as they are, and all ranks raise InputError or, if
+    the checkpoint is not needed, print a line and go on.
     """
     folder = Path(config.output_dir, name)
     unfinished = folder.with_name(f"{name}.unfinished")
 
     def begin() -> None:
-        for path in folder.parent.glob("*"):  # of a run that was killed while saving or removing
+        for path in folder.parent.glob("*"):  # left by a run that was killed while saving or removing
             if re.fullmatch(r"(checkpoint-\d+|final)\.(unfinished|removed)", path.name):
                 delete(path)
-        write_model(*model_parts, unfinished)
+        files.write(unfinished)
         (unfinished / PROGRESS).write_text(json.dumps(progress, indent=2))
 
     def finish() -> None:
-        write_through(unfinished)  # a power cut must not leave a name without its contents
+        fsync_tree(unfinished)  # a power cut must not leave a name without its contents
         if folder.exists():  # of the same run, before it was extended
             remove(folder)
         os.rename(unfinished, folder)
-        write_through(folder.parent, files=False)
+        fsync_tree(folder.parent, files=False)
         prune(folder.parent, config.save_total_limit)
 
     try:
@@ -115,49 +115,49 @@ def save(config: Config, name: str, model_parts: tuple, state: dict, progress: d
             shutil.rmtree(unfinished, ignore_errors=True)
         if is_needed:
             raise
-        say(f"{error}: training goes on without it")
+        print_rank0(f"{error}: training goes on without it")
 
 
 def on_rank_0(function: Callable[[], None], folder: Path) -> None:
-    """Let rank 0 do something about `folder` while the others wait; raise InputError on all ranks if it fails."""
+    """Call `function` on rank 0 while the others wait; raise InputError about `folder` on all ranks if it fails."""
 
     def attempt() -> None:
         try:
             if dist.get_rank() == 0:
                 function()
-        except Exception as error:  # a full disk: OSError here, SafetensorError there, and a plain Exception elsewhere
+        except Exception as error:  # for a full disk, libraries raise OSError, SafetensorError and plain Exception
             raise InputError(cannot_save(folder, error)) from error
 
     raise_together(attempt)
 
 
 def check_shared(folder: Path) -> None:
-    """Raise InputError if rank 0 has made a folder that this rank does not see: its shards would be elsewhere."""
+    """Raise InputError if this rank does not see the folder that rank 0 has made."""
     if not folder.is_dir():
         raise InputError(f"{str(folder.parent)!r} is not the same folder on all nodes: name a shared --output_dir")
 
 
 def cannot_save(folder: Path, error: BaseException) -> str:
-    """Say that and why, with the space that is left, since libraries word a full disk in many ways."""
+    """Return a line that says why, with the free space, since libraries word a full disk in many ways."""
     free = shutil.disk_usage(folder.parent).free / 2**30
     return f"{str(folder)!r} cannot be saved ({reason(error)}; {free:.2f} GB are free there)"
 
 
 def reason(error: BaseException) -> str:
-    """Say in a line what was wrong, on the first rank that failed."""
+    """Return what went wrong on the first rank that failed, in one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def write_through(folder: Path, files: bool = True) -> None:
-    """Wait until the disk holds a folder's entries, and its files and those of the folders below."""
+def fsync_tree(folder: Path, files: bool = True) -> None:
+    """Flush a folder to disk, by default with all files and folders below it."""
     for path in [*(folder.rglob("*") if files else []), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError:
-            if path.is_file():  # for folders, some network file systems cannot
+            if path.is_file():  # some network file systems cannot flush folders
                 raise
         finally:
             os.close(descriptor)
@@ -172,15 +172,15 @@ def prune(output: Path, limit: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder, which first loses its name, lest half of it be taken for a checkpoint."""
+    """Delete a folder, renamed first, so that a half-deleted one is never taken for a checkpoint."""
     gone = folder.with_name(f"{folder.name}.removed")
     os.rename(folder, gone)
-    with suppress(OSError):  # nobody looks at the rest
+    with suppress(OSError):  # what remains does no harm
         delete(gone)
 
 
 def delete(folder: Path) -> None:
-    """Delete a folder; where it is a link to one elsewhere, the link alone."""
+    """Delete a folder; if it is a symbolic link, only the link."""
     if folder.is_symlink():
         folder.unlink()
     else:

@@ -1,44 +1,63 @@
-"""Load and check all that a run needs, before anything is trained or written."""
+"""Load and check everything that a run needs, before anything is trained or written."""
 
 import os
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from data.dataset import InputError, load_samples
+from data.dataset import InputError, Sample, load_samples
 from data.prompt import check_text, load_tokenizer
 from data.video_cap import cap_all
 from grpo.config import Config, resolve_batch_sizes
 from grpo.model.load import load_model
 from grpo.model.lora import layers_to_adapt
-from grpo.run.resume import find_start
-from reward.numerical import numerical_video_reward
+from grpo.run.lock import lock_folder
+from grpo.run.resume import ResumeState, find_resume_state
+from reward.numerical import append_to_log
 
 
-def load_inputs(config: Config) -> tuple:
-    """Load and check what a run needs; return the resolved flags, the capped samples, how many were cut, where the run
-    begins, the tokenizer and, on rank 0, the model."""
+@dataclass
+class Inputs:
+    """Everything that a run starts from."""
+
+    config: Config  # with all batch sizes filled in
+    samples: list[Sample]  # capped
+    tokenizer: object
+    model: object  # unsharded, on rank 0; None on the others
+    resume: ResumeState
+    messages: list[str]  # lines about the samples, for the user
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Load and check what a run needs; raise InputError."""
     config = resolve_batch_sizes(config, dist.get_world_size())
     samples, num_cut = cap_all(load_samples(config.data_path, config.image_folder), config.max_videos)
+    messages = []
+    if num_cut:
+        messages = [f"{num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out"]
     for sample in samples:
         try:
             check_text(sample.turns)
         except ValueError as error:
             raise InputError(f"sample {sample.id!r}: {error}") from error
+    is_main, output = dist.get_rank() == 0, config.output_dir
+    if is_main and os.path.isdir(output):
+        lock_folder(output)  # what is in it must not change from here on
     try:
-        start = find_start(config, samples)
+        resume = find_resume_state(config, samples)
     except OSError as error:
-        raise InputError(
-            f"--output_dir {config.output_dir!r} cannot be read ({error.strerror}): name another"
-        ) from error
+        raise InputError(f"--output_dir {output!r} cannot be read ({error.strerror}): name another") from error
     tokenizer = load_tokenizer(config.model_id)
-    model = load_model(config.model_id) if dist.get_rank() == 0 else None  # `make_trainable` spreads it
+    model = load_model(config.model_id) if is_main else None  # `build_models` shards it over all ranks
     if config.lora_enable and model is not None:
-        layers_to_adapt(model, config)  # there must be some
+        layers_to_adapt(model, config)  # raises InputError if there are none
     try:
-        numerical_video_reward([], [])  # opens its debug log, if one is wanted
-        os.makedirs(config.output_dir, exist_ok=True)
+        append_to_log([])  # the log for debugging, if one is wanted, must be writable
+        os.makedirs(output, exist_ok=True)
     except OSError as error:
         raise InputError(f"{error.filename!r} cannot be written ({error.strerror}): name another place") from error
-    if not os.access(config.output_dir, os.W_OK):
-        raise InputError(f"--output_dir {config.output_dir!r} cannot be written: name another folder")
-    return config, samples, num_cut, start, tokenizer, model
+    if not os.access(output, os.W_OK):
+        raise InputError(f"--output_dir {output!r} cannot be written: name another folder")
+    if is_main:
+        lock_folder(output)
+    return Inputs(config, samples, tokenizer, model, resume, messages)

@@ -1,22 +1,23 @@
-"""Find out before a run whether its largest step fits into memory, not hours later when that sample comes up."""
+"""Try the largest step before a run, to see whether it fits into memory; else it would fail hours later."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 
 from data.dataset import InputError, Sample
-from data.loader import PromptDataset, Slot, checked
+from data.loader import BatchItem, Prompt, PromptDataset, checked
 from data.prompt import encode_prompt
 from data.video import BadVideo, video_grid
 from grpo.config import Config
-from grpo.model.load import SpecialTokens
-from grpo.model.optimizer import make_states
-from grpo.ranks import end_alone, of_all_ranks, raise_together
-from grpo.run.tracking import Totals, peak_memory_gb
+from grpo.model.optimizer import init_optimizer_state
+from grpo.ranks import abort_rank, all_gather_object, raise_together
+from grpo.rollout import Rollout
+from grpo.run.tracking import GlobalCounts, peak_memory_gb
 
-NUM_THREADS = 16  # that open videos; opening waits for disks
-# PyTorch's words for it, on GPU and CPU, the driver's among them, and cuBLAS's.
+NUM_THREADS = 16  # that open videos, which is mostly waiting for disks
+# The wordings of PyTorch on GPU and CPU, and of cuBLAS.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -27,7 +28,7 @@ def prompt_length(dataset: PromptDataset, sample: Sample) -> int:
         seconds = torch.ones(len(grids))
         return len(encode_prompt(sample.turns, dataset.tokenizer, grids, seconds, dataset.tokens_per_second)[0])
     except (BadVideo, FileNotFoundError, ValueError):
-        return 0  # reported when its turn comes
+        return 0  # reported when the sample is trained on
 
 
 def longest_prompt(dataset: PromptDataset) -> tuple[int, int]:
@@ -36,40 +37,40 @@ def longest_prompt(dataset: PromptDataset) -> tuple[int, int]:
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         lengths = pool.map(lambda i: prompt_length(dataset, dataset.samples[i]), own)
         longest = max(zip(lengths, own, strict=True), default=(0, 0))
-    return max(of_all_ranks(longest))
+    return max(all_gather_object(longest))
+
+
+def with_trial_advantages(rollouts: list[Rollout]) -> GlobalCounts:
+    """Give rollouts made-up advantages, with every token trained, in place; return the counts of all ranks."""
+    for rollout in rollouts:
+        rollout.loss_mask = rollout.completion_mask
+        rollout.advantages = torch.linspace(-1, 1, len(rollout.completion_ids), device=rollout.logprobs.device)
+    own = (sum(int(r.loss_mask.sum()) for r in rollouts), sum(len(r.completion_ids) for r in rollouts))
+    num_tokens, num_completions = (sum(counts) for counts in zip(*all_gather_object(own), strict=True))
+    return GlobalCounts(num_tokens, num_completions, reward_std=1.0)
 
 
 def memory_preflight(
-    dataset: PromptDataset, tokens: SpecialTokens, optimizer, config: Config, models: tuple, phases: tuple
+    dataset: PromptDataset, optimizer, config: Config, trial_step: Callable[[list[Prompt]], None]
 ) -> str:
-    """Run one step on the longest prompt with completions of full length, change nothing; return a line about it.
+    """Run `trial_step` on copies of the longest prompt, change nothing, and return a line about its peak memory.
 
-    models: what `make_trainable` returns; phases: `rollout_phase` and `update_phase` of `train.py`. The optimizer must
-    not have stepped yet. Where memory does not suffice, raises InputError; one rank of several ends with its line.
+    The optimizer must not have stepped yet. Out of memory, it raises InputError; with several ranks it ends this rank.
     """
-    (model, whole, reference), (rollout_phase, update_phase) = models, phases
     _, index = longest_prompt(dataset)
-    (prompt,) = raise_together(checked, [dataset[Slot(0, index, True)]])
+    (prompt,) = raise_together(checked, [dataset[BatchItem(0, index)]])
     sample = prompt.sample  # another one, if its videos are broken and --on_bad_video is skip
     G, C, world_size = config.num_generations, config.max_completion_length, dist.get_world_size()
-    endless = SpecialTokens(torch.full_like(tokens.stop_ids, -1), tokens.banned_ids)  # nothing ends a completion
-    rates = [group["lr"] for group in optimizer.param_groups]
     what = (
         f"sample {sample.id!r} with {len(sample.videos)} videos ({len(prompt.prompt_ids):,} prompt tokens, {G} "
         f"completions of {C} tokens, {config.per_device_train_batch_size} such prompts at a time)"
     )
+    learning_rates = [group["lr"] for group in optimizer.param_groups]
     try:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        make_states(optimizer)
-        prompts = [prompt] * config.per_device_train_batch_size
-        rollouts = rollout_phase(whole.refresh(model), prompts, endless, config, step=0)
-        for one in rollouts:
-            one.train_mask = one.completion_mask
-            one.advantages = torch.linspace(-1, 1, G, device=tokens.device)
-        num_completions = len(rollouts) * G * world_size
-        totals = Totals(num_completions * C, num_completions, 1.0)
-        update_phase(model, reference, optimizer, rollouts, totals, tokens.banned_ids, config)
+        init_optimizer_state(optimizer)
+        trial_step([prompt] * config.per_device_train_batch_size)
     except RuntimeError as error:
         if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
@@ -80,11 +81,11 @@ def memory_preflight(
         )
         if world_size == 1:
             raise InputError(line) from error
-        end_alone(f"train.py: error: rank {dist.get_rank()}: {line}")  # others may have had enough
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        abort_rank(f"train.py: error: rank {dist.get_rank()}: {line}")  # the other ranks may have enough memory
+    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+        group["lr"] = learning_rate
     optimizer.zero_grad()
-    optimizer.state.clear()  # the steps of rate 0 have left the weights as they were
-    peaks = of_all_ranks(peak_memory_gb())
+    optimizer.state.clear()  # steps with a learning rate of 0 have left the weights as they were
+    peaks = all_gather_object(peak_memory_gb())
     by_rank = ", ".join(f"{peak:.1f}" for peak in peaks)
     return f"memory: about {max(peaks):.1f} GB in a trial step on {what}; by rank: {by_rank}"

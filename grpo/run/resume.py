@@ -1,4 +1,4 @@
-"""Decide where a run begins: `--resume_from_checkpoint`, and whether what is there is the same run."""
+"""Decide where a run starts (`--resume_from_checkpoint`), and whether a checkpoint belongs to the same run."""
 
 import dataclasses
 import hashlib
@@ -13,8 +13,8 @@ from data.dataset import InputError, Sample, first_line
 from grpo.config import Config, count_steps
 from grpo.run.checkpoint import PROGRESS, checkpoints
 
-# Flags that a resumed run may change. Data may lie elsewhere but must be the same; how a step's work is split changes
-# nothing; and with other numbers of steps the learning rate goes on as in a run of the new length.
+# Flags that a resumed run may change. The data may lie elsewhere but must be the same. How a step's work is split does
+# not change results. With another number of steps the learning rate continues as in a run of the new length.
 MAY_CHANGE = """
     output_dir resume_from_checkpoint save_steps save_total_limit logging_steps log_completions dataloader_num_workers
     reward_timeout max_bad_steps on_bad_video data_path image_folder max_steps num_train_epochs demo
@@ -23,32 +23,32 @@ MAY_CHANGE = """
 
 
 @dataclass
-class Start:
-    """Where a run begins."""
+class ResumeState:
+    """Where a run starts."""
 
-    run: dict  # what its checkpoints say of it, beside step and counts
-    step: int = 0  # so many are done
+    metadata: dict  # of the run, stored in its checkpoints
+    step: int = 0  # steps that are done
     counts: dict[str, int] = field(default_factory=dict)  # of `Tracker`
-    folder: Path | None = None  # the checkpoint to go on from
+    folder: Path | None = None  # the checkpoint to resume from
     is_complete: bool = False
-    words: list[str] = field(default_factory=list)  # lines for the user
+    messages: list[str] = field(default_factory=list)  # lines for the user
 
 
-def find_start(config: Config, samples: list[Sample]) -> Start:
-    """Find where the run begins; raise InputError where it would not be the run that the checkpoint is of."""
+def find_resume_state(config: Config, samples: list[Sample]) -> ResumeState:
+    """Find where the run starts; raise InputError if the flags or samples are not those of the checkpoint."""
     output, wanted = Path(config.output_dir), config.resume_from_checkpoint
     total_steps = count_steps(config, len(samples))
-    run = {"flags": dataclasses.asdict(config), "total_steps": total_steps, "ranks": dist.get_world_size()}
-    run |= {"num_samples": len(samples), "data": fingerprint(samples)}
+    metadata = {"flags": dataclasses.asdict(config), "total_steps": total_steps, "ranks": dist.get_world_size()}
+    metadata |= {"num_samples": len(samples), "data": fingerprint(samples)}
     there = checkpoints(output)
     newest = there[max(there)] if there else None
     origin = None if there or (output / "final").exists() else origin_of(output)
     if wanted == "auto":
         if (output / "final").exists():
-            final = read_progress(output / "final", config, run)
+            final = read_progress(output / "final", config, metadata)
             if final["step"] >= total_steps:
-                words = f"{output} is complete: {final['step']} steps; the trained model is in {output / 'final'}"
-                return Start(run, final["step"], is_complete=True, words=[words])
+                message = f"{output} is complete: {final['step']} steps; the trained model is in {output / 'final'}"
+                return ResumeState(metadata, final["step"], is_complete=True, messages=[message])
             if newest is None:
                 raise InputError(
                     f"--output_dir {str(output)!r}: its run ended and left no checkpoint: name a new folder"
@@ -58,7 +58,7 @@ def find_start(config: Config, samples: list[Sample]) -> Start:
                 f"--output_dir {str(output)!r}: its run went on from {origin!r} and has no checkpoint of its own yet: "
                 f"give --resume_from_checkpoint {origin}"
             )
-        return continued(newest, config, run) if newest else Start(run)
+        return continued(newest, config, metadata) if newest else ResumeState(metadata)
 
     folder = Path(wanted)
     if wanted != "none" and folder.resolve() in [path.resolve() for path in there.values()]:
@@ -72,11 +72,11 @@ def find_start(config: Config, samples: list[Sample]) -> Start:
             f"--output_dir {str(output)!r} holds another run: name a new folder, or continue it with "
             "--resume_from_checkpoint auto"
         )
-    return Start(run) if wanted == "none" else continued(folder, config, run)
+    return ResumeState(metadata) if wanted == "none" else continued(folder, config, metadata)
 
 
 def origin_of(output: Path) -> str | None:
-    """Return the checkpoint elsewhere that the run in `output` went on from, if it did."""
+    """Return the checkpoint in another folder that the run in `output` was resumed from, if any."""
     try:
         origin = json.loads((output / "config.json").read_text())["resume_from_checkpoint"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -84,31 +84,33 @@ def origin_of(output: Path) -> str | None:
     return None if origin in ("none", "auto") or Path(origin).resolve().parent == output.resolve() else origin
 
 
-def continued(folder: Path, config: Config, run: dict) -> Start:
-    """Begin where the checkpoint in `folder` ends."""
-    old = read_progress(folder, config, run)
+def continued(folder: Path, config: Config, metadata: dict) -> ResumeState:
+    """Start where the checkpoint in `folder` ends."""
+    old = read_progress(folder, config, metadata)
     if folder.resolve() not in [path.resolve() for path in checkpoints(folder.parent).values()]:
         raise InputError(f"--resume_from_checkpoint {str(folder)!r} is no folder checkpoint-N: name one, or auto")
-    step, total_steps = old["step"], run["total_steps"]
+    step, total_steps = old["step"], metadata["total_steps"]
     if step > total_steps:
         raise InputError(f"{str(folder)!r} is of step {step}, and the run has {total_steps}: raise --max_steps")
-    words = [f"resumed from {folder}: {step} of {total_steps} steps are done"]
+    messages = [f"resumed from {folder}: {step} of {total_steps} steps are done"]
     if old["total_steps"] != total_steps:
-        words.append(f"of {old['total_steps']} steps so far: the learning rate goes on as in a run of {total_steps}")
-    if old["ranks"] != run["ranks"]:
-        words.append(f"saved by {old['ranks']} ranks, now {run['ranks']}: the same run, but for rounding and dropout")
-    return Start(run, step, old["counts"], folder, words=words)
+        messages.append(f"of {old['total_steps']} steps so far: the learning rate goes on as in a run of {total_steps}")
+    if old["ranks"] != metadata["ranks"]:
+        messages.append(
+            f"saved by {old['ranks']} ranks, now {metadata['ranks']}: the same run, except for rounding and dropout"
+        )
+    return ResumeState(metadata, step, old["counts"], folder, messages=messages)
 
 
-def read_progress(folder: Path, config: Config, run: dict) -> dict:
-    """Read what a saved folder says of its run; raise InputError if it is of a run with other flags or data."""
+def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
+    """Read the progress file of a saved folder; raise InputError if its run had other flags or data."""
     try:
         old = json.loads((folder / PROGRESS).read_text())
         flags = old["flags"]
         old = {key: old[key] for key in ("step", "total_steps", "ranks", "num_samples", "data", "counts")}
         changed = [
             f"--{name} {new!r} was {flags[name]!r}"
-            for name, new in run["flags"].items()
+            for name, new in metadata["flags"].items()
             if name in flags and name not in MAY_CHANGE and not is_same(name, new, flags[name])
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -118,10 +120,10 @@ def read_progress(folder: Path, config: Config, run: dict) -> dict:
         ) from error
     if changed:
         raise InputError(f"{', '.join(changed)} in {str(folder)!r}: give what was, or begin anew in a new --output_dir")
-    if (run["num_samples"], run["data"]) != (old["num_samples"], old["data"]):
+    if (metadata["num_samples"], metadata["data"]) != (old["num_samples"], old["data"]):
         raise InputError(
             f"--data_path {config.data_path!r}: {str(folder)!r} was trained on other samples ({old['num_samples']}, "
-            f"now {run['num_samples']}): give the same ones, or begin anew in a new --output_dir"
+            f"now {metadata['num_samples']}): give the same ones, or begin anew in a new --output_dir"
         )
     return old
 
@@ -132,6 +134,6 @@ def is_same(name: str, new, old) -> bool:
 
 
 def fingerprint(samples: list[Sample]) -> str:
-    """Digest what the samples say; not where their videos lie."""
+    """Return a digest of the samples' texts and video names, without the folders of the videos."""
     texts = [[s.id, s.turns, s.answer, [Path(video).name for video in s.videos]] for s in samples]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Call reward functions the way TRL does, and name whoever fails or does not come back."""
+"""Call reward functions the way TRL does; report which function failed or timed out, and on which sample."""
 
 import signal
 import sys
@@ -19,12 +19,13 @@ class OutOfTime(BaseException):
     """A reward function takes too long. Not an Exception, which the function might catch."""
 
 
-def score(functions: list, rollouts: list[Rollout], texts: list[str], step: int, timeout: float) -> dict[str, Tensor]:
-    """Apply every reward function to all completions of this rank, each within `timeout` seconds; texts: B·G.
+def score(functions: list, rollouts: list[Rollout], step: int, timeout: float) -> dict[str, Tensor]:
+    """Apply every reward function to all completions of this rank, each within `timeout` seconds.
 
     Returns {function name: (B, G)}, nan where a function gives None. Raises InputError that names function and sample.
     """
-    B, G = len(rollouts), len(texts) // len(rollouts)
+    B, G = len(rollouts), len(rollouts[0].texts)
+    texts = [text for rollout in rollouts for text in rollout.texts]
     samples = [rollout.prompt.sample for rollout in rollouts for _ in range(G)]
     columns = {
         "prompts": [[{"role": role, "content": text} for role, text in sample.turns] for sample in samples],
@@ -34,12 +35,12 @@ def score(functions: list, rollouts: list[Rollout], texts: list[str], step: int,
     }
     rewards = {name_of(function): call_reward(function, columns, step, timeout).view(B, G) for function in functions}
     if len(rewards) < len(functions):
-        raise InputError(f"the reward functions {', '.join(map(name_of, functions))} need names of their own")
+        raise InputError(f"the reward functions {', '.join(map(name_of, functions))} must have different names")
     return rewards
 
 
 def name_of(function) -> str:
-    """Name a reward function as TensorBoard does; a `functools.partial` is named after what it calls."""
+    """Return the name of a reward function in TensorBoard; that of the function inside a `functools.partial`."""
     return function.func.__name__ if isinstance(function, partial) else function.__name__
 
 
@@ -55,7 +56,7 @@ def call_reward(function, columns: dict[str, list], step: int, timeout: float) -
             f"{culprit(function, columns, step, timeout)!r}: {mend}, or raise the limit"
         ) from error
     except Exception as error:
-        for line in traceback.format_exc().splitlines():  # the function is the user's own: they will want to see where
+        for line in traceback.format_exc().splitlines():  # it is the user's own function: show where it failed
             print(printable(line), file=sys.stderr)
         what = str(error).splitlines()[0] if str(error) else ""
         raise InputError(
@@ -71,8 +72,10 @@ def call_reward(function, columns: dict[str, list], step: int, timeout: float) -
 
 
 def culprit(function, columns: dict[str, list], step: int, timeout: float) -> str:
-    """Find the first sample at which a reward function fails, or takes more than its share of the time, when it gets
-    one completion at a time."""
+    """Name the sample that made a reward function fail or take too long, by giving it one completion at a time.
+
+    Worth the second run: it happens once, at the end of a run, and without it the user would have to bisect the step.
+    """
     share = timeout / len(columns["sample_id"])
     for i, sample_id in enumerate(columns["sample_id"]):
         try:
@@ -85,7 +88,7 @@ def culprit(function, columns: dict[str, list], step: int, timeout: float) -> st
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in what runs too long, and each second again should it catch that; in the main thread alone."""
+    """Raise OutOfTime in code that runs too long, and again each second if it catches that; main thread only."""
 
     def interrupt(number, frame):
         raise OutOfTime

@@ -9,29 +9,29 @@ from grpo.ranks import any_rank
 class StopRequest:
     """Remembers a signal until the step is done.
 
-    It keeps no rank alive that waits for one that died: there the communication fails, or torchrun, half a minute after
-    its SIGTERM, ends it by force.
+    A rank that waits for one that died is not kept alive by this: its communication fails, or torchrun, half a minute
+    after its SIGTERM, kills it.
     """
 
     def __init__(self):
-        self.is_noted, self.former = False, {}
+        self.is_requested, self.handlers = False, {}
 
     def listen(self) -> None:
-        """Let signals wait for the end of the step; before, they end the program as usual."""
+        """Let signals wait for the end of the step; before this call they end the program as usual."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self.former[number] = signal.signal(number, self.note)
+            self.handlers[number] = signal.signal(number, self.request)
 
-    def note(self, number: int, frame) -> None:
-        """Keep the first signal; end the process at the second, with the code that shells give such an end."""
-        if self.is_noted:
+    def request(self, number: int, frame) -> None:
+        """Remember the first signal; at the second, end the process with the exit code that shells use for it."""
+        if self.is_requested:
             os._exit(128 + number)
-        self.is_noted = True
+        self.is_requested = True
 
-    def is_made(self) -> bool:
+    def requested(self) -> bool:
         """Return True on all ranks if a signal has reached any of them; collective."""
-        return any_rank(self.is_noted)
+        return any_rank(self.is_requested)
 
-    def release(self) -> None:
-        """Let signals do again what they did before `listen`."""
-        for number, handler in self.former.items():
+    def restore(self) -> None:
+        """Give the signals their former handlers back."""
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)

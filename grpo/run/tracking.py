@@ -1,7 +1,7 @@
 """What a run shows: TensorBoard curves and completions, the progress bar, and the numbers behind them.
 
-Every rank hands in its own records; the metrics are computed from all of them together, so that they are exact whatever
-the ranks and prompts are, never averages of averages.
+Every rank contributes the records of its groups; metrics are computed from all of them together, so that they are exact
+for any number of ranks and prompts, never averages of averages.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,106 +25,141 @@ from tqdm import tqdm
 
 from data.dataset import InputError
 from grpo.config import Config
-from grpo.loss import is_uniform
-from grpo.ranks import of_all_ranks, raise_together, say
+from grpo.loss import has_zero_std
+from grpo.ranks import all_gather_object, print_rank0, raise_together
 from grpo.rollout import Rollout
 
-LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
-MONOTONOUS_STEPS = 20  # so many steps in a row with hardly anything to compare call for a word
-
-
-def gather_groups(rollouts: list[Rollout], by_function: dict[str, Tensor], rewards: Tensor) -> list[dict]:
-    """Collect one record per group from all ranks; rewards, also by function: (B, G), nan where not scored."""
-    own = [
-        {
-            "counts": rollout.prompt.counts,
-            "bad_video": rollout.prompt.bad_video,
-            "rewards": rewards[b],  # (G,)
-            "by_function": {name: values[b] for name, values in by_function.items()},
-            "num_trained": rollout.train_mask.sum(dim=1).cpu(),  # (G,) tokens
-            "lengths": rollout.completion_mask.sum(dim=1).cpu(),  # (G,)
-            "is_stopped": rollout.is_stopped.cpu(),  # (G,)
-        }
-        for b, rollout in enumerate(rollouts)
-    ]
-    return [group for groups in of_all_ranks(own) for group in groups]
+ZERO_STD_STEPS = 20  # warn after this many steps in a row in which nearly all groups have equal rewards
 
 
 @dataclass
-class Totals:
-    """What all ranks have in common in a step; every number is over the groups that count."""
+class GroupRecord:
+    """What the metrics need to know of one group, on the CPU."""
 
-    num_tokens: int  # trained tokens, the denominator of `dapo`
-    num_completions: int  # trained completions, that of the other loss types
-    reward_std: float  # of all rewards, for `--scale_rewards batch`
+    rewards: Tensor  # (G,), nan where a completion was not scored
+    rewards_by_function: dict[str, Tensor]  # (G,) each
+    num_trained: Tensor  # (G,) trained tokens
+    lengths: Tensor  # (G,) sampled tokens
+    is_stopped: Tensor  # (G,)
 
 
-def add_up(groups: list[dict]) -> Totals:
-    """Count over the records of all ranks; never 0, so that nothing is divided by it."""
-    groups = [group for group in groups if group["counts"]]
-    return Totals(
-        num_tokens=max(1, sum(int(group["num_trained"].sum()) for group in groups)),
-        num_completions=max(1, sum(int((group["num_trained"] > 0).sum()) for group in groups)),
-        reward_std=deviation(torch.cat([group["rewards"] for group in groups])).item() if groups else 0.0,
+@dataclass
+class StepRecords:
+    """The groups of all ranks in a step, without padding, and the reasons why samples were left out."""
+
+    groups: list[GroupRecord]
+    bad_videos: list[str]
+
+
+def gather_records(rollouts: list[Rollout], by_function: dict[str, Tensor]) -> StepRecords:
+    """Collect the records of all ranks; by_function: (B, G) each. Collective."""
+    groups = [
+        GroupRecord(
+            rewards=rollout.rewards.cpu(),
+            rewards_by_function={name: values[b] for name, values in by_function.items()},
+            num_trained=rollout.loss_mask.sum(dim=1).cpu(),
+            lengths=rollout.completion_mask.sum(dim=1).cpu(),
+            is_stopped=rollout.is_stopped.cpu(),
+        )
+        for b, rollout in enumerate(rollouts)
+        if not rollout.prompt.is_padding
+    ]
+    bad_videos = [rollout.prompt.bad_video for rollout in rollouts if rollout.prompt.bad_video]
+    all_ranks = all_gather_object((groups, bad_videos))
+    return StepRecords(
+        [group for groups, _ in all_ranks for group in groups], [line for _, lines in all_ranks for line in lines]
     )
 
 
-def deviation(rewards: Tensor) -> Tensor:
-    """Return the standard deviation of the rewards that there are (not nan); 0 for fewer than two."""
+@dataclass
+class GlobalCounts:
+    """What all ranks share in a step."""
+
+    num_tokens: int  # trained tokens, the denominator of `dapo`
+    num_completions: int  # trained completions, the denominator of the other loss types
+    reward_std: float  # of all rewards, for `--scale_rewards batch`
+
+
+def count_global(records: StepRecords) -> GlobalCounts:
+    """Count over the groups of all ranks; denominators are at least 1."""
+    groups = records.groups
+    return GlobalCounts(
+        num_tokens=max(1, sum(int(group.num_trained.sum()) for group in groups)),
+        num_completions=max(1, sum(int((group.num_trained > 0).sum()) for group in groups)),
+        reward_std=nanstd(torch.cat([group.rewards for group in groups])).item() if groups else 0.0,
+    )
+
+
+def nanstd(rewards: Tensor) -> Tensor:
+    """Return the standard deviation of the rewards that are not nan; 0 for fewer than two."""
     rewards = rewards[~rewards.isnan()]
     return rewards.std() if len(rewards) > 1 else torch.zeros(())
 
 
-def rollout_metrics(groups: list[dict]) -> dict[str, float]:
-    """Summarise the groups that count; empty if none does."""
-    groups = [group for group in groups if group["counts"]]
+def rollout_metrics(groups: list[GroupRecord]) -> dict[str, float]:
+    """Summarise the groups of a step; empty without groups."""
     if not groups:
         return {}
-    rewards = torch.stack([group["rewards"] for group in groups])  # (groups, G)
-    lengths = torch.cat([group["lengths"] for group in groups]).float()
+    rewards = torch.stack([group.rewards for group in groups])  # (groups, G)
+    lengths = torch.cat([group.lengths for group in groups]).float()
     metrics = {
         "reward": rewards.nanmean(),
-        "reward_std": torch.stack([deviation(row) for row in rewards]).mean(),
-        "frac_reward_zero_std": is_uniform(rewards).float().mean(),
+        "reward_std": torch.stack([nanstd(row) for row in rewards]).mean(),
+        "frac_reward_zero_std": has_zero_std(rewards).float().mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": 1 - torch.cat([group["is_stopped"] for group in groups]).float().mean(),
+        "completions/clipped_ratio": 1 - torch.cat([group.is_stopped for group in groups]).float().mean(),
         "completions/unscored": rewards.isnan().sum(),
     }
-    for name in groups[0]["by_function"]:
-        values = torch.cat([group["by_function"][name] for group in groups])
-        metrics |= {f"rewards/{name}/mean": values.nanmean(), f"rewards/{name}/std": deviation(values)}
+    for name in groups[0].rewards_by_function:
+        values = torch.cat([group.rewards_by_function[name] for group in groups])
+        metrics |= {f"rewards/{name}/mean": values.nanmean(), f"rewards/{name}/std": nanstd(values)}
     return {name: float(value) for name, value in metrics.items()}
 
 
-# What the passes sum up, in this order; the curves are called so.
-SUMS = ("loss", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "kl", LOGP_DIFFERENCE)
+class TokenSums:
+    """The loss of this rank, and per-token metrics summed over its trained tokens, during the updates of a step."""
+
+    def __init__(self, device: torch.device):
+        self.loss, self.sums = torch.zeros((), device=device), {}
+
+    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Add the values of the trained tokens to a sum; values, mask: (G, C)."""
+        self.sums[name] = self.sums.get(name, 0.0) + (values.detach() * mask).sum()
+
+    def means(self, num_tokens: int, num_iterations: int) -> dict[str, float]:
+        """Return the loss per update, and the means over the trained tokens of all ranks; collective."""
+        totals = torch.stack([self.loss, *self.sums.values()])
+        dist.all_reduce(totals)
+        loss, *sums = (totals / num_iterations).tolist()
+        metrics = {"loss": loss} | {name: value / num_tokens for name, value in zip(self.sums, sums, strict=True)}
+        metrics["clip_ratio/region_mean"] = metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"]
+        return metrics
 
 
-def update_metrics(sums: Tensor, difference_max: Tensor, num_tokens: int, num_iterations: int) -> dict[str, float]:
-    """Turn what the passes of every rank summed up into means over all trained tokens of all ranks.
+def sampling_difference(rollouts: list[Rollout], num_tokens: int) -> dict[str, float]:
+    """Compare the log-probabilities recorded while sampling with the trainer's, for the same weights; collective.
 
-    sums: (6,), by the names in SUMS. The loss is weighed already; |sampled - trained log-probability| comes from the
-    first of the `num_iterations` updates alone, in which both are of the same weights.
+    Returns mean and maximum of the absolute difference over the trained tokens of all ranks.
     """
-    dist.all_reduce(sums)
-    dist.all_reduce(difference_max, op=dist.ReduceOp.MAX)
-    metrics = dict(zip(SUMS, sums.tolist(), strict=True))
-    for name in metrics:
-        metrics[name] /= (1 if name == "loss" else num_tokens) * (1 if name == LOGP_DIFFERENCE else num_iterations)
-    metrics["clip_ratio/region_mean"] = metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"]
-    return metrics | {"sampling/sampling_logp_difference/max": difference_max.item()}
+    differences = [(r.logprobs - r.old_logprobs).abs() * r.loss_mask for r in rollouts]  # (G, C) each
+    total = torch.stack([difference.sum() for difference in differences]).sum()
+    largest = torch.stack([difference.max() for difference in differences]).max()
+    dist.all_reduce(total)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    name = "sampling/sampling_logp_difference"
+    return {f"{name}/mean": total.item() / num_tokens, f"{name}/max": largest.item()}
 
 
 class Clock:
-    """Seconds since the last lap, by name; a step is the sum of its laps."""
+    """Seconds by phase of a step; the step is their sum."""
 
     def __init__(self):
         self.seconds, self.last = {}, time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Book the time since the last lap under `name`."""
+        """Record the time since the last lap under `name`."""
         now = time.perf_counter()
         self.seconds[name], self.last = now - self.last, now
 
@@ -131,18 +167,19 @@ class Clock:
 class Tracker:
     """The records of a run in `output_dir`, written by rank 0: `config.json`, TensorBoard's files, the progress bar."""
 
-    def __init__(self, config: Config, total_steps: int, first_step: int = 0, counts: dict[str, int] | None = None):
-        """Go on after `first_step` steps with what was counted in them; of a run that is resumed, forget the rest."""
+    def __init__(self, config: Config, total_steps: int, start_step: int = 0, counts: dict[str, int] | None = None):
+        """Continue after `start_step` steps, with their counts; what a resumed run wrote later is removed."""
         self.config, self.is_main, self.writer = config, dist.get_rank() == 0, None
         self.is_full = False
-        self.counts = {"skipped_samples": 0, "monotonous_in_a_row": 0, "warnings": 0, "bad_steps": 0, "bad_in_a_row": 0}
+        self.counts = {"skipped_samples": 0, "zero_std_in_a_row": 0, "warnings": 0, "bad_steps": 0, "bad_in_a_row": 0}
         self.counts |= counts or {}
-        raise_together(self.begin, first_step)
-        self.write(lambda writer: None, first_step + 1)
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not self.is_main)
+        raise_together(self.begin, start_step)
+        self.write(lambda writer: None, start_step + 1)
+        bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.bar = tqdm(total=total_steps, initial=start_step, bar_format=bar_format, disable=not self.is_main)
 
-    def begin(self, first_step: int) -> None:
-        """Let rank 0 write the flags and forget what comes after `first_step`; raise InputError if the disk is full."""
+    def begin(self, start_step: int) -> None:
+        """On rank 0, write the flags and remove events after `start_step`; raise InputError if the disk is full."""
         if not self.is_main:
             return
         path = Path(self.config.output_dir, "config.json")
@@ -151,23 +188,23 @@ class Tracker:
             unfinished = path.with_name("config.json.unfinished")
             unfinished.write_text(json.dumps(dataclasses.asdict(self.config), indent=2))
             os.replace(unfinished, path)
-            forget(path.with_name("tensorboard"), first_step)
+            truncate_events(path.with_name("tensorboard"), start_step)
         except OSError as error:
             raise InputError(
                 f"--output_dir {self.config.output_dir!r} cannot be written ({error.strerror}): make room, or name "
                 "another folder"
             ) from error
 
-    def log(self, step: int, groups: list[dict], metrics: dict[str, float], clock: Clock) -> bool:
+    def log(self, step: int, records: StepRecords, metrics: dict[str, float], clock: Clock) -> bool:
         """Count the finished step; at a logging step add a point to every curve and return True.
 
-        groups: the records of all ranks. Raises InputError, on all ranks, after too many bad steps in a row.
+        records: of all ranks. Raises InputError, on all ranks, after too many bad steps in a row.
         """
         seconds = sum(clock.seconds.values())
-        metrics = rollout_metrics(groups) | metrics
-        self.count(step, groups, metrics)
+        metrics = rollout_metrics(records.groups) | metrics
+        self.count(step, records, metrics)
         metrics |= {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/step": seconds}
-        metrics["tokens_per_second"] = sum(int(g["lengths"].sum()) for g in groups if g["counts"]) / seconds
+        metrics["tokens_per_second"] = sum(int(group.lengths.sum()) for group in records.groups) / seconds
         metrics["memory/peak_gb"] = peak_memory_gb()
         metrics["data/skipped_samples"] = self.counts["skipped_samples"]
         metrics["bad_steps"] = self.counts["bad_steps"]
@@ -185,29 +222,27 @@ class Tracker:
             )
         return is_logged
 
-    def count(self, step: int, groups: list[dict], metrics: dict[str, float]) -> None:
-        """Count what went wrong in a step, and say what calls for a word."""
+    def count(self, step: int, records: StepRecords, metrics: dict[str, float]) -> None:
+        """Count what went wrong in a step, and print warnings."""
         counts = self.counts
-        for group in groups:
-            if group["bad_video"]:
-                counts["skipped_samples"] += 1
-                say(f"left out: {group['bad_video']}")
-        is_monotonous = metrics.get("frac_reward_zero_std", 0) >= 0.9
-        counts["monotonous_in_a_row"] = counts["monotonous_in_a_row"] + 1 if is_monotonous else 0
-        if counts["monotonous_in_a_row"] == MONOTONOUS_STEPS and not counts["warnings"]:
+        counts["skipped_samples"] += len(records.bad_videos)
+        print_rank0(*(f"left out: {line}" for line in records.bad_videos))
+        is_zero_std = metrics.get("frac_reward_zero_std", 0) >= 0.9
+        counts["zero_std_in_a_row"] = counts["zero_std_in_a_row"] + 1 if is_zero_std else 0
+        if counts["zero_std_in_a_row"] == ZERO_STD_STEPS and not counts["warnings"]:
             counts["warnings"] = 1
-            say(
-                f"step {step}: for {MONOTONOUS_STEPS} steps nearly all groups have had equal rewards, from which "
+            print_rank0(
+                f"step {step}: for {ZERO_STD_STEPS} steps nearly all groups have had equal rewards, from which "
                 "nothing is learned: look at the completions, and raise --temperature or mend the reward"
             )
         is_bad = metrics["bad_steps"] > 0
         counts["bad_in_a_row"] = counts["bad_in_a_row"] + 1 if is_bad else 0
         counts["bad_steps"] += is_bad
         if is_bad:
-            say(f"step {step}: the loss or its gradient is not finite: the weights stay as they are")
+            print_rank0(f"step {step}: the loss or its gradient is not finite: the weights stay as they are")
 
-    def write(self, add, step: int) -> None:
-        """Let rank 0 add to TensorBoard's files; a full disk costs what was to be added, not the run."""
+    def write(self, add: Callable[[SummaryWriter], object], step: int) -> None:
+        """Let `add` write to TensorBoard's files, on rank 0; a full disk costs those points, not the run."""
         if not self.is_main:
             return
         folder = Path(self.config.output_dir, "tensorboard")
@@ -219,32 +254,37 @@ class Tracker:
             self.writer.flush()
             self.is_full = False
         except OSError as error:
-            self.writer = None  # what has failed once fails for good: another file, once there is space
+            self.writer = None  # a writer that failed once stays broken; the next one gets a new file
             if not self.is_full:
-                say(f"step {step}: the curves cannot be written ({error}): they have a gap from here")
+                print_rank0(f"step {step}: the curves cannot be written ({error}): they have a gap from here")
             self.is_full = True
 
-    def show_completions(self, step: int, rollouts: list[Rollout], texts: list[str], rewards, advantages) -> None:
-        """Show the first completions of rank 0 as a table; texts: B·G, rewards and advantages: (B, G)."""
+    def show_completions(self, step: int, rollouts: list[Rollout]) -> None:
+        """Show the first completions of rank 0 as a table in TensorBoard."""
         if not self.is_main or not self.config.log_completions:
             return
+        rows = [
+            (rollout.prompt.sample, text, reward, advantage)
+            for rollout in rollouts
+            for text, reward, advantage in zip(
+                rollout.texts, rollout.rewards.tolist(), rollout.advantages.tolist(), strict=True
+            )
+        ]
         lines = ["| prompt | truth | completion | reward | advantage |", "|---|---|---|---|---|"]
-        values = zip(texts, rewards.flatten().tolist(), advantages.flatten().tolist(), strict=True)
-        for i, (text, reward, advantage) in zip(range(self.config.log_completions), values, strict=False):
-            sample = rollouts[i // rewards.shape[1]].prompt.sample
+        for sample, text, reward, advantage in rows[: self.config.log_completions]:
             cells = " | ".join(table_cell(cell) for cell in (sample.turns[-1][1], sample.answer, text))
             lines.append(f"| {cells} | {reward:.3f} | {advantage:+.3f} |")
         self.write(lambda writer: writer.add_text("completions", "\n".join(lines), step), step)
 
     def close(self) -> None:
-        """End the bar and the files."""
+        """Close the bar and the files."""
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
 
 
 def try_to_write(folder: Path) -> None:
-    """Raise OSError if the disk is full; TensorBoard would find out in a thread of its own, which prints a page."""
+    """Raise OSError if the disk is full; TensorBoard would notice in a thread of its own, and print a page."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         (folder / "probe").write_bytes(bytes(2**16))
@@ -252,15 +292,15 @@ def try_to_write(folder: Path) -> None:
         (folder / "probe").unlink(missing_ok=True)
 
 
-def forget(folder: Path, step: int) -> None:
-    """Drop from TensorBoard's files what a run that was killed has written after `step`: it is done again."""
+def truncate_events(folder: Path, step: int) -> None:
+    """Remove events after `step` from TensorBoard's files."""
     for path in folder.glob("events.out.tfevents.*"):
-        with open(folder / "kept", "wb") as file:
+        with open(folder / "truncated", "wb") as file:
             writer = RecordWriter(file)
             for record in RawEventFileLoader(str(path)).Load():
                 if Event.FromString(record).step <= step:
                     writer.write(record)
-        os.replace(folder / "kept", path)
+        os.replace(folder / "truncated", path)
 
 
 def table_cell(text: str) -> str:
@@ -270,7 +310,7 @@ def table_cell(text: str) -> str:
 
 
 def peak_memory_gb() -> float:
-    """Most memory this process has held: of its GPU, or of the host where there is none."""
+    """Return the peak memory of this process: of its GPU, or of the host where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

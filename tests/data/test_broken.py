@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data.dataset import InputError, Sample
-from data.loader import Prompt, PromptDataset, Slot
+from data.loader import BatchItem, Prompt, PromptDataset
 from data.video import VideoOptions
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer
@@ -36,7 +36,7 @@ def mp4(tmp_path_factory) -> bytes:
 
 def load(path, tokenizer, options=OPTIONS) -> Prompt | InputError:
     sample = Sample("s1", (str(path),), (("user", "<video>\nWhat is the EF?"),), "55%")
-    return PromptDataset([sample], tokenizer, 2, options, "error")[Slot(0, 0, True)]
+    return PromptDataset([sample], tokenizer, 2, options, "error")[BatchItem(0, 0)]
 
 
 def error_of(path, tokenizer, options=OPTIONS) -> str:

@@ -12,7 +12,7 @@ from grpo.loss import (
     group_advantages,
     importance_ratios,
     kl_estimate,
-    trained_tokens,
+    loss_mask,
     weighted_sum,
 )
 
@@ -57,9 +57,9 @@ def test_trained_tokens_are_those_of_scored_completions_and_on_demand_of_uncut_o
     mask = torch.tensor([[True, True], [True, False], [True, True]])
     rewards, is_stopped = torch.tensor([0.5, NAN, 0.0]), torch.tensor([True, True, False])
     expected = torch.tensor([[True, True], [False, False], [True, True]])
-    assert torch.equal(trained_tokens(mask, rewards, is_stopped, False), expected)
+    assert torch.equal(loss_mask(mask, rewards, is_stopped, False), expected)
     expected[2] = False
-    assert torch.equal(trained_tokens(mask, rewards, is_stopped, True), expected)
+    assert torch.equal(loss_mask(mask, rewards, is_stopped, True), expected)
 
 
 def clip(ratio, advantage):

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 import grpo.logprobs
-from grpo.attention import attend_segments
-from grpo.decoding import GroupCache
+from grpo.attention import varlen_attention
+from grpo.decoding import SharedPrefixKVCache
 from grpo.logprobs import completion_logprobs, sampling_logprobs, video_features
-from grpo.rollout import generate
+from grpo.rollout import SamplingParams, generate
 from tests.conftest import make_tiny
 
 T = 0.7
 
 
-def completions_for(prompts, G, C, vocabulary, banned_ids):
+def completions_for(prompts, G, C, vocabulary, suppress_tokens):
     """Random completions of unequal lengths; everything behind a completion's end is noise that must not matter."""
     generator = torch.Generator().manual_seed(3)
-    allowed = [i for i in range(vocabulary) if i not in banned_ids.tolist()]
+    allowed = [i for i in range(vocabulary) if i not in suppress_tokens.tolist()]
     ids, masks = [], []
     for n in range(len(prompts)):
         draw = torch.randint(len(allowed), (G, C + n), generator=generator)
@@ -31,7 +31,7 @@ def completions_for(prompts, G, C, vocabulary, banned_ids):
     return ids, masks
 
 
-def separate_rows(model, prompt, ids, mask, banned_ids):
+def separate_rows(model, prompt, ids, mask, suppress_tokens):
     """Log-probabilities from G rows `[prompt | completion]`, each with its own copy of the videos: plain HF."""
     rows = []
     for completion, row_mask in zip(ids, mask, strict=True):
@@ -46,7 +46,7 @@ def separate_rows(model, prompt, ids, mask, banned_ids):
             video_grid_thw=prompt.video_grid_thw,
             use_cache=False,
         ).logits[0, P - 1 : -1]
-        logprobs = torch.log_softmax((out / T).index_fill(1, banned_ids, -torch.inf), dim=1)
+        logprobs = torch.log_softmax((out / T).index_fill(1, suppress_tokens, -torch.inf), dim=1)
         rows.append(logprobs.gather(1, completion[:, None])[:, 0])
     return rows
 
@@ -66,7 +66,7 @@ def relative(a, b):
 
 @pytest.mark.parametrize("together", [False, True], ids=["one prompt a row", "all prompts in one row"])
 def test_packed_logprobs_and_gradients_equal_separate_rows(tiny, together):
-    ids, masks = completions_for(tiny.prompts, 3, 5, len(tiny.tokenizer), tiny.banned_ids)
+    ids, masks = completions_for(tiny.prompts, 3, 5, len(tiny.tokenizer), tiny.suppress_tokens)
     model, twin = copy.deepcopy(tiny.model), hf_twin(tiny.model)
     batches = [range(len(ids))] if together else [[n] for n in range(len(ids))]
     packed = []
@@ -77,13 +77,13 @@ def test_packed_logprobs_and_gradients_equal_separate_rows(tiny, together):
             [ids[n] for n in batch],
             [masks[n] for n in batch],
             T,
-            tiny.banned_ids,
+            tiny.suppress_tokens,
         )
     weights = [torch.randn(mask.shape, generator=torch.Generator().manual_seed(n)) for n, mask in enumerate(masks)]
     sum((logprobs * w).sum() for (logprobs, _), w in zip(packed, weights, strict=True)).backward()
     loss = 0.0
     for prompt, i, mask, w, (logprobs, _) in zip(tiny.prompts, ids, masks, weights, packed, strict=True):
-        rows = separate_rows(twin, prompt, i, mask, tiny.banned_ids)
+        rows = separate_rows(twin, prompt, i, mask, tiny.suppress_tokens)
         for g, row in enumerate(rows):
             assert (logprobs[g, : len(row)] - row).abs().max() < 1e-5
             assert (logprobs[g, len(row) :] == 0).all()
@@ -96,54 +96,54 @@ def test_packed_logprobs_and_gradients_equal_separate_rows(tiny, together):
 
 
 def test_packed_logprobs_equal_separate_rows_in_float64(tiny):
-    ids, masks = completions_for(tiny.prompts[1:2], 3, 5, len(tiny.tokenizer), tiny.banned_ids)
+    ids, masks = completions_for(tiny.prompts[1:2], 3, 5, len(tiny.tokenizer), tiny.suppress_tokens)
     model = copy.deepcopy(tiny.model).double()
     # The log-probabilities are float32 by design, so compare the hidden states' effect in float32 but tightly.
-    ((logprobs, _),) = completion_logprobs(model, tiny.prompts[1:2], ids, masks, T, tiny.banned_ids)
-    rows = separate_rows(hf_twin(model), tiny.prompts[1], ids[0], masks[0], tiny.banned_ids)
+    ((logprobs, _),) = completion_logprobs(model, tiny.prompts[1:2], ids, masks, T, tiny.suppress_tokens)
+    rows = separate_rows(hf_twin(model), tiny.prompts[1], ids[0], masks[0], tiny.suppress_tokens)
     for g, row in enumerate(rows):
         assert (logprobs[g, : len(row)] - row).abs().max() < 2e-6
 
 
 def test_changing_one_completion_leaves_the_others_bit_identical(tiny):
-    ids, masks = completions_for(tiny.prompts[1:3], 3, 5, len(tiny.tokenizer), tiny.banned_ids)
-    before = completion_logprobs(tiny.model, tiny.prompts[1:3], ids, masks, T, tiny.banned_ids)
+    ids, masks = completions_for(tiny.prompts[1:3], 3, 5, len(tiny.tokenizer), tiny.suppress_tokens)
+    before = completion_logprobs(tiny.model, tiny.prompts[1:3], ids, masks, T, tiny.suppress_tokens)
     changed = [ids[0].clone(), ids[1]]
     changed[0][1] = (changed[0][1] + 1) % 200
-    after = completion_logprobs(tiny.model, tiny.prompts[1:3], changed, masks, T, tiny.banned_ids)
+    after = completion_logprobs(tiny.model, tiny.prompts[1:3], changed, masks, T, tiny.suppress_tokens)
     assert torch.equal(before[0][0][[0, 2]], after[0][0][[0, 2]])
     assert torch.equal(before[1][0], after[1][0])
     assert not torch.equal(before[0][0][1], after[0][0][1])
 
 
 def test_what_stands_behind_a_completions_end_changes_nothing(tiny):
-    ids, masks = completions_for(tiny.prompts[:1], 3, 5, len(tiny.tokenizer), tiny.banned_ids)
-    before = completion_logprobs(tiny.model, tiny.prompts[:1], ids, masks, T, tiny.banned_ids)
+    ids, masks = completions_for(tiny.prompts[:1], 3, 5, len(tiny.tokenizer), tiny.suppress_tokens)
+    before = completion_logprobs(tiny.model, tiny.prompts[:1], ids, masks, T, tiny.suppress_tokens)
     noise = [torch.where(masks[0], ids[0], 7)]
-    after = completion_logprobs(tiny.model, tiny.prompts[:1], noise, masks, T, tiny.banned_ids)
+    after = completion_logprobs(tiny.model, tiny.prompts[:1], noise, masks, T, tiny.suppress_tokens)
     assert torch.equal(before[0][0], after[0][0])
 
 
 def test_the_videos_and_their_order_reach_the_logprobs(tiny):
     prompt = tiny.prompts[1]  # three videos, of 4, 8 and 12 frames but 4 each are read: equal grids
-    ids, masks = completions_for([prompt], 2, 4, len(tiny.tokenizer), tiny.banned_ids)
+    ids, masks = completions_for([prompt], 2, 4, len(tiny.tokenizer), tiny.suppress_tokens)
     swapped = copy.copy(prompt)
     first, second, third = prompt.pixel_values_videos.chunk(3)
     swapped.pixel_values_videos = torch.cat([second, first, third])
-    ((one, _),) = completion_logprobs(tiny.model, [prompt], ids, masks, T, tiny.banned_ids)
-    ((other, _),) = completion_logprobs(tiny.model, [swapped], ids, masks, T, tiny.banned_ids)
+    ((one, _),) = completion_logprobs(tiny.model, [prompt], ids, masks, T, tiny.suppress_tokens)
+    ((other, _),) = completion_logprobs(tiny.model, [swapped], ids, masks, T, tiny.suppress_tokens)
     assert (one - other).abs().max() > 1e-3
 
 
 def test_logits_in_chunks_equal_logits_at_once(tiny, monkeypatch):
-    ids, masks = completions_for(tiny.prompts[:2], 3, 5, len(tiny.tokenizer), tiny.banned_ids)
+    ids, masks = completions_for(tiny.prompts[:2], 3, 5, len(tiny.tokenizer), tiny.suppress_tokens)
     gradients, calls, compute = [], [], grpo.logprobs._chosen_logprobs
     monkeypatch.setattr("grpo.logprobs._chosen_logprobs", lambda *x: calls.append(len(x[1])) or compute(*x))
     for tokens_per_chunk in (1024, 4):
         calls.clear()
         monkeypatch.setattr("grpo.logprobs.TOKENS_PER_CHUNK", tokens_per_chunk)
         model = copy.deepcopy(tiny.model)
-        results = completion_logprobs(model, tiny.prompts[:2], ids, masks, T, tiny.banned_ids)
+        results = completion_logprobs(model, tiny.prompts[:2], ids, masks, T, tiny.suppress_tokens)
         num_chunks = len(calls)
         sum(chosen.sum() for chosen, _ in results).backward()
         assert max(calls) <= tokens_per_chunk and len(calls) == 2 * num_chunks - 1  # all but the last are recomputed
@@ -161,9 +161,9 @@ def test_log_probabilities_sum_to_one_over_the_tokens_that_are_not_banned():
 
 
 def test_entropy_is_that_of_the_sampling_distribution(tiny):
-    ids, masks = completions_for(tiny.prompts[:1], 2, 3, len(tiny.tokenizer), tiny.banned_ids)
-    ((_, entropy),) = completion_logprobs(tiny.model, tiny.prompts[:1], ids, masks, 1e6, tiny.banned_ids)
-    allowed = len(tiny.tokenizer) - len(tiny.banned_ids)  # so hot that all allowed tokens are equally probable
+    ids, masks = completions_for(tiny.prompts[:1], 2, 3, len(tiny.tokenizer), tiny.suppress_tokens)
+    ((_, entropy),) = completion_logprobs(tiny.model, tiny.prompts[:1], ids, masks, 1e6, tiny.suppress_tokens)
+    allowed = len(tiny.tokenizer) - len(tiny.suppress_tokens)  # so hot that all allowed tokens are equally probable
     assert torch.allclose(entropy[masks[0]], torch.tensor(float(allowed)).log(), atol=1e-4)
     assert (entropy[~masks[0]] == 0).all()
 
@@ -175,13 +175,13 @@ def test_decoding_keeps_its_precision_with_bfloat16_and_large_keys():
     key = key + 12  # Qwen2.5's keys have large biases
     text = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, hidden_size=2 * D, num_attention_heads=2)
     model = SimpleNamespace(config=SimpleNamespace(text_config=text), dtype=torch.bfloat16, device="cpu")
-    cache = GroupCache(model, 1, G, P + 7, 4)
+    cache = SharedPrefixKVCache(model, 1, G, P + 7, 4)
     cache.begin([P])
     cache.prefill(torch.randn(1, 2, P, D).bfloat16(), key, value, layer=0)
     query, own_key, own_value = (
         torch.randn(G, heads, 1, D).bfloat16() + shift for heads, shift in ((2, 1), (1, 12), (1, 0))
     )
-    cache.open_slot()
+    cache.unmask_next()
     out = cache.decode(query, own_key, own_value, layer=0).double()
     keys = torch.cat([key.expand(G, -1, -1, -1), own_key], dim=2).double()
     values = torch.cat([value.expand(G, -1, -1, -1), own_value], dim=2).double()
@@ -193,7 +193,7 @@ def test_decoding_keeps_its_precision_with_bfloat16_and_large_keys():
 def test_segments_attention_equals_attention_within_each_segment(lengths):
     query, key, value = torch.randn(3, 1, 2, sum(lengths), 8).unbind(0)
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    out, _ = attend_segments(None, query, key, value, None, cu_seq_lens_q=starts)
+    out, _ = varlen_attention(None, query, key, value, None, cu_seq_lens_q=starts)
     pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     expected = [torch.softmax(q @ k.transpose(2, 3) / 8**0.5, dim=3) @ v for q, k, v in pieces]
     assert torch.allclose(out, torch.cat(expected, dim=2).transpose(1, 2), atol=1e-6)
@@ -211,12 +211,12 @@ def test_vision_features_equal_hf_when_windows_differ_in_size(tmp_path):
 def test_the_last_layer_works_for_the_tokens_alone_that_predict(tiny):
     """Of a prompt it needs the last token's state; the layer before it needs all, for the keys and values."""
     prompts, G, C = tiny.prompts[:2], 3, 5
-    ids, mask = completions_for(prompts, G, C, len(tiny.tokenizer), tiny.banned_ids)
+    ids, mask = completions_for(prompts, G, C, len(tiny.tokenizer), tiny.suppress_tokens)
     seen = []
     layers = tiny.model.model.language_model.layers[-2:]
     hooks = [layer.mlp.register_forward_hook(lambda _, inputs, out: seen.append(out.shape[1])) for layer in layers]
-    completion_logprobs(tiny.model, prompts, ids, mask, 1.0, tiny.banned_ids)
-    generate(tiny.model, prompts, G, 1, 1.0, tiny.stop_ids, tiny.banned_ids, None)
+    completion_logprobs(tiny.model, prompts, ids, mask, 1.0, tiny.suppress_tokens)
+    generate(tiny.model, prompts, tiny.tokens, SamplingParams(G, 1))
     for hook in hooks:
         hook.remove()
     in_prompts = sum(len(prompt.prompt_ids) for prompt in prompts)

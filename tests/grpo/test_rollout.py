@@ -10,17 +10,18 @@ import torch
 from grpo.decoding import Decoder, decoder_for, prefill
 from grpo.logprobs import completion_logprobs
 from grpo.loss import clipped_loss, importance_ratios, weighted_sum
-from grpo.rollout import generate
+from grpo.model.load import SpecialTokens
+from grpo.rollout import SamplingParams, generate
 from tests.grpo.test_packed import hf_twin
 
 
-def sample(tiny, prompts, G=4, C=12, temperature=0.7, stop_ids=None, seed=0, model=None):
+def sample(tiny, prompts, G=4, C=12, temperature=0.7, eos_token_ids=None, seed=0, model=None):
     generators = None if seed is None else [torch.Generator().manual_seed(seed + n) for n in range(len(prompts))]
-    stop_ids = tiny.stop_ids if stop_ids is None else torch.tensor(stop_ids)
-    return generate(model or tiny.model, prompts, G, C, temperature, stop_ids, tiny.banned_ids, generators)
+    tokens = SpecialTokens(torch.tensor(eos_token_ids), tiny.suppress_tokens) if eos_token_ids else tiny.tokens
+    return generate(model or tiny.model, prompts, tokens, SamplingParams(G, C, temperature), generators)
 
 
-OFTEN = list(range(0, 300, 6))  # stop ids that end some completions early and leave others running
+OFTEN = list(range(0, 300, 6))  # end-of-sequence ids that end some completions early and leave others running
 
 
 def test_greedy_completions_equal_those_of_hugging_faces_generate(tiny):
@@ -35,16 +36,16 @@ def test_greedy_completions_equal_those_of_hugging_faces_generate(tiny):
             video_grid_thw=prompt.video_grid_thw,
             max_new_tokens=12,
             do_sample=False,
-            suppress_tokens=tiny.banned_ids.tolist(),
+            suppress_tokens=tiny.suppress_tokens.tolist(),
         )[0, full.shape[1] :]
         assert rollout.completion_ids[0][rollout.completion_mask[0]].tolist() == out.tolist()
 
 
 def test_logprobs_recorded_while_sampling_agree_with_the_update(tiny):
-    rollouts = sample(tiny, tiny.prompts, G=2, stop_ids=OFTEN)
+    rollouts = sample(tiny, tiny.prompts, G=2, eos_token_ids=OFTEN)
     assert len({rollout.completion_ids.shape[1] for rollout in rollouts}) > 1  # groups of unequal lengths
     ids, masks = [r.completion_ids for r in rollouts], [r.completion_mask for r in rollouts]
-    results = completion_logprobs(tiny.model, tiny.prompts, ids, masks, 0.7, tiny.banned_ids)
+    results = completion_logprobs(tiny.model, tiny.prompts, ids, masks, 0.7, tiny.suppress_tokens)
     for rollout, (logprobs, _) in zip(rollouts, results, strict=True):
         assert (rollout.logprobs - logprobs).abs().max() < 1e-4
         assert (rollout.logprobs[rollout.completion_mask] < 0).all()
@@ -57,7 +58,7 @@ def test_on_the_first_update_the_ratio_is_one_and_the_gradient_that_of_reinforce
     for objective in ("grpo", "reinforce"):
         model = copy.deepcopy(tiny.model)
         ((logprobs, _),) = completion_logprobs(
-            model, tiny.prompts[:1], [rollout.completion_ids], [rollout.completion_mask], 0.7, tiny.banned_ids
+            model, tiny.prompts[:1], [rollout.completion_ids], [rollout.completion_mask], 0.7, tiny.suppress_tokens
         )
         if objective == "grpo":
             mask = rollout.completion_mask
@@ -76,7 +77,7 @@ def test_on_the_first_update_the_ratio_is_one_and_the_gradient_that_of_reinforce
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_completion_ends_with_its_first_stop_token_or_at_the_limit(tiny, seed):
-    (rollout,) = sample(tiny, tiny.prompts[:1], G=32, stop_ids=OFTEN, seed=seed)
+    (rollout,) = sample(tiny, tiny.prompts[:1], G=32, eos_token_ids=OFTEN, seed=seed)
     assert 0 < rollout.is_stopped.sum() < 32
     assert (rollout.completion_ids[~rollout.completion_mask] == OFTEN[0]).all()  # what was drawn behind the end is gone
     for ids, mask, stopped in zip(rollout.completion_ids, rollout.completion_mask, rollout.is_stopped, strict=True):
@@ -87,16 +88,15 @@ def test_a_completion_ends_with_its_first_stop_token_or_at_the_limit(tiny, seed)
         assert stopped or length == 12
 
 
-def test_banned_tokens_are_never_sampled_even_where_the_model_wants_them(tiny):
+def test_suppressed_tokens_are_never_sampled_even_where_the_model_wants_them(tiny):
     model = copy.deepcopy(tiny.model)
     with torch.no_grad():  # tied to the output layer: a huge row makes the model love or hate it
-        model.lm_head.weight[tiny.banned_ids] *= 50
+        model.lm_head.weight[tiny.suppress_tokens] *= 50
     (rollout,) = sample(tiny, tiny.prompts[:1], G=16, model=model, temperature=2.0)
-    assert not torch.isin(rollout.completion_ids, tiny.banned_ids).any()
-    tiny_without_ban = generate(
-        model, tiny.prompts[:1], 16, 12, 2.0, tiny.stop_ids, torch.tensor([], dtype=torch.long), None
-    )
-    assert torch.isin(tiny_without_ban[0].completion_ids, tiny.banned_ids).any()
+    assert not torch.isin(rollout.completion_ids, tiny.suppress_tokens).any()
+    nothing_suppressed = SpecialTokens(tiny.tokens.eos_token_ids, torch.tensor([], dtype=torch.long))
+    (rollout,) = generate(model, tiny.prompts[:1], nothing_suppressed, SamplingParams(16, 12, 2.0))
+    assert torch.isin(rollout.completion_ids, tiny.suppress_tokens).any()
 
 
 def test_what_is_sampled_depends_on_the_generator_alone_not_on_the_company(tiny):
@@ -144,7 +144,7 @@ def test_there_is_never_more_than_one_decoder(tiny, monkeypatch):
 
 
 def test_room_that_stays_empty_changes_nothing(tiny):
-    (exact,) = sample(tiny, tiny.prompts[:1], C=6, stop_ids=[-1])
+    (exact,) = sample(tiny, tiny.prompts[:1], C=6, eos_token_ids=[-1])
     P = len(tiny.prompts[0].prompt_ids)
     logits = []
     with torch.no_grad():
@@ -156,5 +156,5 @@ def test_room_that_stays_empty_changes_nothing(tiny):
                 hidden = decoder.step(exact.completion_ids[:, t], position.expand(4))
             logits.append(hidden @ tiny.model.lm_head.weight.T)
     assert torch.allclose(logits[0], logits[1], atol=1e-5)
-    chosen = torch.log_softmax((logits[1] / 0.7).index_fill(1, tiny.banned_ids, -torch.inf), dim=1)
+    chosen = torch.log_softmax((logits[1] / 0.7).index_fill(1, tiny.suppress_tokens, -torch.inf), dim=1)
     assert torch.allclose(chosen.gather(1, exact.completion_ids[:, 5:])[:, 0], exact.logprobs[:, 5], atol=1e-5)

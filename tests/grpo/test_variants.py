@@ -7,7 +7,7 @@ import torch
 
 import train
 from grpo.logprobs import sampling_logprobs
-from grpo.rollout import most_probable
+from grpo.rollout import filter_top_k_top_p
 from tests.test_train import curves, flags, run_main, weights
 
 
@@ -56,9 +56,9 @@ def test_of_several_groups_only_those_with_different_rewards_contribute(tiny, tm
     seen = []
     update_phase = train.update_phase
 
-    def spy(model, reference, optimizer, rollouts, *more):
+    def spy(models, optimizer, rollouts, *more):
         seen.extend((rollout.prompt.sample.id, rollout.advantages) for rollout in rollouts)
-        return update_phase(model, reference, optimizer, rollouts, *more)
+        return update_phase(models, optimizer, rollouts, *more)
 
     monkeypatch.setattr(train, "update_phase", spy)
     monkeypatch.setattr(train, "REWARD_FUNCTIONS", [constant_but_for_s2])
@@ -149,13 +149,15 @@ def test_with_top_p_the_curves_show_how_far_sampling_is_from_the_policy(tiny, tm
 
 def test_top_k_and_top_p_by_hand():
     logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
-    assert torch.equal(most_probable(logprobs, 1.0, 0), logprobs)
+    assert torch.equal(filter_top_k_top_p(logprobs, 1.0, 0), logprobs)
     two = torch.tensor([[0.625, 0.375, 0, 0], [0, 0, 0.375, 0.625]])
-    assert torch.allclose(most_probable(logprobs, 1.0, 2).exp(), two)
-    assert torch.allclose(most_probable(logprobs, 0.6, 0).exp(), two)  # 0.5 is too little, 0.8 the least that does
+    assert torch.allclose(filter_top_k_top_p(logprobs, 1.0, 2).exp(), two)
+    assert torch.allclose(filter_top_k_top_p(logprobs, 0.6, 0).exp(), two)  # 0.5 is too little, 0.8 the least that does
     one = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0]])
-    assert torch.allclose(most_probable(logprobs, 0.4, 0).exp(), one)  # at least one
-    assert torch.allclose(most_probable(logprobs, 0.6, 3).exp(), two)  # 0.5 / 0.95 of what top-k keeps is below 0.6
+    assert torch.allclose(filter_top_k_top_p(logprobs, 0.4, 0).exp(), one)  # at least one
+    assert torch.allclose(
+        filter_top_k_top_p(logprobs, 0.6, 3).exp(), two
+    )  # 0.5 / 0.95 of what top-k keeps is below 0.6
 
 
 def test_logprobs_and_entropy_of_bfloat16_hidden_states_agree_with_float64():
@@ -184,9 +186,9 @@ def test_prompts_and_completions_stay_aligned(tiny, tmp_path, monkeypatch):
     seen = []
     update_phase = train.update_phase
 
-    def spy(model, reference, optimizer, rollouts, *more):
+    def spy(models, optimizer, rollouts, *more):
         seen.extend(rollouts)
-        return update_phase(model, reference, optimizer, rollouts, *more)
+        return update_phase(models, optimizer, rollouts, *more)
 
     monkeypatch.setattr(train, "update_phase", spy)
     run(tiny, tmp_path / "out")

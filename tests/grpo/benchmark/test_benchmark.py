@@ -38,9 +38,9 @@ def test_figures_of_both_ways_are_written(tmp_path, world_size):
 def test_no_pass_is_measured_without_the_optimizers_states(monkeypatch):
     has_states, update_phase = [], benchmark.update_phase
 
-    def spy(model, reference, optimizer, *rest):
+    def spy(models, optimizer, *rest):
         has_states.append(len(optimizer.state) > 0)
-        return update_phase(model, reference, optimizer, *rest)
+        return update_phase(models, optimizer, *rest)
 
     monkeypatch.setattr(benchmark, "update_phase", spy)
     assert benchmark.main([*FLAGS.split(), "--baseline", "False"]) == 0
@@ -93,7 +93,7 @@ def test_what_does_not_fit_at_all_is_refused_in_a_line(monkeypatch, capsys):
 
 def test_repeated_rows_are_the_same_work(tiny):
     """Given the same completions, the baseline's gradient is that of the packed pass."""
-    banned = special_tokens(tiny.model, tiny.tokenizer, "cpu").banned_ids
+    banned = special_tokens(tiny.model, tiny.tokenizer, "cpu").suppress_tokens
     prompt, twin = tiny.prompts[1], hf_twin(tiny.model)
     ids = repeated_rollout(twin, prompt, 3, 5, banned)
     assert ids.shape == (3, 5) and len(set(map(tuple, ids.tolist()))) > 1

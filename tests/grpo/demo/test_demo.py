@@ -17,7 +17,7 @@ from grpo.demo.synthetic_echo import draw_clip, write_samples
 from grpo.evaluate.heldout import evaluate
 from grpo.export import load_merged
 from grpo.model.load import load_model, special_tokens
-from grpo.rollout import generate
+from grpo.rollout import SamplingParams, generate
 from reward.extract import extract_number
 
 
@@ -49,7 +49,7 @@ def test_adapters_alone_raise_it_too(demo, tmp_path, capsys):
     flags = [text for name in same.split() for text in (f"--{name}", str(resolved[name]))]
     flags += "--lora_enable --lora_rank 8 --lora_dropout 0 --freeze_vision_tower --freeze_merger".split()
     assert train.main([*flags, "--learning_rate", "1e-3", "--output_dir", str(tmp_path / "lora")]) == 0
-    (trained,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained in all")]
+    (trained,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained in total")]
     assert float(trained.split("(")[1].split("%")[0]) < 15
     tokenizer = load_tokenizer(resolved["model_id"])
     prompts = load_prompts(output / "data" / "heldout.json", tokenizer)
@@ -64,7 +64,7 @@ def answers(output: Path, json_path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     tokenizer, model = load_tokenizer(str(output / "final")), load_model(str(output / "final")).eval()
     tokens = special_tokens(model, tokenizer, torch.device("cpu"))
     prompts = load_prompts(json_path, tokenizer)
-    rollouts = generate(model, prompts, 1, 16, 1.0, tokens.stop_ids, tokens.banned_ids, None)
+    rollouts = generate(model, prompts, tokens, SamplingParams(1, 16))
     texts = [tokenizer.decode(rollout.completion_ids[0], skip_special_tokens=True) for rollout in rollouts]
     return torch.tensor([extract_number(text) for text in texts]), torch.tensor(
         [extract_number(prompt.sample.answer) for prompt in prompts]

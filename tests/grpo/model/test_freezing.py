@@ -14,7 +14,8 @@ from grpo.config import Config, parse_config
 from grpo.logprobs import completion_logprobs, encode_videos
 from grpo.model import sharding
 from grpo.model.lora import add_adapters
-from grpo.model.optimizer import freeze, make_optimizer, part_of
+from grpo.model.optimizer import component_of, freeze, make_optimizer
+from grpo.ranks import start_processes
 from tests.conftest import run_ranks
 from tests.grpo.model.test_lora import LORA
 from tests.grpo.model.test_sharding import one_rank, relative, rollouts_of, step  # noqa: F401  a fixture
@@ -29,7 +30,7 @@ def parts(folder) -> dict[str, torch.Tensor]:
     """All weights of each part in one tensor."""
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     return {
-        part: torch.cat([p.detach().flatten() for name, p in model.named_parameters() if part_of(name) == part])
+        part: torch.cat([p.detach().flatten() for name, p in model.named_parameters() if component_of(name) == part])
         for part in PARTS
     }
 
@@ -50,7 +51,7 @@ def test_a_frozen_part_keeps_every_bit_and_the_others_change(tiny, tmp_path, fro
 def test_the_parts_are_all_of_the_model(tiny):
     sizes = {"language model": 0, "vision tower": 0, "merger": 0}
     for name, parameter in tiny.model.named_parameters():
-        sizes[part_of(name)] += parameter.numel()
+        sizes[component_of(name)] += parameter.numel()
     visual = tiny.model.model.visual
     assert sizes["merger"] == sum(p.numel() for p in visual.merger.parameters())
     assert sizes["vision tower"] == sum(p.numel() for p in visual.parameters()) - sizes["merger"]
@@ -84,9 +85,9 @@ def test_every_part_has_the_learning_rate_of_its_flag_throughout(tiny, settings,
     where = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for share in (1, 0.5):  # a cosine from 1 over 4 steps: half of it after two
         for name, parameter in model.named_parameters():
-            if part_of(name) in rates:
+            if component_of(name) in rates:
                 group = where[id(parameter)]
-                assert group["lr"] == pytest.approx(share * rates[part_of(name)]), name
+                assert group["lr"] == pytest.approx(share * rates[component_of(name)]), name
                 assert group["weight_decay"] == (0.1 if parameter.ndim >= 2 else 0), name
             else:
                 assert id(parameter) not in where and not parameter.requires_grad, name
@@ -102,7 +103,7 @@ def test_a_step_with_a_frozen_part_has_the_other_parts_gradients(tiny, one_rank,
     (frozen,) = (part for part, flag in FREEZE.items() if flag[2:] in settings)
     names = [name for name, _ in tiny.model.named_parameters()]
     for name, ours in zip(names, found, strict=True):
-        assert (ours is None) == (part_of(name) == frozen), name
+        assert (ours is None) == (component_of(name) == frozen), name
     kept = [(a, b) for a, b in zip(found, one_rank("dapo")["gradients"], strict=True) if a is not None]
     assert relative(*zip(*kept, strict=True)) < 1e-5
 
@@ -110,19 +111,19 @@ def test_a_step_with_a_frozen_part_has_the_other_parts_gradients(tiny, one_rank,
 def refreshed(tiny, path: str) -> None:
     """Gather weights twice, with a frozen tower, in the precision of a GPU; write which come anew, and where to."""
     sharding.compute_dtype = lambda device: torch.bfloat16
-    device = sharding.start_processes()
+    device = start_processes()
     model = copy.deepcopy(tiny.model)
-    whole = sharding.WholeWeights(model)
+    sampling = sharding.SamplingModel(model)
     freeze(model, Config(freeze_vision_tower=True))
-    sharding.shard(model, device)
-    whole.refresh(model)
-    first = dict(whole.module.named_parameters())
+    sharding.apply_fsdp(model, device)
+    sampling.sync(model)
+    first = dict(sampling.model.named_parameters())
     kept = {name: (p.data_ptr(), p.detach().clone()) for name, p in first.items()}
     for parameter in first.values():
         parameter.data.fill_(7)
-    whole.refresh(model)
-    again = {part_of(name) for name, p in first.items() if torch.equal(p, kept[name][1])}
-    left = {part_of(name) for name, p in first.items() if (p == 7).all()}
+    sampling.sync(model)
+    again = {component_of(name) for name, p in first.items() if torch.equal(p, kept[name][1])}
+    left = {component_of(name) for name, p in first.items() if (p == 7).all()}
     moved = [name for name, p in first.items() if p.data_ptr() != kept[name][0]]
     torch.save({"dtypes": {p.dtype for p in first.values()}, "again": again, "left": left, "moved": moved}, path)
     dist.destroy_process_group()
@@ -146,7 +147,9 @@ def test_a_frozen_tower_encodes_once_and_gives_the_same_log_probabilities_and_gr
         freeze(model, Config(freeze_vision_tower=True))
         prompts = [encode_videos(model, prompt) for prompt in tiny.prompts] if encode else tiny.prompts
         assert all(len(prompt.pixel_values_videos) == 0 for prompt in prompts) == encode
-        logprobs = [logprobs for logprobs, _ in completion_logprobs(model, prompts, ids, masks, 0.7, tiny.banned_ids)]
+        logprobs = [
+            logprobs for logprobs, _ in completion_logprobs(model, prompts, ids, masks, 0.7, tiny.suppress_tokens)
+        ]
         sum(row.sum() for row in logprobs).backward()
         results.append((logprobs, [p.grad for p in model.parameters() if p.grad is not None]))
     assert relative(results[1][0], results[0][0]) < 1e-6

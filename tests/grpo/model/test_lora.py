@@ -20,18 +20,18 @@ from grpo.config import Config, resolve_batch_sizes
 from grpo.logprobs import completion_logprobs
 from grpo.model import sharding
 from grpo.model.layers import use_our_layers
-from grpo.model.load import save_model
+from grpo.model.load import ModelFiles
 from grpo.model.lora import (
-    adapters_off,
     add_adapters,
+    disable_adapters,
     gather_adapter,
     layers_to_adapt,
     lora_layers,
-    trains_adapters_alone,
+    trains_only_adapters,
     without_dropout,
 )
 from grpo.model.optimizer import freeze, make_optimizer
-from grpo.ranks import whole_tensor
+from grpo.ranks import full_tensor, start_processes
 from tests.conftest import Tiny, run_ranks
 from tests.grpo.model.test_sharding import relative, rollouts_of, with_advantages
 from tests.test_train import curves, flags, run_main, weights
@@ -42,15 +42,15 @@ LORA_FLAGS = ["--lora_enable", "--lora_rank", "4", "--global_batch_size", "4", "
 
 
 def adapted(tiny: Tiny, config: Config):
-    """The model on one rank with adapters that are not zero: the twin that samples, and the sharded one."""
-    device = sharding.start_processes()
+    """The model on one rank with adapters that are not zero: the sampling model and the sharded one."""
+    device = start_processes()
     torch.manual_seed(dist.get_rank())  # ranks may have drawn different numbers before
     model = copy.deepcopy(tiny.model).train()
-    whole = sharding.WholeWeights(model)
+    sampling = sharding.SamplingModel(model)
     add_adapters(model, config)
     freeze(model, config)
-    sharding.shard(model, device)
-    return whole, model
+    sharding.apply_fsdp(model, device)
+    return sharding.Models(model, sampling, None)
 
 
 def set_B(model) -> None:
@@ -71,20 +71,20 @@ def score(model, tiny: Tiny, compute=None) -> list[torch.Tensor]:
     compute = compute or (lambda *arguments: completion_logprobs(model, *arguments))
     prompts, ids, masks = zip(*((r.prompt, r.completion_ids, r.completion_mask) for r in rollouts), strict=True)
     with torch.no_grad():
-        return [logprobs for logprobs, _ in compute(list(prompts), list(ids), list(masks), 0.7, tiny.banned_ids)]
+        return [logprobs for logprobs, _ in compute(list(prompts), list(ids), list(masks), 0.7, tiny.suppress_tokens)]
 
 
 def sharded_score(model, tiny: Tiny) -> list[torch.Tensor]:
     return score(model, tiny, model.completion_logprobs)
 
 
-def update(tiny: Tiny, model, optimizer, config: Config) -> list[torch.Tensor]:
-    """Do one step on this rank's share of the groups; return the whole gradients."""
+def update(tiny: Tiny, models: sharding.Models, optimizer, config: Config) -> list[torch.Tensor]:
+    """Do one step on this rank's share of the groups; return the full gradients."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config = resolve_batch_sizes(config, world_size)
-    rollouts, totals = with_advantages(rollouts_of(tiny))
-    train.update_phase(model, None, optimizer, rollouts[rank::world_size], totals, tiny.banned_ids, config)
-    return [whole_tensor(p.grad) for p in model.parameters() if p.grad is not None]
+    rollouts, counts = with_advantages(rollouts_of(tiny))
+    train.update_phase(models, optimizer, rollouts[rank::world_size], counts, tiny.suppress_tokens, config)
+    return [full_tensor(p.grad) for p in models.policy.parameters() if p.grad is not None]
 
 
 def distance(a, b) -> float:
@@ -94,23 +94,24 @@ def distance(a, b) -> float:
 def step(tiny: Tiny, path: str, settings: dict) -> None:
     config = Config(**LORA | {"max_grad_norm": 1e9, "global_batch_size": 4} | settings)
     base = score(tiny.model, tiny)  # here, since the number of threads, which a process sets, changes the last bits
-    whole, model = adapted(tiny, config)
-    optimizer, _ = make_optimizer(model, config, total_steps=1)  # before FSDP puts whole weights in its weights' place
+    models = adapted(tiny, config)
+    model, sampling = models.policy, models.sampling
+    optimizer, _ = make_optimizer(model, config, total_steps=1)  # before FSDP puts unsharded weights in their place
     set_B(model)
-    whole.refresh(model)
-    result = {"base": base, "merged": score(whole.module, tiny), "unmerged": sharded_score(model, tiny)}
-    with adapters_off(model):
+    sampling.sync(model)
+    result = {"base": base, "merged": score(sampling.model, tiny), "unmerged": sharded_score(model, tiny)}
+    with disable_adapters(model):
         result["off"] = sharded_score(model, tiny)
     result["on again"] = sharded_score(model, tiny)
-    result["gradients"] = update(tiny, model, optimizer, config)
-    result["alone"] = trains_adapters_alone(model)
-    whole.refresh(model)
-    result["after"] = score(whole.module, tiny)
+    result["gradients"] = update(tiny, models, optimizer, config)
+    result["alone"] = trains_only_adapters(model)
+    sampling.sync(model)
+    result["after"] = score(sampling.model, tiny)
     adapter = gather_adapter(model, config)
     if dist.get_rank() == 0:
         torch.save(result, path)
         adapter.config.base_model_name_or_path = str(tiny.folder / "model")
-        save_model(adapter, tiny.tokenizer, f"{path}.adapter", [])
+        ModelFiles(adapter, tiny.tokenizer, []).write(Path(f"{path}.adapter"))
     dist.destroy_process_group()
 
 
@@ -196,14 +197,15 @@ def test_dropout_acts_in_the_update_alone(tiny, tmp_path):
 
 
 def dropped(tiny: Tiny, path: str) -> None:
-    whole, model = adapted(tiny, Config(**LORA | FROZEN | {"lora_dropout": 0.5}))
+    models = adapted(tiny, Config(**LORA | FROZEN | {"lora_dropout": 0.5}))
+    model, sampling = models.policy, models.sampling
     set_B(model)
-    whole.refresh(model)
-    result = {"update": [sharded_score(model, tiny) for _ in range(2)], "merged": score(whole.module, tiny)}
+    sampling.sync(model)
+    result = {"update": [sharded_score(model, tiny) for _ in range(2)], "merged": score(sampling.model, tiny)}
     with without_dropout(model):
         result["scoring"] = [sharded_score(model, tiny) for _ in range(2)]
     result["update again"] = sharded_score(model, tiny)
-    a, b = (rollouts_of(dataclasses.replace(tiny, model=whole.module)) for _ in range(2))
+    a, b = (rollouts_of(dataclasses.replace(tiny, model=sampling.model)) for _ in range(2))
     result["same sampling"] = all(torch.equal(x.completion_ids, y.completion_ids) for x, y in zip(a, b, strict=True))
     torch.save(result, path)
     dist.destroy_process_group()
@@ -213,13 +215,14 @@ def in_bfloat16(tiny: Tiny, path: str) -> None:
     """Merge, score and update in the precision of a GPU."""
     sharding.compute_dtype = lambda device: torch.bfloat16
     config = Config(**LORA | {"max_grad_norm": 1e9, "global_batch_size": 4})
-    whole, model = adapted(tiny, config)
-    optimizer, _ = make_optimizer(model, config, total_steps=1)  # before FSDP puts whole weights in its weights' place
+    models = adapted(tiny, config)
+    model, sampling = models.policy, models.sampling
+    optimizer, _ = make_optimizer(model, config, total_steps=1)  # before FSDP puts unsharded weights in their place
     set_B(model)
-    whole.refresh(model)
-    result = {"merged": score(whole.module, tiny), "unmerged": sharded_score(model, tiny)}
-    result["dtypes"] = {parameter.dtype for parameter in whole.module.parameters()}
-    result["gradients"] = update(tiny, model, optimizer, config)
+    sampling.sync(model)
+    result = {"merged": score(sampling.model, tiny), "unmerged": sharded_score(model, tiny)}
+    result["dtypes"] = {parameter.dtype for parameter in sampling.model.parameters()}
+    result["gradients"] = update(tiny, models, optimizer, config)
     torch.save(result, path)
     dist.destroy_process_group()
 
@@ -258,7 +261,7 @@ def test_a_run_with_adapters_samples_from_what_it_trains_and_says_what_it_trains
     assert rows["language model"][1:] == ["no", "-"] and rows["vision tower"][1:] == ["no", "-"]
     assert rows["merger"][1:] == rows["adapters of the vision tower"][1:] == ["yes", "0.01"]
     trained = load_file(folder / "out" / "final" / "adapter_model.safetensors")
-    assert rows["trained in all"][0] == f"{sum(tensor.numel() for tensor in trained.values()):,}"
+    assert rows["trained in total"][0] == f"{sum(tensor.numel() for tensor in trained.values()):,}"
 
 
 def test_checkpoints_are_adapter_folders_that_differ(run):

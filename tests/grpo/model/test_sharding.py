@@ -13,38 +13,40 @@ from data.loader import checked
 from grpo.config import Config, resolve_batch_sizes
 from grpo.logprobs import completion_logprobs
 from grpo.model import sharding
+from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import freeze, make_optimizer
-from grpo.ranks import whole_tensor
-from grpo.rollout import generate
+from grpo.ranks import full_tensor, raise_together, start_processes
+from grpo.rollout import SamplingParams, generate
 from grpo.run.inputs import load_inputs
-from grpo.run.tracking import Totals
+from grpo.run.tracking import GlobalCounts
 from tests.conftest import Tiny, run_ranks
 
 ADVANTAGES = torch.tensor([[1.0, -0.5, 0.25], [0.7, -0.2, 0.4], [-1.0, 2.0, 0.5], [0.3, 0.1, -0.4]])
 OFTEN = list(range(0, 300, 6))
 ZERO_ADVANTAGES = 1  # a seed that stands for: every second group has none
-COLUMNS = ("completion_ids", "completion_mask", "logprobs", "train_mask")
+COLUMNS = ("completion_ids", "completion_mask", "logprobs", "loss_mask")
 
 
-def whole_gradients(model) -> list[torch.Tensor]:
-    return [None if p.grad is None else whole_tensor(p.grad) for p in model.parameters()]
+def full_gradients(model) -> list[torch.Tensor]:
+    return [None if p.grad is None else full_tensor(p.grad) for p in model.parameters()]
 
 
 def rollouts_of(tiny: Tiny) -> list:
-    """Groups of unequal lengths; the second is one that does not count."""
-    prompts = [dataclasses.replace(prompt, counts=n != 1) for n, prompt in enumerate(tiny.prompts)]
+    """Groups of unequal lengths; the second is padding."""
+    prompts = [dataclasses.replace(prompt, is_padding=n == 1) for n, prompt in enumerate(tiny.prompts)]
     generators = [torch.Generator().manual_seed(n) for n in range(4)]
-    return generate(tiny.model, prompts, 3, 8, 0.7, torch.tensor(OFTEN), tiny.banned_ids, generators)
+    ends = SpecialTokens(torch.tensor(OFTEN), tiny.suppress_tokens)
+    return generate(tiny.model, prompts, ends, SamplingParams(3, 8, 0.7), generators)
 
 
-def with_advantages(rollouts: list, seed: int = 0) -> tuple[list, Totals]:
+def with_advantages(rollouts: list, seed: int = 0) -> tuple[list, GlobalCounts]:
     """What the loop adds to the rollouts, for given advantages; one completion of the third group is not trained."""
     for n, (rollout, advantages) in enumerate(zip(rollouts, ADVANTAGES, strict=True)):
         rollout.advantages = advantages * (seed != ZERO_ADVANTAGES or n % 2 == 0)
-        rollout.train_mask = rollout.completion_mask & rollout.prompt.counts
-    rollouts[2].train_mask = rollouts[2].train_mask & torch.tensor([[True], [False], [True]])
-    lengths = torch.stack([rollout.train_mask.sum(dim=1) for rollout in rollouts])
-    return rollouts, Totals(int(lengths.sum()), int((lengths > 0).sum()), 1.0)
+        rollout.loss_mask = rollout.completion_mask & (not rollout.prompt.is_padding)
+    rollouts[2].loss_mask = rollouts[2].loss_mask & torch.tensor([[True], [False], [True]])
+    lengths = torch.stack([rollout.loss_mask.sum(dim=1) for rollout in rollouts])
+    return rollouts, GlobalCounts(int(lengths.sum()), int((lengths > 0).sum()), 1.0)
 
 
 def padded(rollout, extra: int):
@@ -55,35 +57,36 @@ def padded(rollout, extra: int):
 
 def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False, reorder: bool = False) -> None:
     """Do one update on this rank's share of the four groups; rank 0 writes gradients, metrics and new weights."""
-    device = sharding.start_processes()
+    device = start_processes()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     # No clipping, so that the gradients can be read.
     config = Config(temperature=0.7, learning_rate=1e-3, max_grad_norm=1e9, **settings)
     config = resolve_batch_sizes(config, world_size)
-    rollouts, totals = with_advantages(rollouts_of(tiny), config.seed)
+    rollouts, counts = with_advantages(rollouts_of(tiny), config.seed)
     if reorder:
         rollouts = [padded(rollout, 3) for rollout in reversed(rollouts)]
     model = copy.deepcopy(tiny.model).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    whole = sharding.WholeWeights(model)
+    sampling = sharding.SamplingModel(model)
     freeze(model, config)
-    sharding.shard(model, device)
+    sharding.apply_fsdp(model, device)
     reference = None
     if config.beta > 0:
         reference = copy.deepcopy(tiny.model).requires_grad_(False)
         with torch.no_grad():  # another policy, so that the KL is not 0
             reference.lm_head.weight *= 1.1
-        sharding.shard(reference, device)
+        sharding.apply_fsdp(reference, device)
     optimizer, _ = make_optimizer(model, config, total_steps=1)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate
     own = rollouts[rank::world_size]
-    metrics = train.update_phase(model, reference, optimizer, own, totals, tiny.banned_ids, config)
-    gradients = whole_gradients(model)
-    whole.refresh(model)
+    models = sharding.Models(model, sampling, reference)
+    metrics = train.update_phase(models, optimizer, own, counts, tiny.suppress_tokens, config)
+    gradients = full_gradients(model)
+    sampling.sync(model)
     if rank == 0:
-        weights = [p.detach().clone() for p in whole.module.parameters()]
+        weights = [p.detach().clone() for p in sampling.model.parameters()]
         torch.save({"gradients": gradients, "metrics": metrics, "weights": weights}, path)
     dist.destroy_process_group()
 
@@ -164,14 +167,14 @@ def test_the_variants_differ(one_rank):
 
 def test_the_gradient_is_that_of_the_trained_tokens_divided_by_their_number(tiny, one_rank):
     model = copy.deepcopy(tiny.model)
-    rollouts, totals = with_advantages(rollouts_of(tiny))
+    rollouts, counts = with_advantages(rollouts_of(tiny))
     loss = 0.0
     for rollout in rollouts:
         ids, mask = rollout.completion_ids, rollout.completion_mask
-        ((logprobs, _),) = completion_logprobs(model, [rollout.prompt], [ids], [mask], 0.7, tiny.banned_ids)
-        loss = loss - (logprobs * rollout.advantages[:, None])[rollout.train_mask].sum()  # REINFORCE: the ratio is 1
-    assert 0 < totals.num_tokens < sum(int(r.completion_mask.sum()) for r in rollouts if r.prompt.counts)
-    (loss / totals.num_tokens).backward()
+        ((logprobs, _),) = completion_logprobs(model, [rollout.prompt], [ids], [mask], 0.7, tiny.suppress_tokens)
+        loss = loss - (logprobs * rollout.advantages[:, None])[rollout.loss_mask].sum()  # REINFORCE: the ratio is 1
+    assert 0 < counts.num_tokens < sum(int(r.completion_mask.sum()) for r in rollouts if not r.prompt.is_padding)
+    (loss / counts.num_tokens).backward()
     assert relative([p.grad for p in model.parameters()], one_rank("dapo")["gradients"]) < 1e-5
 
 
@@ -186,10 +189,10 @@ def test_passes_order_of_the_prompts_and_padding_change_nothing(tiny, one_rank, 
 
 
 def fetch(bad_rank: int, path: str) -> None:
-    sharding.start_processes()
+    start_processes()
     items = [InputError("sample 's3': broken")] if dist.get_rank() == bad_rank else ["a prompt"]
     try:
-        sharding.raise_together(checked, items)
+        raise_together(checked, items)
     except InputError as error:
         with open(f"{path}{dist.get_rank()}", "w") as file:
             file.write(str(error))
@@ -202,43 +205,44 @@ def test_what_stops_one_rank_stops_all_with_the_same_line(tmp_path):
 
 
 def two_models(tiny: Tiny, path: str) -> None:
-    """Change the sharded weights; the whole copy must follow on refresh, and only then if it is a copy."""
-    device = sharding.start_processes()
+    """Change the sharded weights; the sampling model must follow at the next sync."""
+    device = start_processes()
     model = copy.deepcopy(tiny.model)
-    whole = sharding.WholeWeights(model)
-    sharding.shard(model, device)
+    sampling = sharding.SamplingModel(model)
+    sharding.apply_fsdp(model, device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
-    whole.refresh(model)
-    expected = zip(whole.module.named_parameters(), tiny.model.parameters(), strict=True)
+    sampling.sync(model)
+    expected = zip(sampling.model.named_parameters(), tiny.model.parameters(), strict=True)
     wrong = [name for (name, now), before in expected if not torch.equal(now, 2 * before)]
-    shared = whole.module.lm_head.weight is whole.module.get_input_embeddings().weight
+    shared = sampling.model.lm_head.weight is sampling.model.get_input_embeddings().weight
     torch.save({"wrong": wrong, "shared": shared}, f"{path}{dist.get_rank()}")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_whole_weights_are_those_of_the_sharded_model_on_every_rank(tiny, tmp_path, world_size):
+def test_the_sampling_weights_are_those_of_the_sharded_model_on_every_rank(tiny, tmp_path, world_size):
     run_ranks(two_models, world_size, tiny, str(tmp_path / "rank"))
     for rank in range(world_size):
         assert torch.load(tmp_path / f"rank{rank}") == {"wrong": [], "shared": True}
 
 
 def spread(tiny: Tiny, path: str, settings: dict) -> None:
-    """Let rank 0 alone have the model, as a run does; write what each rank then has of it."""
-    device = sharding.start_processes()
+    """Load the model on rank 0 only, as a run does; write what each rank then has of it."""
+    device = start_processes()
     loaded = copy.deepcopy(tiny.model) if dist.get_rank() == 0 else None
     if loaded is not None:
         loaded.generation_config.eos_token_id = [3, 5]  # of generation_config.json, which the config does not know
-    model, whole, reference = sharding.make_trainable(loaded, Config(**settings), device)
-    whole.refresh(model)
+    models = sharding.build_models(loaded, Config(**settings), device)
+    model, sampling, reference = models.policy, models.sampling, models.reference
+    sampling.sync(model)
     result = {
-        "whole": {name: p.detach().clone() for name, p in whole.module.named_parameters()},
-        "sharded": {name: whole_tensor(p).detach() for name, p in model.named_parameters()},
+        "whole": {name: p.detach().clone() for name, p in sampling.model.named_parameters()},
+        "sharded": {name: full_tensor(p).detach() for name, p in model.named_parameters()},
         "own": sum(p.to_local().numel() for p in model.parameters()),
-        "reference": reference and {name: whole_tensor(p).detach() for name, p in reference.named_parameters()},
-        "buffers": {name: b.clone() for name, b in [*model.named_buffers(), *whole.module.named_buffers()]},
+        "reference": reference and {name: full_tensor(p).detach() for name, p in reference.named_parameters()},
+        "buffers": {name: b.clone() for name, b in [*model.named_buffers(), *sampling.model.named_buffers()]},
         "stop": model.generation_config.eos_token_id,
     }
     torch.save(result, f"{path}{dist.get_rank()}")
@@ -270,37 +274,37 @@ def test_only_rank_0_reads_the_weights(tiny, tmp_path):
 
 def load(tiny: Tiny, path: str) -> None:
     """Load what a run needs; write whether this rank got a model."""
-    sharding.start_processes()
+    start_processes()
     where = {"data_path": str(tiny.folder / "data.json"), "image_folder": str(tiny.folder / "videos")}
     config = Config(model_id=str(tiny.folder / "model"), output_dir=f"{path}out", **where)
-    torch.save(load_inputs(config)[-1] is not None, f"{path}{dist.get_rank()}")
+    torch.save(load_inputs(config).model is not None, f"{path}{dist.get_rank()}")
     dist.destroy_process_group()
 
 
 def in_bfloat16(tiny: Tiny, path: str) -> None:
-    """Compute as on a GPU, with bfloat16 weights: sharded, and whole as they sample."""
+    """Compute as on a GPU, with bfloat16 weights: sharded, and unsharded as in sampling."""
     sharding.compute_dtype = lambda device: torch.bfloat16
-    device = sharding.start_processes()
+    device = start_processes()
     model = copy.deepcopy(tiny.model)
-    whole = sharding.WholeWeights(model)
-    sharding.shard(model, device)
-    whole.refresh(model)
-    rollouts = rollouts_of(dataclasses.replace(tiny, model=whole.module))
+    sampling = sharding.SamplingModel(model)
+    sharding.apply_fsdp(model, device)
+    sampling.sync(model)
+    rollouts = rollouts_of(dataclasses.replace(tiny, model=sampling.model))
     arguments = (
         [r.prompt for r in rollouts],
         [r.completion_ids for r in rollouts],
         [r.completion_mask for r in rollouts],
     )
     with torch.no_grad():
-        ours = model.completion_logprobs(*arguments, 0.7, tiny.banned_ids)
-        theirs = completion_logprobs(whole.module, *arguments, 0.7, tiny.banned_ids)
+        ours = model.completion_logprobs(*arguments, 0.7, tiny.suppress_tokens)
+        theirs = completion_logprobs(sampling.model, *arguments, 0.7, tiny.suppress_tokens)
     same = all(torch.equal(a, b) for (a, _), (b, _) in zip(ours, theirs, strict=True))
     difference = max((r.logprobs - a).abs().max().item() for r, (a, _) in zip(rollouts, ours, strict=True))
     torch.save({"same": same, "difference": difference}, path)
     dist.destroy_process_group()
 
 
-def test_sharded_and_whole_weights_compute_the_same_in_bfloat16(tiny, tmp_path):
+def test_sharded_and_sampling_weights_compute_the_same_in_bfloat16(tiny, tmp_path):
     run_ranks(in_bfloat16, 1, tiny, str(tmp_path / "result"))
     result = torch.load(tmp_path / "result")
     assert result["same"] and result["difference"] < 0.1

@@ -169,7 +169,8 @@ def test_reward_functions_are_told_apart_by_name(tiny):
     def points(completions, number, **columns):
         return [number] * len(completions)
 
-    rollouts, two = [SimpleNamespace(prompt=tiny.prompts[0])], partial(points, number=2)
-    assert score([two], rollouts, ["55%", "60%"], 1, 9.0)["points"].tolist() == [[2, 2]]
-    with pytest.raises(InputError, match="points, points need names of their own"):
-        score([two, partial(points, number=3)], rollouts, ["55%", "60%"], 1, 9.0)
+    rollouts = [SimpleNamespace(prompt=tiny.prompts[0], texts=["55%", "60%"])]
+    two = partial(points, number=2)
+    assert score([two], rollouts, 1, 9.0)["points"].tolist() == [[2, 2]]
+    with pytest.raises(InputError, match="points, points must have different names"):
+        score([two, partial(points, number=3)], rollouts, 1, 9.0)

@@ -11,14 +11,14 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 import train
 from data.loader import PromptDataset
-from grpo.model import sharding
+from grpo.ranks import start_processes
 from grpo.run.preflight import longest_prompt
 from tests.conftest import OPTIONS, run_ranks
 from tests.test_train import curves, flags, main_on_a_rank, run_main, weights
 
 
 def find_longest(dataset: PromptDataset, path: str) -> None:
-    sharding.start_processes()
+    start_processes()
     length, index = longest_prompt(dataset)
     with open(path, "w") as file:
         json.dump([length, dataset.samples[index].id], file)
@@ -50,9 +50,9 @@ def test_the_trial_step_names_the_sample_and_leaves_no_trace(tiny, tmp_path, cap
     monkeypatch.setattr(train, "rollout_phase", lambda *a, **k: sampled.append(rollout_phase(*a, **k)) or sampled[-1])
     has_states, update_phase = [], train.update_phase
 
-    def spy(model, reference, optimizer, *rest):
+    def spy(models, optimizer, *rest):
         has_states.append(len(optimizer.state) > 0)
-        return update_phase(model, reference, optimizer, *rest)
+        return update_phase(models, optimizer, *rest)
 
     monkeypatch.setattr(train, "update_phase", spy)
     assert train.main(flags(tiny, tmp_path / "with", *more, "--memory_preflight", "true")) == 0

@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from data.loader import rank_slots
+from data.loader import rank_batches
 from grpo.run.checkpoint import checkpoints
 from tests.conftest import make_tiny, run_ranks
 from tests.kill_and_resume import kill_and_resume, result, run_flags, start, wait
@@ -83,8 +83,8 @@ def test_completions_show_once_per_step_after_resuming(tiny, tmp_path):
 
 
 def test_slots_from_a_later_step_on_are_those_of_the_whole_run():
-    whole = list(rank_slots(5, 2, 8, 0, 0, 1))
-    assert all(list(rank_slots(5, 2, 8, 0, 0, 1, first)) == whole[first:] for first in range(9))
+    whole = list(rank_batches(5, 2, 8, 0, 0, 1))
+    assert all(list(rank_batches(5, 2, 8, 0, 0, 1, first)) == whole[first:] for first in range(9))
 
 
 @pytest.fixture(scope="module")

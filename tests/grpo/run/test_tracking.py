@@ -10,39 +10,35 @@ import torch.distributed as dist
 
 from grpo.config import Config
 from grpo.ranks import start_processes
-from grpo.run.tracking import Tracker, add_up, rollout_metrics, table_cell
+from grpo.run.tracking import GroupRecord, StepRecords, Tracker, count_global, rollout_metrics, table_cell
 from tests.conftest import run_ranks
 from tests.test_train import curves
 
 NAN = float("nan")
 
 
-def group(rewards, lengths, num_trained, is_stopped, counts=True) -> dict:
-    return {
-        "counts": counts,
-        "bad_video": "",
-        "rewards": torch.tensor(rewards),
-        "by_function": {"f": torch.tensor(rewards)},
-        "num_trained": torch.tensor(num_trained),
-        "lengths": torch.tensor(lengths),
-        "is_stopped": torch.tensor(is_stopped),
-    }
+def group(rewards, lengths, num_trained, is_stopped) -> GroupRecord:
+    rewards = torch.tensor(rewards)
+    return GroupRecord(
+        rewards, {"f": rewards}, torch.tensor(num_trained), torch.tensor(lengths), torch.tensor(is_stopped)
+    )
 
 
 GROUPS = [
     group([0.0, 1.0, NAN], [2, 3, 4], [2, 3, 0], [True, True, False]),
     group([0.5, 0.5, 0.5], [1, 1, 7], [1, 1, 7], [True, True, True]),
-    group([9.0, 9.0, 9.0], [9, 9, 9], [0, 0, 0], [False, False, False], counts=False),
 ]
 
 
-def test_totals_are_over_what_is_trained_in_groups_that_count():
-    totals = add_up(GROUPS)
-    assert (totals.num_tokens, totals.num_completions) == (14, 5)
-    assert totals.reward_std == pytest.approx(0.125**0.5)  # of 0, 1, 0.5, 0.5, 0.5: squares of 0.25 + 0.25, over 4
+def test_counts_are_over_what_is_trained():
+    counts = count_global(StepRecords(GROUPS, []))
+    assert (counts.num_tokens, counts.num_completions) == (14, 5)
+    assert counts.reward_std == pytest.approx(0.125**0.5)  # of 0, 1, 0.5, 0.5, 0.5: squares of 0.25 + 0.25, over 4
+    nothing = count_global(StepRecords([], []))
+    assert (nothing.num_tokens, nothing.num_completions, nothing.reward_std) == (1, 1, 0.0)
 
 
-def test_metrics_are_over_the_groups_that_count():
+def test_metrics_are_over_all_groups():
     metrics = rollout_metrics(GROUPS)
     assert metrics == pytest.approx(
         {
@@ -58,7 +54,7 @@ def test_metrics_are_over_the_groups_that_count():
             "rewards/f/std": 0.125**0.5,
         }
     )
-    assert rollout_metrics(GROUPS[2:]) == {}
+    assert rollout_metrics([]) == {}
 
 
 def test_sampled_text_stays_in_its_table_cell():
