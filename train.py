@@ -16,6 +16,7 @@ Each rank samples the whole groups of its own prompts. Sampling depends only on 
 position in the batch: neither the number of ranks nor what a rank did before changes it.
 """
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -276,6 +277,9 @@ def main(argv: list[str]) -> int:
     except InputError as error:  # raised on all ranks together
         print_rank0(f"train.py: error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:  # before training, where nothing needs saving
+        print_rank0("interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
     except RuntimeError as error:
         if line := worker_failure(error):  # on this rank alone
             abort_rank(f"train.py: error: {line}")

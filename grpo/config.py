@@ -268,9 +268,9 @@ def resolve_batch_sizes(config: Config, world_size: int) -> Config:
     if total is None:
         total = product
     elif total % product or (device is not None and accumulation is not None and total != product):
-        verb = "a multiple of" if device is None or accumulation is None else "equal to"
-        arithmetic = f"{' x '.join(factors)} = {product}"
-        raise InputError(f"--global_batch_size {total} is not {verb} {arithmetic}: change or leave out one of them")
+        relation = "a multiple of" if device is None or accumulation is None else "equal to"
+        arithmetic = f"{product} = {' x '.join(factors)}"
+        raise InputError(f"--global_batch_size {total} is not {relation} {arithmetic}: change or leave out one of them")
     if device is None:
         accumulation = accumulation or 1
         device = total // (world_size * accumulation)

@@ -95,7 +95,7 @@ def abort_rank(line: str) -> None:
 
     They may be waiting for it in a collective; torchrun ends them when it sees this exit code.
     """
-    print(line, file=sys.stderr, flush=True)
+    print(f"\n{line}", file=sys.stderr, flush=True)  # below the progress bar
     os._exit(2)
 
 

@@ -29,6 +29,10 @@ def run_flags(folder: Path, output: Path, *more) -> list[str]:
     """A run of the tiny model in `folder`, quick but with all that makes resuming hard."""
     where = ["--model_id", folder / "model", "--data_path", folder / "data.json", "--image_folder", folder / "videos"]
     what = "--learning_rate 1e-3 --num_generations 4 --global_batch_size 2 --num_iterations 2".split()
+    what += [
+        "--max_completion_length",
+        "16",
+    ]  # so that some contain a number, from which to learn
     return [str(flag) for flag in [*where, *FLAGS, *what, "--output_dir", output, *more]]
 
 
@@ -85,6 +89,7 @@ def kill_and_resume(folder: Path, world_size: int, kills: int, number: int, seed
     assert wait(start(world_size, run_flags(folder, whole, *more), folder / "log"), 240) == [0] * world_size
     seconds = time.monotonic() - began
     expected, is_right, done, runs = result(whole), True, 0, 0
+    assert max(value for _, value in expected[1]["grad_norm"]) > 0, "nothing is learned, so that all runs are equal"
     while done < kills or (folder / "killed").exists():
         output = folder / "killed"
         more_flags = ["--save_steps", "1", "--save_total_limit", "2", "--resume_from_checkpoint", "auto", *more]

@@ -23,7 +23,7 @@ TAGS = """
     completions/mean_length completions/min_length completions/max_length completions/clipped_ratio loss
     clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean entropy sampling/sampling_logp_difference/mean
     sampling/sampling_logp_difference/max grad_norm learning_rate time/rollout time/reward time/update time/data
-    time/step tokens_per_second memory/peak_gb data/skipped_samples completions/unscored kl bad_steps
+    time/step tokens_per_second memory/peak_gb data/skipped_samples completions/unscored bad_steps
 """.split()
 
 
@@ -100,7 +100,16 @@ def test_debug_mode_logs_every_completion_with_its_step_and_sample(run):
 
 def test_saved_models_are_ordinary_folders_and_training_changes_them(tiny, run):
     assert {path.name for path in run.iterdir()} == {
-        *("config.json", "tensorboard", "checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4", "final")
+        *(
+            ".lock",
+            "config.json",
+            "tensorboard",
+            "checkpoint-1",
+            "checkpoint-2",
+            "checkpoint-3",
+            "checkpoint-4",
+            "final",
+        )
     }
     assert (run / "final" / "model.safetensors").exists()
     assert AutoTokenizer.from_pretrained(run / "final").chat_template == tiny.tokenizer.chat_template
@@ -193,7 +202,7 @@ def entry(**changes) -> dict:
         (["--epsilon", "x"], ["--epsilon"]),
         (["--on_bad_video", "ignore"], ["--on_bad_video", "skip"]),
         (["--fps", "2"], ["--fps", "--nframes"]),
-        (["--global_batch_size", "6", "--per_device_train_batch_size", "4"], ["6", "4 x 1", "= 4"]),
+        (["--global_batch_size", "6", "--per_device_train_batch_size", "4"], ["6 is not a multiple of 4 = 1 ranks x"]),
         (["--data_path", "nowhere.json"], ["nowhere.json"]),
         (["--model_id", "nowhere"], ["--model_id 'nowhere'"]),
         (["--demo"], ["--demo", "--model_id"]),

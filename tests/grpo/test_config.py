@@ -1,4 +1,4 @@
-"""Flags: what they default to, how batch sizes complete each other, and that the README knows them all."""
+"""Flags: what they default to, how batch sizes complete each other, and what --help shows."""
 
 import dataclasses
 import re
@@ -7,7 +7,6 @@ import pytest
 
 from data.dataset import InputError
 from grpo.config import Config, parse_config, resolve_batch_sizes
-from tests.conftest import ROOT
 
 GIVEN = ["--model_id", "m", "--data_path", "d", "--output_dir", "o"]
 
@@ -33,18 +32,25 @@ def test_any_batch_size_follows_from_the_others():
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("given", "words"),
     [
-        {"global_batch_size": 4},  # on 8 ranks
-        {"global_batch_size": 12},
-        {"global_batch_size": 64, "per_device_train_batch_size": 3},
-        {"global_batch_size": 64, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+        ({"global_batch_size": 4}, "4 is not a multiple of 8 = 8 ranks:"),
+        ({"global_batch_size": 12}, "12 is not a multiple of 8 = 8 ranks:"),
+        (
+            {"global_batch_size": 64, "per_device_train_batch_size": 3},
+            "64 is not a multiple of 24 = 8 ranks x --per_device_train_batch_size 3:",
+        ),
+        (
+            {"global_batch_size": 64, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+            "64 is not equal to 128 = 8 ranks x --per_device_train_batch_size 4 x --gradient_accumulation_steps 4:",
+        ),
     ],
     ids=str,
 )
-def test_contradictory_batch_sizes_say_the_arithmetic(given):
-    with pytest.raises(InputError, match=rf"--global_batch_size {given['global_batch_size']} .* x 8 ranks x .* = \d+"):
+def test_contradictory_batch_sizes_say_the_arithmetic_of_what_was_given(given, words):
+    with pytest.raises(InputError) as error:
         sizes(8, **given)
+    assert str(error.value) == f"--global_batch_size {words} change or leave out one of them"
 
 
 def test_flags_beside_demo_override_its_defaults():
@@ -52,8 +58,37 @@ def test_flags_beside_demo_override_its_defaults():
     assert parse_config(["--demo", "--max_steps", "7", "--epsilon", "0.2"]).max_steps == 7
 
 
-def test_the_readme_lists_every_flag_with_its_default():
-    readme = (ROOT / "README.md").read_text()
-    listed = dict(re.findall(r"^\| `--(\w+)` \| (?:`([^`]*)`)? *\|", readme, flags=re.MULTILINE))
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    assert listed == {name: "" if default in (None, "") else str(default) for name, default in defaults.items()}
+def test_help_shows_every_flag_once_in_its_section_with_its_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(Config):
+        assert len(re.findall(rf" --{field.name} ", shown)) >= 1, field.name
+        assert f"--{field.name.replace('_', '-')} " not in shown or "_" not in field.name
+    assert "--nframes frames read from every video (rounded to even), instead of --fps (with --demo: 8)" in shown
+    assert "(default: 1e-06; with --demo: 0.0001)" in shown and "(default: 5)" in shown
+    headings = [field.metadata["heading"] for field in dataclasses.fields(Config) if field.metadata["heading"]]
+    assert len(headings) == 8 and all(f" {heading}: --" in shown for heading in headings)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("--num_generation", "--num_generations"),
+        ("--learning_rat=1", "--learning_rate"),
+        ("--epsilon_hi", "--epsilon_high"),
+    ],
+)
+def test_a_misspelt_flag_is_answered_with_the_nearest_one(wrong, nearest):
+    with pytest.raises(InputError, match=f"unknown flag '{wrong}', did you mean {nearest}[?]: python train.py --help"):
+        parse_config([*GIVEN, wrong])
+
+
+def test_a_flag_like_no_other_gets_no_guess():
+    with pytest.raises(InputError, match="unknown flag '--zzz': python train.py --help"):
+        parse_config([*GIVEN, "--zzz", "3"])
+
+
+@pytest.mark.parametrize("spelt", ["--max_videos", "--max-videos"])
+def test_hyphens_are_taken_for_underscores(spelt):
+    assert parse_config([*GIVEN, spelt, "7"]).max_videos == 7

@@ -110,7 +110,7 @@ def test_the_kl_is_zero_at_first_and_positive_afterwards(tiny, tmp_path, monkeyp
     found = run(tiny, tmp_path / "out", "--beta", "0.1", "--num_train_epochs", "3", "--learning_rate", "1e-2")
     assert found["kl"][0] == 0.0 and min(found["kl"][1:]) > 0
     free = run(tiny, tmp_path / "free", "--num_train_epochs", "3", "--learning_rate", "1e-2")
-    assert free["kl"] == [0.0] * 3
+    assert "kl" not in free  # there is no reference model
     assert not torch.equal(weights(tmp_path / "out" / "final"), weights(tmp_path / "free" / "final"))
 
 
@@ -137,7 +137,8 @@ def test_variants_run_on_two_ranks_as_on_one(tiny, tmp_path, more):
     for world_size in (1, 2):
         run_main(world_size, flags(tiny, tmp_path / str(world_size), *more), tmp_path)
     one, two = curves(tmp_path / "1"), curves(tmp_path / "2")
-    for tag in ("reward", "loss", "kl", "entropy", "grad_norm", "clip_ratio/region_mean"):
+    assert ("kl" in one) == ("--beta" in more)
+    for tag in {"reward", "loss", "kl", "entropy", "grad_norm", "clip_ratio/region_mean"} & one.keys():
         assert two[tag] == pytest.approx(one[tag], rel=1e-3, abs=1e-5), tag
 
 

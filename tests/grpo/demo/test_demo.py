@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import train
+from data.dataset import InputError
 from data.prompt import load_tokenizer
 from grpo.config import parse_config
-from grpo.demo.demo import load_prompts
+from grpo.demo.demo import choose_folder, load_prompts
 from grpo.demo.synthetic_echo import draw_clip, write_samples
 from grpo.evaluate.heldout import evaluate
 from grpo.export import load_merged
 from grpo.model.load import load_model, special_tokens
+from grpo.ranks import start_processes
 from grpo.rollout import SamplingParams, generate
 from reward.extract import extract_number
 
@@ -121,3 +124,41 @@ def test_the_demo_does_not_touch_a_folder_that_exists(demo, capsys):
     output, _ = demo
     assert train.main(["--demo", "--output_dir", str(output)]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """An empty current folder, and the process group that choosing one of its folders asks."""
+    monkeypatch.chdir(tmp_path)
+    start_processes()
+    yield tmp_path / "output"
+    dist.destroy_process_group()
+
+
+def chosen(*more: str) -> str:
+    return choose_folder(parse_config(["--demo", *more])).output_dir
+
+
+def test_a_demo_takes_the_next_free_folder_and_resuming_takes_the_last_run(folders):
+    assert chosen("--resume_from_checkpoint", "auto") == "output/demo"  # nothing to resume: it starts there
+    assert chosen() == "output/demo"
+    (folders / "demo" / "config.json").write_text("{}")  # a run has begun
+    assert chosen() == "output/demo-2"
+    assert chosen("--resume_from_checkpoint", "auto") == "output/demo"
+    (folders / "demo-2" / "config.json").write_text("{}")
+    assert chosen() == "output/demo-3"
+    assert chosen("--resume_from_checkpoint", "auto") == "output/demo-2"
+
+
+def test_a_demo_that_was_interrupted_before_its_run_began_starts_again_in_its_folder(folders):
+    (folders / "demo" / "data" / "videos").mkdir(parents=True)
+    (folders / "demo" / "warm_start").mkdir()
+    assert chosen() == chosen("--resume_from_checkpoint", "auto") == "output/demo"
+
+
+@pytest.mark.parametrize("more", [[], ["--resume_from_checkpoint", "auto"]])
+def test_a_demo_does_not_mix_with_other_files(folders, more):
+    (folders / "thesis").mkdir(parents=True)
+    (folders / "thesis" / "draft.tex").write_text("")
+    with pytest.raises(InputError, match="--output_dir 'output/thesis' exists: name a new folder$"):
+        chosen("--output_dir", "output/thesis", *more)

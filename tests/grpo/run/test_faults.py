@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from grpo.run.checkpoint import checkpoints
 from grpo.run.scoring import score
 from tests.conftest import ROOT, make_tiny, run_ranks
 from tests.grpo.run.faulty_rewards import main
+from tests.grpo.run.test_lock import children_of
 from tests.kill_and_resume import run_flags
 from tests.test_train import curves
 
@@ -55,6 +57,26 @@ def test_a_rank_that_dies_ends_the_others_within_a_minute(tiny, tmp_path, fault,
     assert time.monotonic() - began < 60
     assert ended.returncode != 0 and words in ended.stderr
     assert set(checkpoints(tmp_path / "out")) == {1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_data_worker_that_dies_is_the_last_line_on_screen(tiny, tmp_path, number):
+    command = [sys.executable, "train.py", *run_flags(tiny.folder, tmp_path / "out", "--num_train_epochs", "100000")]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "out").glob("tensorboard/*")) or len(children_of(run.pid)) < 2:
+            assert time.monotonic() < deadline and run.poll() is None
+            time.sleep(0.1)
+        time.sleep(1)
+        os.kill(children_of(run.pid)[-1], number)
+        _, printed = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 2 and "Traceback" not in printed
+    last = printed.splitlines()[-1]
+    assert last.startswith("train.py: error: DataLoader worker (pid ")
+    assert "killed by signal" in last and "--dataloader_num_workers" in last and "python -m data.check" in last
 
 
 def state(folder: Path) -> dict:

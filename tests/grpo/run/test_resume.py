@@ -168,9 +168,9 @@ def test_another_run_is_not_resumed(tiny, whole, tmp_path, capfd, more, data, wo
 def test_auto_begins_a_run_where_there_is_none_and_knows_a_complete_one(tiny, whole, tmp_path, capfd):
     assert train.main(run_flags(tiny.folder, tmp_path / "out", *STEPS, *AUTO)) == 0
     assert result(tmp_path / "out") == result(whole)
-    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*"))
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("[!.]*"))
     assert train.main(run_flags(tiny.folder, tmp_path / "out", *STEPS, *AUTO)) == 0
-    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*")) == before
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("[!.]*")) == before
     assert "is complete: 6 steps" in capfd.readouterr().out
 
 
@@ -202,7 +202,7 @@ def test_the_newest_checkpoints_are_kept_and_half_ones_never_count(tiny, whole, 
     assert set(checkpoints(output)) == {1}
     assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO, "--save_total_limit", "3")) == 0
     assert {path.name for path in output.iterdir()} == {
-        *("config.json", "tensorboard", "checkpoint-4", "checkpoint-5", "checkpoint-6", "final")
+        *(".lock", "config.json", "tensorboard", "checkpoint-4", "checkpoint-5", "checkpoint-6", "final")
     }
     assert result(output)[0] == result(whole)[0]
 
@@ -261,7 +261,7 @@ def test_checkpoints_may_be_links_to_another_disk(tiny, whole, tmp_path):
     (output / "checkpoint-4").rename(tmp_path / "elsewhere")
     (output / "checkpoint-4").symlink_to(tmp_path / "elsewhere")
     assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO, "--save_total_limit", "1")) == 0
-    assert {path.name for path in output.iterdir()} == {"config.json", "tensorboard", "checkpoint-6", "final"}
+    assert {path.name for path in output.iterdir()} == {".lock", "config.json", "tensorboard", "checkpoint-6", "final"}
     assert checkpoints(tmp_path) == {} and (tmp_path / "elsewhere" / "trainer_state").exists()
     assert result(output) == result(whole)
 

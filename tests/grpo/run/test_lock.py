@@ -1,0 +1,94 @@
+"""One run per folder, and no rank that outlives its launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from grpo.run.lock import lock_folder
+from tests.conftest import ROOT
+from tests.kill_and_resume import run_flags
+
+HOLD = "import sys, time; from grpo.run.lock import lock_folder; lock_folder(sys.argv[1]); print('held', flush=True); "
+
+
+@pytest.fixture
+def processes():
+    """Processes that a test starts; they are killed at its end."""
+    started = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def hold(folder: Path, processes: list, then: str = "time.sleep(600)") -> subprocess.Popen:
+    """Lock a folder in another process, which then goes on with `then`."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", HOLD + then, str(folder)]
+    processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+    assert processes[-1].stdout.readline() == "held\n"
+    return processes[-1]
+
+
+def test_a_second_run_in_a_folder_names_the_first_one_and_ends(tiny, tmp_path, processes, capsys):
+    first = hold(tmp_path / "out", processes)
+    assert train.main(run_flags(tiny.folder, tmp_path / "out", "--max_steps", "1")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: error")]
+    assert f"is in use by process {first.pid} on {os.uname().nodename}" in line
+    assert os.listdir(tmp_path / "out") == [".lock"]
+    first.send_signal(signal.SIGKILL)  # the lock goes with the process, however it ends
+    first.wait()
+    assert train.main(run_flags(tiny.folder, tmp_path / "out", "--max_steps", "1")) == 0
+
+
+def test_children_that_outlive_a_run_do_not_hold_its_folder(tmp_path, processes):
+    parent = hold(tmp_path / "out", processes, then="import os; pid = os.fork(); pid and os._exit(0); time.sleep(3)")
+    parent.wait()
+    lock_folder(str(tmp_path / "out"))
+
+
+def test_where_locks_are_not_to_be_had_a_line_says_so(tmp_path, monkeypatch, capsys):
+    def lockf(*arguments):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    lock_folder(str(tmp_path))
+    assert "cannot be locked (No locks available): make sure that no other run writes there" in capsys.readouterr().out
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_ranks_whose_launcher_was_killed_end_within_a_minute(tiny, tmp_path, processes):
+    log, output = tmp_path / "log", tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py"]
+    command += run_flags(tiny.folder, output, "--num_train_epochs", "100000")
+    with open(log, "w") as file:
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+    processes.append(launcher)
+    deadline = time.monotonic() + 120
+    while not list(output.glob("tensorboard/*")):
+        assert time.monotonic() < deadline and launcher.poll() is None, log.read_text()
+        time.sleep(0.2)
+    ranks = children_of(launcher.pid)
+    assert len(ranks) == 2 and all(map(is_running, ranks))
+    launcher.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while any(map(is_running, ranks)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert f"torchrun (process {launcher.pid}) is gone: this rank ends" in log.read_text()
