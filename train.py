@@ -38,6 +38,7 @@ from grpo.demo import demo
 from grpo.logprobs import encode_videos
 from grpo.loss import (
     clipped_loss,
+    clipped_tokens,
     completion_weights,
     group_advantages,
     importance_ratios,
@@ -128,7 +129,7 @@ def update_phase(
             for rollout, (logprobs, entropy) in zip(batch, results, strict=True):
                 mask = rollout.loss_mask
                 ratio = importance_ratios(logprobs, rollout.old_logprobs, mask, config.importance_sampling_level)
-                token_loss, low, high = clipped_loss(ratio, rollout.advantages, config.epsilon, config.epsilon_high)
+                token_loss = clipped_loss(ratio, rollout.advantages, config.epsilon, config.epsilon_high)
                 if config.beta > 0:
                     kl = kl_estimate(logprobs, rollout.reference_logprobs)
                     token_loss = token_loss + config.beta * kl
@@ -141,6 +142,7 @@ def update_phase(
                     config.max_completion_length,
                 )
                 loss = loss + weighted_sum(token_loss, mask, weights)
+                low, high = clipped_tokens(ratio, rollout.advantages, config.epsilon, config.epsilon_high)
                 sums.add("entropy", entropy, mask)
                 sums.add("clip_ratio/low_mean", low, mask)
                 sums.add("clip_ratio/high_mean", high, mask)

@@ -1,10 +1,10 @@
-"""Check a data set before training: read every sample, open every video as the trainer does, say what is wrong.
+"""Check a data set before training: read every sample, decode every video as the trainer does, report all problems.
 
     python -m data.check --data_path train.json --image_folder videos --nframes 16 --write_clean clean.json
 
-What the trainer refuses is "left out" of the cleaned file and makes the exit code 1. What it takes is "kept" and only
-mentioned: a truth without a number, from which nothing is learned, and videos that --max_videos cuts off, which are
-opened too. Nothing is written but the cleaned file.
+Samples that the trainer would refuse are "left out" of the cleaned file, and the exit code is 1. Two problems are only
+reported, and the sample is "kept": an answer without a number, from which nothing is learned, and more videos than
+--max_videos. The videos over that cap are checked, too. Nothing is written except the cleaned file.
 """
 
 import argparse
@@ -15,11 +15,12 @@ import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from data.dataset import DuplicateId, InputError, Sample, TagMismatch, read_samples
+from data.dataset import DuplicateId, InputError, Sample, TagMismatch, first_line, read_samples
 from data.prompt import check_text, encode_prompt, load_tokenizer, video_lengths
 from data.video import BadVideo, TooFewFrames, VideoOptions, grid_of, read_frames
 from data.video_cap import cap_videos
@@ -28,50 +29,70 @@ from reward.extract import extract_number
 KEPT = ("no number in the truth", "over --max_videos")
 PROBLEMS = ("malformed sample", "tags and videos differ", "duplicate id", "missing video", "undecodable video")
 PROBLEMS += ("too few frames", *KEPT)
-# Processes that start beside threads safely, and fast since they begin with what they need.
-PROCESSES = multiprocessing.get_context("forkserver")
-PRELOAD = ["jinja2", "data.prompt", "data.video", "data.video_cap", "reward.numerical"]
+# Forking beside threads is unsafe. A fork server is safe, and fast, since it has imported these modules already.
+FORKSERVER = multiprocessing.get_context("forkserver")
+PRELOAD = ["jinja2", "data.prompt", "data.video", "data.video_cap", "reward.extract"]
 
 
-def open_video(path: str, options: VideoOptions) -> tuple:
-    """Decode the frames that the trainer would read; return the grid (t, h, w), or a problem and its reason."""
+class VideoProblem(NamedTuple):
+    """Why the trainer would refuse a video."""
+
+    problem: str  # one of PROBLEMS
+    reason: str  # one line that names the file
+
+
+Grid = tuple[int, int, int]  # (t, h, w) patches of a video
+
+
+def check_video(path: str, options: VideoOptions) -> Grid | VideoProblem:
+    """Decode the frames that the trainer would read; return their grid, or what is wrong with the video."""
     try:
         frames, _ = read_frames(path, options)
         return grid_of(path, frames, len(frames), options)
     except FileNotFoundError as error:
-        return "missing video", str(error)
+        return VideoProblem("missing video", str(error))
     except TooFewFrames as error:
-        return "too few frames", str(error)
+        return VideoProblem("too few frames", str(error))
     except BadVideo as error:
-        return "undecodable video", str(error)
+        return VideoProblem("undecodable video", str(error))
 
 
-def open_apart(path: str, options: VideoOptions, seconds: float = 600.0, function=open_video) -> tuple:
-    """Open a video in a process of its own, since broken files may crash the decoder, or hang it."""
-    receiver, sender = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=_answer, args=(sender, function, path, options), daemon=True)
+def check_video_in_own_process(
+    path: str, options: VideoOptions, timeout: float = 600.0, function=check_video
+) -> Grid | VideoProblem:
+    """Call `check_video` in a process of its own, because a broken file may crash the decoder or hang it.
+
+    timeout: in seconds.
+    """
+    receiver, sender = FORKSERVER.Pipe(duplex=False)
+    process = FORKSERVER.Process(target=_send_result, args=(sender, function, path, options), daemon=True)
     process.start()
     sender.close()
     try:
-        if receiver.poll(seconds):
+        if receiver.poll(timeout):
             return receiver.recv()
-        return "undecodable video", f"{path!r} hangs the decoder: no frames within {seconds:g} s"
+        return VideoProblem("undecodable video", f"{path!r} hangs the decoder: no frames within {timeout:g} s")
     except EOFError:
         process.join()
-        return "undecodable video", f"{path!r} crashes the decoder (exit code {process.exitcode})"
+        return VideoProblem("undecodable video", f"{path!r} crashes the decoder (exit code {process.exitcode})")
     finally:
         process.kill()
         process.join()
         receiver.close()
 
 
-def _answer(sender, function, path: str, options: VideoOptions) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's own words, amid the progress bar
+def _send_result(sender, function, path: str, options: VideoOptions) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's messages would break up the progress bar
     sender.send(function(path, options))
 
 
-def problems_of(sample: Sample | InputError, opened: dict[str, tuple], max_videos: int) -> dict[str, str]:
-    """Return all that is wrong with a sample: problem -> the first reason."""
+def find_problems(
+    sample: Sample | InputError, checked: dict[str, Grid | VideoProblem], max_videos: int
+) -> dict[str, str]:
+    """Return everything that is wrong with a sample: problem -> the first reason.
+
+    checked: video path -> result of `check_video`.
+    """
     if isinstance(sample, InputError):
         kinds = {TagMismatch: "tags and videos differ", DuplicateId: "duplicate id"}
         return {kinds.get(type(sample), "malformed sample"): str(sample)}
@@ -81,77 +102,91 @@ def problems_of(sample: Sample | InputError, opened: dict[str, tuple], max_video
     except ValueError as error:
         problems["malformed sample"] = str(error)
     used = cap_videos(sample, max_videos).videos
-    bad = {path: opened[path] for path in sample.videos if isinstance(opened[path][0], str)}
+    bad = {path: checked[path] for path in sample.videos if isinstance(checked[path], VideoProblem)}
     for path, (problem, reason) in bad.items():
-        if path in used or problem == "missing video":  # the trainer wants all files there, and opens those it uses
+        # The trainer decodes only the videos that it uses, but all must exist.
+        if path in used or problem == "missing video":
             problems.setdefault(problem, reason)
     if extract_number(sample.answer) is None:
-        problems["no number in the truth"] = f"{sample.answer!r}: every completion is rewarded with 0.5"
+        problems["no number in the truth"] = f"{sample.answer!r}: every completion gets the reward 0.5"
     if len(used) < len(sample.videos):
-        beyond = "".join(f"; beyond them {reason}" for path, (_, reason) in bad.items() if path not in used)
-        problems["over --max_videos"] = f"{len(sample.videos)} videos, of which the first {len(used)} are used{beyond}"
+        unused = "".join(f"; not used: {reason}" for path, (_, reason) in bad.items() if path not in used)
+        problems["over --max_videos"] = f"{len(sample.videos)} videos, only the first {len(used)} are used{unused}"
     return problems
 
 
-def check(a: argparse.Namespace, options: VideoOptions) -> int:
-    """Check, print and write as the flags say; return the exit code."""
-    entries = list(read_samples(a.data_path, a.image_folder))
-    tokenizer = load_tokenizer(a.model_id) if a.model_id else None
+def check(args: argparse.Namespace, options: VideoOptions) -> int:
+    """Check the data set, print the report, write the cleaned file if asked; return the exit code."""
+    entries = list(read_samples(args.data_path, args.image_folder))
+    tokenizer = load_tokenizer(args.model_id) if args.model_id else None
     paths = list(dict.fromkeys(path for _, sample in entries for path in getattr(sample, "videos", ())))
-    with ThreadPoolExecutor(a.num_workers) as threads:
-        grids = threads.map(partial(open_apart, options=options), paths)
-        opened = dict(zip(paths, tqdm(grids, total=len(paths), unit="video"), strict=True))
+    with ThreadPoolExecutor(args.num_workers) as threads:
+        results = threads.map(partial(check_video_in_own_process, options=options), paths)
+        checked = dict(zip(paths, tqdm(results, total=len(paths), unit="video"), strict=True))
 
-    found, fit = {problem: [] for problem in PROBLEMS}, []
+    found, valid = {problem: [] for problem in PROBLEMS}, []
     for position, (entry, sample) in enumerate(entries, start=1):
-        problems = problems_of(sample, opened, a.max_videos)
-        named = isinstance(entry, dict) and isinstance(entry.get("id"), str | int)
+        problems = find_problems(sample, checked, args.max_videos)
+        has_id = isinstance(entry, dict) and isinstance(entry.get("id"), str | int)
         for problem, reason in problems.items():
-            found[problem].append((repr(str(entry["id"])) if named else f"#{position}", reason))
+            found[problem].append((repr(str(entry["id"])) if has_id else f"#{position}", reason))
         if problems.keys() <= set(KEPT):
-            fit.append((entry if named else entry | {"id": sample.id}, sample))  # their positions will be others
+            # An entry without an id gets it from its position, which may be another in the cleaned file.
+            valid.append((entry if has_id else entry | {"id": sample.id}, sample))
 
-    print(f"{'problem':24}{'samples':>8}  {'they are':10}first ids, and the first reason")
+    print(f"{'problem':24}{'samples':>8}  {'action':10}first ids, and the first reason")
     for problem, samples in found.items():
-        outcome = ("kept" if problem in KEPT else "left out") if samples else ""
+        action = ("kept" if problem in KEPT else "left out") if samples else ""
         ids = ", ".join(name for name, _ in samples[:3]) + ", ..." * (len(samples) > 3)
-        print(f"{problem:24}{len(samples):>8}  {outcome:10}{ids}".rstrip())
+        print(f"{problem:24}{len(samples):>8}  {action:10}{ids}".rstrip())
         if samples:
             print(f"    {samples[0][1]}")
-    if fit:
-        show_sizes([sample for _, sample in fit], opened, a, tokenizer)
-    print(f"{len(entries)} samples, {len(opened)} videos: {len(fit)} samples fit, {len(entries) - len(fit)} left out")
-    if a.write_clean and fit:
-        lines = [json.dumps(entry) for entry, _ in fit]
-        jsonl = a.write_clean.endswith(".jsonl")
-        with open(a.write_clean, "x") as file:
-            try:
-                file.write("\n".join(lines) + "\n" if jsonl else "[\n" + ",\n".join(lines) + "\n]\n")
-                file.flush()
-            except OSError as error:
-                os.unlink(a.write_clean)
-                raise InputError(f"--write_clean {a.write_clean!r} cannot be written ({error.strerror})") from error
-        print(f"the fit samples are in {a.write_clean!r}")
-    return int(len(fit) < len(entries))
+    if valid:
+        print_sizes([sample for _, sample in valid], checked, args, tokenizer)
+    num_left_out = len(entries) - len(valid)
+    print(f"{len(entries)} samples, {len(checked)} videos: {len(valid)} valid samples, {num_left_out} left out")
+    if args.write_clean and valid:
+        write_entries([entry for entry, _ in valid], args.write_clean)
+        print(f"the valid samples are in {args.write_clean!r}")
+    return int(num_left_out > 0)
 
 
-def show_sizes(samples: list[Sample], opened: dict[str, tuple], a: argparse.Namespace, tokenizer) -> None:
-    """Print a table of how large the fit samples are; tokens are counted after the cap, as trained."""
-    capped = [cap_videos(sample, a.max_videos) for sample in samples]
+def write_entries(entries: list[dict], path: str) -> None:
+    """Write entries to a new JSON file, or JSONL by its name; raise InputError and leave no file if that fails."""
+    lines = [json.dumps(entry) for entry in entries]
+    with open(path, "x") as file:
+        try:
+            file.write("\n".join(lines) + "\n" if path.endswith(".jsonl") else "[\n" + ",\n".join(lines) + "\n]\n")
+            file.flush()
+        except OSError as error:
+            os.unlink(path)
+            raise InputError(
+                f"--write_clean {path!r} cannot be written ({error.strerror}): name another place"
+            ) from error
+
+
+def print_sizes(
+    samples: list[Sample], checked: dict[str, Grid | VideoProblem], args: argparse.Namespace, tokenizer
+) -> None:
+    """Print a table of the sizes of valid samples. Videos over --max_videos are not counted in frames and tokens."""
+    capped = [cap_videos(sample, args.max_videos) for sample in samples]
     num_tokens = []
     for sample in capped:
-        grid = torch.tensor([opened[path] for path in sample.videos])  # (M, 3)
+        grid = torch.tensor([checked[path] for path in sample.videos])  # (M, 3)
         try:
             ids = tokenizer and encode_prompt(sample.turns, tokenizer, grid, torch.ones(len(grid)), 1)[0]
-        except Exception as error:
-            raise InputError(f"--model_id {a.model_id!r}: its tokenizer writes no prompt ({error})") from error
+        except Exception as error:  # a chat template may raise anything
+            raise InputError(
+                f"--model_id {args.model_id!r}: its tokenizer cannot encode sample {sample.id!r} "
+                f"({first_line(error)}): take the tokenizer of a Qwen2.5-VL"
+            ) from error
         num_tokens.append(len(ids) if tokenizer else int(video_lengths(grid).sum()))
     rows = {
         "videos per sample": [len(sample.videos) for sample in samples],
-        "frames read per video": [2 * opened[path][0] for path in {p for sample in capped for p in sample.videos}],
+        "frames read per video": [2 * checked[path][0] for path in {p for sample in capped for p in sample.videos}],
         "prompt tokens" if tokenizer else "video tokens per prompt (text not counted)": num_tokens,
     }
-    print(f"\n{'of the fit samples':44}{'min':>8}{'median':>10}{'mean':>10}{'max':>8}")
+    print(f"\n{'valid samples':44}{'min':>8}{'median':>10}{'mean':>10}{'max':>8}")
     for name, numbers in rows.items():
         median, mean = statistics.median(numbers), statistics.mean(numbers)
         print(f"{name:44}{min(numbers):>8}{median:>10.1f}{mean:>10.1f}{max(numbers):>8}")
@@ -159,33 +194,37 @@ def show_sizes(samples: list[Sample], opened: dict[str, tuple], a: argparse.Name
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, VideoOptions]:
-    """Read the flags; raise InputError."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m data.check", description=__doc__, formatter_class=style)
+    """Parse the flags; raise InputError if one is wrong."""
+    style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
+    usage = "python -m data.check --data_path FILE [flags]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=style)
     parser.allow_abbrev, parser.error = False, _fail
-    parser.add_argument("--data_path", required=True, help="JSON or JSONL file of samples")
-    parser.add_argument("--image_folder", default="", help="folder of videos whose path in the JSON does not exist")
-    parser.add_argument("--write_clean", default="", help="new file for the fit samples, each as it was written")
-    parser.add_argument(
-        "--model_id", default="", help="count prompt tokens with its tokenizer; without: of videos alone"
-    )
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="videos that are opened at a time")
-    parser.add_argument("--max_videos", type=int, default=5, help="as in train.py, like all that follow")
-    parser.add_argument("--fps", type=float)
-    for name in ("nframes", "video_resized_width", "video_resized_height"):
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--video_min_pixels", type=int, default=VideoOptions.min_pixels)
-    parser.add_argument("--video_max_pixels", type=int, default=VideoOptions.max_pixels)
-    a = parser.parse_args(argv)
-    if a.num_workers < 1 or a.max_videos < 0:
+    flag = partial(parser.add_argument, metavar="")
+    flag("--data_path", required=True, help="JSON or JSONL file of samples")
+    flag("--image_folder", default="", help="folder of the videos whose path in the JSON does not exist as it is")
+    flag("--write_clean", default="", help="new JSON or JSONL file for the valid samples, unchanged")
+    flag("--model_id", default="", help="count text tokens with this model's tokenizer; without it, only video tokens")
+    flag("--num_workers", type=int, default=os.cpu_count(), help="videos to check at a time (%(default)s)")
+    # The flags of train.py once more, since data/ does not import grpo/; tests compare the defaults.
+    flag = partial(parser.add_argument_group("videos, as in train.py").add_argument, metavar="")
+    flag("--max_videos", type=int, default=5, help="videos kept per sample (%(default)s); 0: all of them")
+    flag("--fps", type=float, help="frames per second read from a video (2 if --nframes is not given either)")
+    flag("--nframes", type=int, help="frames read from every video (rounded to even), instead of --fps")
+    flag("--video_resized_width", type=int, help="width of the frames in pixels, rounded to a multiple of 28")
+    flag("--video_resized_height", type=int, help="height of the frames in pixels, rounded to a multiple of 28")
+    pixels = "pixels per frame (%(default)s), where width and height are not given"
+    flag("--video_min_pixels", type=int, default=VideoOptions.min_pixels, help=f"least {pixels}")
+    flag("--video_max_pixels", type=int, default=VideoOptions.max_pixels, help=f"most {pixels}")
+    args = parser.parse_args(argv)
+    if args.num_workers < 1 or args.max_videos < 0:
         _fail("--num_workers must be at least 1, --max_videos at least 0")
-    if os.path.lexists(a.write_clean):
-        _fail(f"--write_clean {a.write_clean!r} exists: name a new file")
-    if a.write_clean and not os.access(os.path.dirname(a.write_clean) or ".", os.W_OK):
-        _fail(f"--write_clean {a.write_clean!r} cannot be written: name another place")
-    size = a.video_resized_width, a.video_resized_height
+    if os.path.lexists(args.write_clean):
+        _fail(f"--write_clean {args.write_clean!r} exists: name a new file")
+    if args.write_clean and not os.access(os.path.dirname(args.write_clean) or ".", os.W_OK):
+        _fail(f"--write_clean {args.write_clean!r} cannot be written: name another place")
+    size = args.video_resized_width, args.video_resized_height
     try:
-        return a, VideoOptions(a.fps, a.nframes, *size, a.video_min_pixels, a.video_max_pixels)
+        return args, VideoOptions(args.fps, args.nframes, *size, args.video_min_pixels, args.video_max_pixels)
     except ValueError as error:
         return _fail(str(error))
 
@@ -195,7 +234,10 @@ def _fail(message: str):
 
 
 def main(argv: list[str]) -> int:
-    """Check; return 0 if every sample is fit, 1 if not, 2, with one line, for wrong flags or an unreadable file."""
+    """Run the check and return the exit code.
+
+    0: every sample is valid; 1: some are left out; 2: a flag is wrong or the file unreadable, which one line says.
+    """
     try:
         return check(*parse(argv))
     except (InputError, OSError) as error:
@@ -204,5 +246,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    PROCESSES.set_forkserver_preload(PRELOAD)
+    FORKSERVER.set_forkserver_preload(PRELOAD)
     sys.exit(main(sys.argv[1:]))

@@ -4,25 +4,27 @@
      "conversations": [{"from": "human", "value": "<video>\\n<video>\\nWhat is the EF?"},
                        {"from": "gpt", "value": "55%"}]}
 
-The last turn is the answer, all before it the prompt. Each `<video>` tag in a human turn stands for one video, in
-order; without any tag the videos come first. Whatever is wrong is an InputError of one line, before training starts.
+The last turn is the answer, the turns before it are the prompt. Each `<video>` tag in a human turn stands for one
+video, in order; without any tags, all videos come first. Keys other than these three are allowed, unless they look like
+a misspelt one. Every mistake is an InputError of one line, before training starts.
 """
 
+import difflib
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-VIDEO_TAG = "<video>"
+VIDEO_TAG, IMAGE_TAG = "<video>", "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 class InputError(Exception):
-    """What the user gave is wrong; str() is the one line to print: what, where and how to mend it."""
+    """A mistake in the user's input; str() is one line to print: what is wrong, where, and how to fix it."""
 
 
 class TagMismatch(InputError):
-    """A sample has more tags than videos, or fewer."""
+    """The numbers of a sample's tags and videos differ."""
 
 
 class DuplicateId(InputError):
@@ -30,7 +32,7 @@ class DuplicateId(InputError):
 
 
 def first_line(error: Exception) -> str:
-    """Say what an error of a library says, in one line."""
+    """Return the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -39,15 +41,15 @@ class Sample:
     """One prompt with its videos and its true answer."""
 
     id: str
-    videos: tuple[str, ...]  # M paths that exist, in the order of their tags
-    turns: tuple[tuple[str, str], ...]  # (role, text); M tags over the user turns; the last turn is a user's
+    videos: tuple[str, ...]  # M paths, in the order of their tags
+    turns: tuple[tuple[str, str], ...]  # (role, text); M tags in all user turns together; the last turn is a user's
     answer: str
 
 
 def load_samples(data_path: str, image_folder: str = "") -> list[Sample]:
-    """Read and check every sample of a file.
+    """Read and check every sample of a file; all videos must exist.
 
-    A video path is used as it is if that file exists, else joined to `image_folder`. Raises InputError.
+    A video path is used as written if that file exists, else joined to `image_folder`. Raises InputError.
     """
     samples, missing = [], {}
     for _, sample in read_samples(data_path, image_folder):
@@ -61,24 +63,24 @@ def load_samples(data_path: str, image_folder: str = "") -> list[Sample]:
         first = ", ".join(f"{path!r} (sample {sample_id!r})" for path, sample_id in list(missing.items())[:3])
         raise InputError(
             f"{data_path!r}: {len(missing)} video file(s) missing: {first}{', ...' if len(missing) > 3 else ''}: "
-            f"set --image_folder (now {image_folder!r}) to the folder that holds them, or mend the paths"
+            f"set --image_folder (now {image_folder!r}) to the folder that holds them, or correct the paths"
         )
     return samples
 
 
 def read_samples(data_path: str, image_folder: str = "") -> Iterator[tuple[object, Sample | InputError]]:
-    """Yield every entry of a file, beside it its sample, or what is wrong with it.
+    """Yield each entry of a file, as written, with its Sample, or with the InputError that says what is wrong.
 
-    Videos need not exist. Of samples with the same id the first is good. Raises InputError for a file without entries.
+    Videos need not exist. Of samples with the same id, the first is valid. Raises InputError if there are no entries.
     """
     entries, seen = _read_entries(data_path), set()
     if not entries:
-        raise InputError(f"{data_path!r} holds no samples: give a file with at least one")
+        raise InputError(f"{data_path!r} contains no samples: give a file with at least one")
     for position, entry in enumerate(entries, start=1):
         try:
             sample = _read_sample(entry, f"{data_path!r}: entry #{position}", data_path, f"#{position}", image_folder)
             if sample.id in seen:
-                raise DuplicateId(f"{data_path!r}: the id {sample.id!r} occurs twice: give every sample its own")
+                raise DuplicateId(f"{data_path!r}: the id {sample.id!r} occurs twice: give every sample its own id")
             seen.add(sample.id)
         except InputError as error:
             sample = error
@@ -86,7 +88,7 @@ def read_samples(data_path: str, image_folder: str = "") -> Iterator[tuple[objec
 
 
 def _read_entries(data_path: str) -> list:
-    """Parse the file as a JSON list, or as JSONL when its name or its first line says so."""
+    """Parse the file as a JSON list, or as JSONL if its name or its first line shows that it is."""
     if os.path.isdir(data_path):
         raise InputError(f"{data_path!r} is a directory: --data_path takes a JSON or JSONL file")
     try:
@@ -99,17 +101,19 @@ def _read_entries(data_path: str) -> list:
     if not text.strip():
         return []
     if not text.lstrip().startswith("[") and (data_path.endswith(".jsonl") or _is_object(text.lstrip().split("\n")[0])):
-        # Not splitlines(): that also splits at characters which may stand inside a JSON string.
+        # Not splitlines(): it also splits at characters that may occur inside a JSON string, such as U+2028.
         lines = enumerate(text.split("\n"), start=1)
         return [_parse_json(line, data_path, number) for number, line in lines if line.strip()]
     entries = _parse_json(text, data_path)
     if not isinstance(entries, list):
-        raise InputError(f"{data_path!r} holds no list: write the samples as [{{...}}, {{...}}], or one a line (JSONL)")
+        raise InputError(
+            f"{data_path!r} is not a list: write the samples as [{{...}}, {{...}}], or one per line (JSONL)"
+        )
     return entries
 
 
 def _is_object(line: str) -> bool:
-    """Say whether a line by itself is a JSON object, as the first line of a JSONL file is."""
+    """Return whether a line is a whole JSON object, as the first line of a JSONL file is."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
@@ -122,21 +126,22 @@ def _parse_json(text: str, data_path: str, first_line: int = 1):
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {first_line + error.lineno - 1}, column {error.colno}"
-        raise InputError(f"{data_path!r}: malformed JSON at {where} ({error.msg}): mend it there") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
-        raise InputError(f"{data_path!r}: unreadable JSON from line {first_line} on ({error}): mend it") from error
+        raise InputError(f"{data_path!r}: malformed JSON at {where} ({error.msg}): correct it there") from error
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, thousands of nested brackets
+        raise InputError(f"{data_path!r}: unreadable JSON from line {first_line} on ({error}): correct it") from error
 
 
 def _read_sample(entry, where: str, data_path: str, default_id: str, image_folder: str) -> Sample:
-    """Check one entry of the file and make a Sample of it; `where` begins the line of every error."""
+    """Check one entry of the file and turn it into a Sample; every error message begins with `where`."""
     if not isinstance(entry, dict):
-        raise InputError(f"{where} is {_kind(entry)}, not an object: write it as {{...}}")
+        raise InputError(f"{where} is {_json_type(entry)}, not an object: write it as {{...}}")
     sample_id = default_id if entry.get("id") is None else entry["id"]
     if isinstance(sample_id, bool) or not isinstance(sample_id, str | int) or sample_id == "":
-        raise InputError(f"{where}: 'id' is {_kind(sample_id)}: give a string or a whole number")
+        raise InputError(f"{where}: 'id' is {_json_type(sample_id)}: give a string or a whole number")
     sample_id = str(sample_id)
     where = f"{data_path!r}: sample {sample_id!r}"
 
+    _check_keys(entry, where)
     videos = _read_videos(entry, where)
     *prompt, (_, answer) = _read_turns(entry, where)
     tags = sum(text.count(VIDEO_TAG) for _, text in prompt)
@@ -146,28 +151,43 @@ def _read_sample(entry, where: str, data_path: str, default_id: str, image_folde
     elif tags != len(videos):
         raise TagMismatch(
             f"{where}: {tags} {VIDEO_TAG} tag(s) in the human turns but {len(videos)} in 'video': "
-            "make them equal, or leave out all tags"
+            "make the numbers equal, or remove all tags"
         )
     return Sample(sample_id, tuple(_resolve(path, image_folder) for path in videos), tuple(prompt), answer)
 
 
+def _check_keys(entry: dict, where: str) -> None:
+    """Raise InputError for a key of images, and for one that looks like a misspelt 'video' or 'conversations'.
+
+    Other keys are the user's own data. So are keys of several words, such as 'conversation_id', which resemble one of
+    ours by accident.
+    """
+    for key in entry:
+        word = key.strip().lower()
+        if word in ("image", "images"):
+            raise InputError(f"{where}: key {key!r}: this trainer reads videos only, remove the key")
+        known = difflib.get_close_matches(word, ("video", "conversations"), n=1, cutoff=0.8)
+        if known and key != known[0] and "_" not in word:
+            raise InputError(f"{where}: unknown key {key!r}, did you mean {known[0]!r}?")
+
+
 def _read_videos(entry: dict, where: str) -> list[str]:
-    """Return the video paths as they are written."""
+    """Return the video paths as written."""
     videos = entry.get("video")
     if isinstance(videos, str):
         videos = [videos]
     if videos is None or videos == []:
         raise InputError(f"{where} has no video: list at least one path under 'video'")
     if not isinstance(videos, list):
-        raise InputError(f"{where}: 'video' is {_kind(videos)}: give a path or a list of paths")
+        raise InputError(f"{where}: 'video' is {_json_type(videos)}: give a path or a list of paths")
     for path in videos:
         if not isinstance(path, str) or not path.strip():
-            raise InputError(f"{where}: 'video' holds {_kind(path)}: every entry must be a path")
+            raise InputError(f"{where}: 'video' contains {_json_type(path)}: every entry must be a path")
     return videos
 
 
 def _resolve(path: str, image_folder: str) -> str:
-    """Use a path as it is if that file exists, else look in `image_folder`."""
+    """Return the path as written if that file exists, else the path inside `image_folder`."""
     return path if os.path.isfile(path) else os.path.join(image_folder, path)
 
 
@@ -185,7 +205,7 @@ def _read_turns(entry: dict, where: str) -> list[tuple[str, str]]:
     if roles[-1] != "assistant":
         raise InputError(f"{where} does not end with a gpt turn: the last turn must be the answer")
     if roles[-2] != "user":
-        raise InputError(f"{where}: the turn before the answer is not human: the question must stand right before it")
+        raise InputError(f"{where}: the turn before the answer is not human: put the question right before the answer")
     if not turns[-1][1].strip():
         raise InputError(f"{where} has an empty answer: fill the last gpt turn")
     return turns
@@ -194,25 +214,27 @@ def _read_turns(entry: dict, where: str) -> list[tuple[str, str]]:
 def _read_turn(turn, where: str) -> tuple[str, str]:
     """Return one turn as (role, text)."""
     if not isinstance(turn, dict):
-        raise InputError(f"{where} is {_kind(turn)}: write it as {{'from': ..., 'value': ...}}")
+        raise InputError(f"{where} is {_json_type(turn)}: write it as {{'from': ..., 'value': ...}}")
     for key in ("from", "value"):
         if not isinstance(turn.get(key), str):
-            problem = f"is {_kind(turn[key])}" if key in turn else "is missing"
+            problem = f"is {_json_type(turn[key])}" if key in turn else "is missing"
             raise InputError(f"{where}: {key!r} {problem}: give a string")
     speaker, text = turn["from"], turn["value"]
     if speaker not in ROLES:
         raise InputError(f"{where}: unknown 'from' {speaker!r}: use 'human', 'gpt' or 'system'")
+    if IMAGE_TAG in text:
+        raise InputError(f"{where}: {IMAGE_TAG} in 'value': this trainer reads videos only, remove the tag")
     if ROLES[speaker] != "user" and VIDEO_TAG in text:
-        raise InputError(f"{where}: {VIDEO_TAG} in a turn from {speaker!r}: only human turns may hold videos")
+        raise InputError(f"{where}: {VIDEO_TAG} in a turn from {speaker!r}: move it to a human turn")
     try:
-        text.encode()  # JSON can spell lone surrogates, which no tokenizer reads
+        text.encode()  # JSON may contain lone surrogates, which a tokenizer cannot encode
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: 'value' holds half a character (a lone surrogate): write it anew") from error
+        raise InputError(f"{where}: 'value' contains half a character (a lone surrogate): remove it") from error
     return ROLES[speaker], text
 
 
-def _kind(value) -> str:
-    """Name a JSON value's kind for an error."""
+def _json_type(value) -> str:
+    """Name the type of a JSON value for an error message."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Samples -> tensors, decoded by worker processes ahead of the loop, in an order that depends on the seed only.
+"""Samples -> tensors, decoded ahead of the training loop by worker processes, in an order fixed by the seed alone.
 
 | B | prompts on this rank in a step | P | prompt tokens | C | completion tokens | M | videos | S | vision patches |
 """
@@ -22,21 +22,21 @@ from data.video import BadVideo, VideoOptions, load_video
 
 @dataclass
 class Prompt:
-    """One sample as input of the model."""
+    """One sample as input for the model."""
 
     sample: Sample
-    prompt_ids: Tensor  # (P,) token ids, with the videos' placeholders
+    prompt_ids: Tensor  # (P,) token ids, one placeholder per video token
     position_ids: Tensor  # (3, P) mRoPE positions
     pixel_values_videos: Tensor  # (S, 1176) patches of all videos
-    video_grid_thw: Tensor  # (M, 3) patches per video along time, height, width
+    video_grid_thw: Tensor  # (M, 3) patches of each video along time, height, width
     second_per_grid_ts: Tensor  # (M,) seconds between patches along time
-    vision_states: Tensor | None = None  # (S, hidden size of the tower): a frozen tower's output, in place of pixels
+    vision_states: Tensor | None = None  # (S, hidden size of the tower): a frozen tower's output, replaces the pixels
     position: int = 0  # in the step's global batch
-    is_padding: bool = False  # True: keeps this rank in step with the others, has no part in loss and metrics
-    bad_video: str = ""  # why the sample meant for this position was left out, if it was
+    is_padding: bool = False  # True: keeps this rank in step with the others; excluded from loss and metrics
+    bad_video: str = ""  # if the sample for this position was left out: why
 
     def completion_positions(self, length: int) -> Tensor:
-        """Positions of the first `length` completion tokens, (3, C): they count up from the prompt's largest + 1."""
+        """Return the positions of the first `length` completion tokens, (3, C): from the prompt's maximum + 1 on."""
         start = self.position_ids.max() + 1
         return (start + torch.arange(length, device=start.device)).expand(3, -1)
 
@@ -48,15 +48,18 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BatchItem:
-    """Which sample goes to which position of the step's global batch."""
+    """Assigns a sample to a position of the step's global batch."""
 
     position: int
-    index: int
+    index: int  # of the sample
     is_padding: bool = False
 
 
 def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: VideoOptions) -> Prompt:
-    """Decode the videos of a sample and encode its conversation; raise BadVideo naming the file."""
+    """Decode the videos of a sample and encode its conversation.
+
+    Raises BadVideo or FileNotFoundError, which name the file, and ValueError if the text contains special tokens.
+    """
     patches, grids, seconds = zip(*(load_video(path, options) for path in sample.videos), strict=True)
     video_grid_thw, second_per_grid_ts = torch.tensor(grids), torch.tensor(seconds)
     prompt_ids, position_ids = encode_prompt(
@@ -66,10 +69,10 @@ def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: Vide
 
 
 class PromptDataset(Dataset):
-    """Decoded prompts, by `BatchItem`.
+    """Maps a `BatchItem` to its decoded prompt.
 
     With `on_bad_video="skip"` a sample with an unreadable video is replaced by the next readable one, as padding.
-    Errors are returned, not raised, since an error raised in a worker process arrives as a page of traceback.
+    Errors are returned, not raised, because an error raised in a worker process prints a page of traceback.
     """
 
     def __init__(
@@ -87,19 +90,19 @@ class PromptDataset(Dataset):
             except (BadVideo, FileNotFoundError) as error:
                 bad_video = bad_video or f"sample {sample.id!r}: {error}"
                 if self.on_bad_video == "error":
-                    return InputError(f"{bad_video}; mend the file, or leave such samples out with --on_bad_video skip")
+                    return InputError(f"{bad_video}; replace the file, or skip such samples with --on_bad_video skip")
                 continue
             except ValueError as error:
                 return InputError(f"sample {sample.id!r}: {error}")
             is_padding = item.is_padding or bool(bad_video)
-            # Padding repeats a sample, whose bad video is reported where the sample itself stands.
+            # Padding repeats a sample of the same step; its bad video is reported there, and not a second time here.
             bad_video = "" if item.is_padding else bad_video
             return dataclasses.replace(prompt, position=item.position, is_padding=is_padding, bad_video=bad_video)
-        return InputError(f"no sample has readable videos; the first: {bad_video}")
+        return InputError(f"no sample has readable videos; the first error: {bad_video}")
 
 
 def checked(batch: list[Prompt | InputError]) -> list[Prompt]:
-    """Return a step's prompts; raise the first error among them."""
+    """Return a step's prompts, or raise the first error among them."""
     for item in batch:
         if isinstance(item, InputError):
             raise item
@@ -121,11 +124,11 @@ def rank_batches(
     world_size: int,
     start_step: int = 0,
 ) -> Iterator[list[BatchItem]]:
-    """Yield this rank's part of every step's batch, after the `start_step` steps that are done already.
+    """Yield this rank's part of each step's batch, from step number `start_step` (counted from 0) on.
 
-    A step takes the next `global_batch_size` samples of the epoch, the last step of an epoch what remains. Every rank
-    gets equally many items, because sharded ranks must run equally many passes: where the samples do not suffice, some
-    are repeated as padding.
+    A step takes the next `global_batch_size` samples of the epoch; the last step of an epoch takes those that remain.
+    Every rank gets the same number of items, because sharded ranks must run the same number of forward passes: if
+    there are too few samples, some are repeated as padding.
     """
     steps_per_epoch = -(-num_samples // global_batch_size)
     for step in range(start_step, total_steps):
@@ -141,24 +144,25 @@ def rank_batches(
 
 
 def prompt_batches(dataset: PromptDataset, batches: Iterator[list[BatchItem]], num_workers: int) -> DataLoader:
-    """Load each step's prompts in order, some steps ahead; iterating gives list[Prompt | InputError]."""
+    """Return a loader that yields each step's list[Prompt | InputError] in order and decodes some steps ahead."""
     atexit.register(kill_workers)
-    gc.collect()  # before the fork, for the reason given in `begin_worker`
+    gc.collect()  # before the fork; `init_worker` says why
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=list,
-        worker_init_fn=begin_worker,
-        multiprocessing_context="fork" if num_workers else None,  # as children, they notice when their rank is killed
+        worker_init_fn=init_worker,
+        multiprocessing_context="fork" if num_workers else None,  # children that notice when their rank is killed
     )
 
 
-def begin_worker(worker: int) -> None:
+def init_worker(worker: int) -> None:
     """Set up a worker process.
 
-    It ignores the signals that stop a run, since the current step still needs its prompts. It must not garbage-collect
-    inherited objects: destroying a process group waits for threads that do not exist after a fork.
+    Workers ignore the signals that stop a run, because the run still needs prompts to finish its current step.
+    They must not garbage-collect objects inherited through the fork: destroying a process group would wait forever
+    for threads that a fork does not copy.
     """
     gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -166,18 +170,18 @@ def begin_worker(worker: int) -> None:
 
 
 def kill_workers() -> None:
-    """Kill the workers that are left when the program ends; Python would send SIGTERM, which they ignore, and wait."""
+    """Kill the remaining workers when the program exits: Python would send SIGTERM, which they ignore, and hang."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
 def worker_failure(error: RuntimeError) -> str | None:
-    """Return a line about a worker process that died, if that is what the error is about."""
+    """Return one line about a worker process that died, or None if the error is about something else."""
     text = " ".join(str(error).split())
     if not text.startswith("DataLoader worker"):
         return None
     return (
-        f"{text.rstrip('.')}. If memory ran out: lower --dataloader_num_workers. If a broken video crashed the "
-        "decoder: python -m data.check names it"
+        f"{text.rstrip('.')}. If memory ran out, lower --dataloader_num_workers. If a broken video crashed the "
+        "decoder, python -m data.check names it"
     )

@@ -1,11 +1,12 @@
 """Conversation -> prompt ids and their mRoPE positions.
 
-The tokenizer's chat template writes one <|video_pad|> for each video; it is repeated as often as the video has tokens.
+The tokenizer's chat template writes one <|video_pad|> per video; it is repeated, once per token of the video.
 Positions have three axes (time, height, width), the multimodal RoPE of Qwen2-VL (arXiv:2409.12191, section 2.1) and
-Qwen2.5-VL (arXiv:2502.13923, section 2.1.2): on text all three count up together, inside a video they are its grid's
-coordinates, time in units of 1 / tokens_per_second seconds. Text after a video goes on at the largest position of any
-axis, time included, plus 1. So these weights were trained, and so vLLM, SGLang and transformers up to 5.2 place them;
-transformers 5.3 and later go on at the longer side of the grid, inside the video's own time.
+Qwen2.5-VL (arXiv:2502.13923, section 2.1.2). For text all three count up together; inside a video they are the
+coordinates in its grid, with time in units of 1 / tokens_per_second seconds. Text after a video continues at the
+largest position of any axis, time included, plus 1. The weights were trained with these positions; vLLM, SGLang and
+transformers up to 5.2 compute the same. transformers 5.3 and later continue at the longer side of the grid, inside the
+video's own time.
 
 P prompt tokens with the videos expanded, M videos.
 """
@@ -18,29 +19,31 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from data.dataset import InputError, first_line
 from data.video import MERGE_SIZE
 
-VIDEO_TAG = re.compile(r"\n?<video>\n?")  # one newline on either side belongs to the tag
+VIDEO_TAG_PATTERN = re.compile(r"\n?<video>\n?")  # the tag includes one newline on each side
 VIDEO_PLACEHOLDER = "<|video_pad|>"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
-# In a text they would add placeholders without a video, or turns that nobody took.
-RESERVED = re.compile("|".join(map(re.escape, (*VISION_TOKENS, "<|im_start|>", "<|im_end|>", "<|endoftext|>"))))
+# Written in a text, these would become placeholders without a video, or begin and end turns.
+SPECIAL_TOKENS_PATTERN = re.compile(
+    "|".join(map(re.escape, (*VISION_TOKENS, "<|im_start|>", "<|im_end|>", "<|endoftext|>")))
+)
 
 
 def load_tokenizer(model_id: str):
-    """Load the tokenizer of a Qwen2.5-VL folder or hub name; raise InputError if it is none."""
+    """Load the tokenizer of a Qwen2.5-VL, from a folder or by its name on the hub. Raises InputError."""
     try:
         config = AutoConfig.from_pretrained(model_id)
         tokenizer = AutoTokenizer.from_pretrained(model_id)
-    except Exception as error:  # what is edited by hand fails in every way
+    except Exception as error:  # of any type, where a file was edited by hand
         raise InputError(
-            f"--model_id {model_id!r}: no config and tokenizer can be read ({first_line(error)})"
+            f"--model_id {model_id!r}: its config and tokenizer cannot be read ({first_line(error)})"
         ) from error
     if config.model_type != "qwen2_5_vl":
         raise InputError(f"--model_id {model_id!r} is a {config.model_type} model: give a Qwen2.5-VL")
     missing = [token for token in VISION_TOKENS if token not in tokenizer.get_vocab()]
     if missing or not tokenizer.chat_template:
-        lack = ", ".join(missing) or "chat template"
-        raise InputError(f"--model_id {model_id!r}: its tokenizer has no {lack}: take the tokenizer of a Qwen2.5-VL")
+        lacking = ", ".join(missing) or "chat template"
+        raise InputError(f"--model_id {model_id!r}: its tokenizer has no {lacking}: take the tokenizer of a Qwen2.5-VL")
     try:
         text = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
     except Exception as error:
@@ -57,11 +60,11 @@ def encode_prompt(
     second_per_grid_ts: torch.Tensor,
     tokens_per_second: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return prompt_ids (P,) and position_ids (3, P) of a conversation, ready for the assistant's answer.
+    """Return prompt_ids (P,) and position_ids (3, P) of a conversation, up to where the assistant's answer begins.
 
-    turns: (role, text) with the roles system, user and assistant; the k-th `<video>` tag of the user texts stands for
-    the k-th row of video_grid_thw (M, 3), in patches. second_per_grid_ts: (M,) seconds. tokens_per_second: the vision
-    config's. Raises ValueError when tags and videos differ in number, or a text contains special tokens.
+    turns: (role, text) with the roles system, user and assistant. The k-th `<video>` tag in the user texts stands for
+    row k of video_grid_thw (M, 3), in patches. second_per_grid_ts: (M,) seconds. tokens_per_second: from the vision
+    config. Raises ValueError if the numbers of tags and videos differ, or a text contains special tokens.
     """
     check_text(turns)
     messages = []
@@ -77,7 +80,7 @@ def encode_prompt(
     is_video = ids == video_token_id
     if int(is_video.sum()) != num_tags:
         raise ValueError(f"the chat template wrote {int(is_video.sum())} {VIDEO_PLACEHOLDER} for {num_tags} videos")
-    # A special token is always a token of its own, so repeating its id equals tokenizing the repeated text.
+    # A special token always becomes exactly one id, so repeating the id equals tokenizing the repeated text.
     repeats = torch.ones_like(ids)
     repeats[is_video] = video_lengths(video_grid_thw)
     prompt_ids = ids.repeat_interleave(repeats)  # (P,)
@@ -88,20 +91,20 @@ def encode_prompt(
 
 
 def check_text(turns: tuple[tuple[str, str], ...]) -> None:
-    """Raise ValueError when a text contains special tokens."""
+    """Raise ValueError if a text contains special tokens."""
     for role, text in turns:
-        if special := RESERVED.search(text):
-            raise ValueError(f"the {role} text contains the special token {special.group()}: take it out")
+        if special := SPECIAL_TOKENS_PATTERN.search(text):
+            raise ValueError(f"the {role} text contains the special token {special.group()}: remove it")
 
 
 def text_part(text: str) -> dict[str, str]:
-    """Return text as a part of a chat message's content."""
+    """Wrap a text as one part of a chat message's content."""
     return {"type": "text", "text": text}
 
 
 def split_at_videos(text: str) -> list[dict[str, str]]:
     """Split text at its `<video>` tags into the content of a chat message."""
-    before, *others = VIDEO_TAG.split(text)
+    before, *others = VIDEO_TAG_PATTERN.split(text)
     content = [text_part(before)]
     for after in others:
         content += [{"type": "video"}, text_part(after)]
@@ -109,7 +112,7 @@ def split_at_videos(text: str) -> list[dict[str, str]]:
 
 
 def video_lengths(video_grid_thw: torch.Tensor) -> torch.Tensor:
-    """Return how many tokens each video becomes: (M, 3) patches -> (M,)."""
+    """Return the number of tokens of each video: (M, 3) patches -> (M,)."""
     return video_grid_thw.prod(dim=-1) // MERGE_SIZE**2
 
 
@@ -123,7 +126,8 @@ def mrope_positions(
     """Return the position of every prompt token on the three axes: (3, P).
 
     prompt_ids: (P,) with the videos expanded; video_grid_thw: (M, 3) patches; second_per_grid_ts: (M,) seconds.
-    Equals `rope2d` of Qwen's own fine-tuning code. Raises ValueError when placeholders and grids differ in number.
+    Equals `rope2d` of Qwen's own fine-tuning code. Raises ValueError if the prompt has more or fewer
+    placeholders than the grids have tokens.
     """
     lengths = video_lengths(video_grid_thw).tolist()
     placeholders = (prompt_ids == video_token_id).nonzero().flatten()
@@ -131,16 +135,16 @@ def mrope_positions(
         raise ValueError(
             f"the prompt has {len(placeholders)} {VIDEO_PLACEHOLDER} tokens for {sum(lengths)} video tokens"
         )
-    # Seconds stay fractional until they are multiplied. float32 as in Qwen's code: in float64 a step such as 2 * 0.35
-    # could fall on the other side of a whole number.
+    # Seconds are multiplied before they are cut to whole positions. In float32, as in Qwen's code: in float64 a product
+    # such as 45 * 1.4 falls on the other side of a whole number.
     steps = tokens_per_second * torch.as_tensor(second_per_grid_ts, dtype=torch.float32)  # (M,)
 
     spans = []
-    done = 0  # prompt tokens that have a position
+    done = 0  # number of prompt tokens that have their positions
+    done_videos = 0  # number of placeholders among them
     position = 0  # of the next token
-    seen = 0  # placeholders among the tokens that are done
     for (t, h, w), length, step in zip(video_grid_thw.tolist(), lengths, steps, strict=True):
-        num_text = int(placeholders[seen]) - done
+        num_text = int(placeholders[done_videos]) - done
         spans.append((torch.arange(num_text) + position).expand(3, -1))
         position += num_text
 
@@ -150,6 +154,6 @@ def mrope_positions(
         spans.append(torch.stack(grid).flatten(1) + position)
         position += max(int(time[-1]) + 1, h, w)
         done += num_text + length
-        seen += length
+        done_videos += length
     spans.append((torch.arange(len(prompt_ids) - done) + position).expand(3, -1))
     return torch.cat(spans, dim=1)  # (3, P)

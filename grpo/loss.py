@@ -83,17 +83,16 @@ def importance_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, leve
     return log_ratio.exp()
 
 
-def clipped_loss(
-    ratio: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of each token, and which tokens were clipped below and above, all (G, C).
-
-    ratio: (G, C); advantages: (G,).
-    """
+def clipped_loss(ratio: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float) -> Tensor:
+    """Return the loss of each token, (G, C); ratio: (G, C), advantages: (G,)."""
     advantages = advantages[:, None]
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)
-    low, high = (ratio < 1 - epsilon) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
-    return loss, low, high
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)
+
+
+def clipped_tokens(ratio: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float) -> tuple[Tensor, Tensor]:
+    """Tell which tokens `clipped_loss` clips below and above, and so gives no gradient: two (G, C)."""
+    advantages = advantages[:, None]
+    return (ratio < 1 - epsilon) & (advantages < 0), (ratio > 1 + epsilon_high) & (advantages > 0)
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def repeated_update(model, optimizer, prompt: Prompt, ids: Tensor, advantages: T
     ).logits[:, :-1]  # (G, C, V)
     logprobs = torch.log_softmax(logits.float().index_fill(2, suppress_tokens, -torch.inf), dim=2)
     logprobs = logprobs.gather(2, ids[:, :, None])[:, :, 0]
-    loss, _, _ = clipped_loss((logprobs - logprobs.detach()).exp(), advantages, 0.05, 0.1)
+    loss = clipped_loss((logprobs - logprobs.detach()).exp(), advantages, 0.05, 0.1)
     loss.mean().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

@@ -96,10 +96,10 @@ BROKEN = {  # what -> (the bytes, of those of a good file; what the line says)
     "cut at nine tenths": (lambda mp4: mp4[: len(mp4) * 9 // 10], "is cut off"),
     "without its last byte": (lambda mp4: mp4[:-1], "is cut off"),
     "without its index": (lambda mp4: mp4[: mp4.rindex(b"moov") - 4], NO_VIDEO),
-    "index first, cut at a tenth": (lambda mp4: with_index_first(mp4)[: len(mp4) // 10], "more than the file holds"),
+    "index first, cut at a tenth": (lambda mp4: with_index_first(mp4)[: len(mp4) // 10], "bytes than the file has"),
     "index first, cut at nine tenths": (
         lambda mp4: with_index_first(mp4)[: len(mp4) * 9 // 10],
-        "more than the file holds",
+        "bytes than the file has",
     ),
     # decord alone would fill the rest of the last picture with what was in memory
     "index first, without its last bytes": (lambda mp4: with_index_first(mp4)[:-100], "is cut off"),
@@ -122,10 +122,10 @@ BROKEN = {  # what -> (the bytes, of those of a good file; what the line says)
     "no frames": (lambda mp4: changed(changed(mp4, b"stts", 4, ">I", 0), b"stsz", 8, ">I", 0), NO_VIDEO),
     # decord alone would end the process, as would any frame count that memory does not hold
     "two thousand million frames": (lambda mp4: changed(mp4, b"stts", 8, ">I", 2**31 - 1), "more frames than it lists"),
-    "two hundred lists of times": (lambda mp4: changed(mp4, b"stts", 4, ">I", 200), "promises more than it holds"),
+    "two hundred lists of times": (lambda mp4: changed(mp4, b"stts", 4, ">I", 200), "table of frame times is cut off"),
     "a short list of frames": (lambda mp4: changed(mp4, b"stsz", 8, ">I", 10**6), "more frames than it lists"),
     # decord alone would give 6 frames; by seeking it would give other frames than those asked for, then some twice
-    "a frame of 3 GB": (lambda mp4: changed(mp4, b"stsz", 12 + 4 * 6, ">I", 3 * 2**30), "more than the file holds"),
+    "a frame of 3 GB": (lambda mp4: changed(mp4, b"stsz", 12 + 4 * 6, ">I", 3 * 2**30), "bytes than the file has"),
     "an empty frame": (lambda mp4: changed(mp4, b"stsz", 12 + 4 * 14, ">I", 0), "its frames cannot be decoded"),
     "all frames at one time": (lambda mp4: changed(mp4, b"stts", 12, ">I", 0), "its frames cannot be decoded"),
 }

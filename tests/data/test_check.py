@@ -12,8 +12,9 @@ import time
 import numpy as np
 import pytest
 
-from data.check import PROBLEMS, check, main, open_apart, open_video, parse
+from data.check import PROBLEMS, check, check_video, check_video_in_own_process, main, parse
 from data.dataset import InputError, load_samples
+from data.video import VideoOptions
 from grpo.config import Config, video_options
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer
@@ -82,8 +83,27 @@ def test_every_problem_is_counted_and_named(folder, capsys):
     assert re.search(r"^missing video.*\n    no video at '.*/videos/x\\n\.mp4'$", text, re.MULTILINE)
     assert re.search(r"^undecodable.*\n    '.*/videos/d\.mp4' is not a video that decord can open$", text, re.MULTILINE)
     assert re.search(r"^too few.*\n    '.*/c\.mp4' has 3 frames, --nframes 4 asks for 4$", text, re.MULTILINE)
-    assert "11 samples, 6 videos: 3 samples fit, 8 left out" in text
+    assert "11 samples, 6 videos: 3 valid samples, 8 left out" in text
     assert text.replace("\n", "").isprintable()
+
+
+def test_images_and_misspelt_keys_are_malformed_samples(folder, capsys):
+    samples = [entry("fine"), entry("vidoe") | {"vidoe": "a.mp4"}, entry("conversation") | {"conversation": []}]
+    samples += [entry("key") | {"image": "a.png"}, entry("tag", question="<video>\n<image>")]
+    code, text, table = run(folder, capsys, samples)
+    assert code == 1 and table["malformed sample"] == (4, "left out", "'vidoe', 'conversation', 'key', ...")
+    assert re.search(r"\n    '.*/train\.json': sample 'vidoe': unknown key 'vidoe', did you mean 'video'\?\n", text)
+    assert "5 samples, 1 videos: 1 valid samples, 4 left out" in text
+
+
+@pytest.mark.parametrize("width", [1, 2, 16, 72])
+def test_a_narrow_video_is_checked_by_its_real_size(folder, capsys, width):
+    write_mp4(folder / "videos" / "narrow.mp4", np.zeros((4, 56, width, 3), np.uint8), fps=8)
+    assert run(folder, capsys, [entry("narrow", ["narrow.mp4"])])[0] == 0
+    write_mp4(folder / "videos" / "thread.mp4", np.zeros((4, 201 * width, width, 3), np.uint8), fps=8)
+    path, options = str(folder / "videos" / "thread.mp4"), VideoOptions(nframes=4)
+    reason = f"{path!r} has frames of {width}x{201 * width} pixels: the longer side is more than 200 times the shorter"
+    assert check_video(path, options) == ("undecodable video", reason)
 
 
 def test_more_than_three_ids_are_counted_not_listed(folder, capsys):
@@ -91,7 +111,7 @@ def test_more_than_three_ids_are_counted_not_listed(folder, capsys):
     assert table["missing video"] == (5, "left out", "'0', '1', '2', ...")
 
 
-def test_what_is_only_kept_is_no_failure(folder, capsys):
+def test_samples_that_are_kept_do_not_make_the_check_fail(folder, capsys):
     code, _, table = run(folder, capsys, [MIXED[0], MIXED[-2], MIXED[-1]])
     assert code == 0
     assert sum(number for number, _, _ in table.values()) == 2
@@ -102,9 +122,7 @@ def test_a_bad_video_beyond_the_cap_is_kept_since_the_trainer_does_not_open_it_b
     entries = [entry("bad", ["a.mp4", "d.mp4"]), entry("gone", ["a.mp4", "gone.mp4"])]
     code, text, table = run(folder, capsys, entries, "--max_videos", "1", "--write_clean", str(folder / "clean.json"))
     assert code == 1 and table["undecodable video"][0] == 0 and table["missing video"] == (1, "left out", "'gone'")
-    assert re.search(
-        r"^    2 videos, of which the first 1 are used; beyond them '.*/d\.mp4' is not a", text, re.MULTILINE
-    )
+    assert re.search(r"^    2 videos, only the first 1 are used; not used: '.*/d\.mp4' is not a", text, re.MULTILINE)
     assert [sample.id for sample in load_samples(str(folder / "clean.json"), str(folder / "videos"))] == ["bad"]
 
 
@@ -131,7 +149,7 @@ def test_a_full_disk_leaves_no_half_of_a_cleaned_file(folder):
 
 
 @pytest.mark.parametrize("name", ["clean.json", "clean.jsonl"])
-def test_the_cleaned_file_holds_the_fit_entries_as_they_were_and_the_trainer_takes_it(folder, capsys, name):
+def test_the_cleaned_file_holds_the_valid_entries_unchanged_and_the_trainer_takes_it(folder, capsys, name):
     code, text, _ = run(folder, capsys, MIXED, "--write_clean", str(folder / name))
     assert code == 1 and str(folder / name) in text
     written = (folder / name).read_text()
@@ -168,7 +186,7 @@ def test_nothing_is_overwritten_and_nothing_else_written(folder, capsys, monkeyp
     assert (folder / "clean.json").read_text() == "written meanwhile"
     (folder / "clean.json").unlink()
     run(folder, capsys, [entry("bad", ["d.mp4"])], "--write_clean", str(folder / "clean.json"))
-    assert not (folder / "clean.json").exists()  # no sample is fit
+    assert not (folder / "clean.json").exists()  # no sample is valid
 
 
 @pytest.mark.parametrize(
@@ -249,14 +267,14 @@ def hang(path, options):
 
 
 def test_a_file_that_crashes_or_hangs_the_decoder_is_undecodable(folder):
-    problem, reason = open_apart("a\n.mp4", OPTIONS, function=crash)
+    problem, reason = check_video_in_own_process("a\n.mp4", OPTIONS, function=crash)
     assert problem == "undecodable video" and reason == r"'a\n.mp4' crashes the decoder (exit code -11)"
     began = time.monotonic()
-    problem, reason = open_apart("a\n.mp4", OPTIONS, seconds=0.2, function=hang)
+    problem, reason = check_video_in_own_process("a\n.mp4", OPTIONS, timeout=0.2, function=hang)
     assert problem == "undecodable video" and reason == r"'a\n.mp4' hangs the decoder: no frames within 0.2 s"
     assert time.monotonic() - began < 60
     path = str(folder / "videos" / "a.mp4")
-    assert open_apart(path, OPTIONS) == open_video(path, OPTIONS) == (2, 4, 4)
+    assert check_video_in_own_process(path, OPTIONS) == check_video(path, OPTIONS) == (2, 4, 4)
 
 
 def test_the_command_prints_its_table_and_only_that(folder):
@@ -270,7 +288,7 @@ def test_the_command_prints_its_table_and_only_that(folder):
         timeout=120,
     )
     assert result.returncode == 1
-    assert result.stdout.startswith("problem ") and result.stdout.endswith("3 samples fit, 8 left out\n")
+    assert result.stdout.startswith("problem ") and result.stdout.endswith("3 valid samples, 8 left out\n")
     lines = [line for line in result.stderr.splitlines() if line]
     assert "6/6" in lines[-1] and all(
         "s/video" in line or "video/s" in line for line in lines

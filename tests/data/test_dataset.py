@@ -139,12 +139,12 @@ def test_json_that_no_parser_takes_is_an_input_error(folder):
 
 @pytest.mark.parametrize("content", ["", " \n", "[]"])
 def test_a_file_without_samples_is_an_error(folder, content):
-    assert "no samples" in error_of(folder, content)
+    assert "contains no samples" in error_of(folder, content)
 
 
 @pytest.mark.parametrize("content", ['{\n"id": 1}', "3", '"a"', "null"])
 def test_a_file_that_is_no_list_is_an_error(folder, content):
-    assert "holds no list" in error_of(folder, content)
+    assert "is not a list" in error_of(folder, content)
 
 
 @pytest.mark.parametrize("wrong", [[], "a", 3, None])
@@ -182,7 +182,13 @@ def test_an_id_that_occurs_twice_is_named(folder):
         ([HUMAN, {"from": "gpt", "value": " \n"}], "empty answer"),
         ([HUMAN, {"from": "gpt", "value": "<video>5%"}], "turn 2: <video> in a turn from 'gpt'"),
         ([{"from": "system", "value": "<video>"}, HUMAN, GPT], "turn 1: <video> in a turn from 'system'"),
-        ([{"from": "human", "value": "\ud800"}, GPT], "turn 1: 'value' holds half a character"),
+        (
+            [{"from": "human", "value": "<image>\nEF?"}, GPT],
+            "turn 1: <image> in 'value': this trainer reads videos only",
+        ),
+        ([HUMAN, {"from": "gpt", "value": "5% <image>"}], "turn 2: <image> in 'value': this trainer reads videos only"),
+        ([{"from": "system", "value": "<image>"}, HUMAN, GPT], "turn 1: <image> in 'value': this trainer reads videos"),
+        ([{"from": "human", "value": "\ud800"}, GPT], "turn 1: 'value' contains half a character"),
         ([{"from": "human", "value": "<video>"}, GPT], "1 <video> tag(s) in the human turns but 2 in 'video'"),
         ([{"from": "human", "value": "<video>" * 3}, GPT], "3 <video> tag(s) in the human turns but 2 in 'video'"),
         ([{"from": "human", "value": "<video>" * 2}, GPT] * 2, "4 <video> tag(s) in the human turns but 2 in 'video'"),
@@ -198,10 +204,10 @@ def test_a_wrong_conversation_is_an_error_that_names_the_sample(folder, turns, m
     [
         (None, "has no video"),
         ([], "has no video"),
-        ("", "'video' holds an empty string"),
-        (["a.mp4", " "], "'video' holds an empty string"),
-        (["a.mp4", 3], "'video' holds a number"),
-        ([["a.mp4", "b.mp4"]], "'video' holds a list"),
+        ("", "'video' contains an empty string"),
+        (["a.mp4", " "], "'video' contains an empty string"),
+        (["a.mp4", 3], "'video' contains a number"),
+        ([["a.mp4", "b.mp4"]], "'video' contains a list"),
         ({"a": 1}, "'video' is an object"),
         (3, "'video' is a number"),
     ],
@@ -216,6 +222,39 @@ def test_a_key_that_is_not_there_is_an_error(folder):
         incomplete = entry()
         del incomplete[key]
         assert f"sample 's1' {message}" in error_of(folder, [incomplete])
+
+
+@pytest.mark.parametrize("key", ["image", "images", "Image", "IMAGES "])
+def test_a_key_of_images_is_an_error(folder, key):
+    line = error_of(folder, [entry(id="ok"), entry(**{key: ["a.png"]})])
+    assert f"sample 's1': key {key!r}: this trainer reads videos only" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("vidoe", "video"),
+        ("videos", "video"),
+        ("Video", "video"),
+        (" video", "video"),
+        ("vide\no", "video"),
+        ("conversation", "conversations"),
+        ("Conversations", "conversations"),
+        ("converstations", "conversations"),
+    ],
+)
+@pytest.mark.parametrize("replaces", [True, False], ids=["instead of the right key", "beside the right key"])
+def test_a_misspelt_key_is_named_with_the_one_that_was_meant(folder, key, meant, replaces):
+    misspelt = entry()
+    misspelt[key] = misspelt.pop(meant) if replaces else "x"
+    line = error_of(folder, [entry(id="ok"), misspelt])
+    assert line.endswith(f"sample 's1': unknown key {key!r}, did you mean {meant!r}?")
+
+
+def test_keys_of_the_users_own_are_allowed(folder):
+    own = {"ef": 55.0, "split": "train", "view": "A4C", "": 0, "video_id": 1, "conversation_id": 2, "Videographer": "x"}
+    (sample,) = load_samples(write(folder, [entry(**own)]), str(folder))
+    assert sample.id == "s1"
 
 
 def test_all_missing_videos_are_counted_and_three_are_named(folder):

@@ -124,7 +124,7 @@ def test_special_tokens_in_a_text_are_an_error(tokenizer, role, token):
     turns = [(role, f"before {token} after"), ("user", "<video>")]
     with pytest.raises(ValueError) as error:
         encode(tokenizer, turns, [(1, 2, 2)])
-    assert str(error.value) == f"the {role} text contains the special token {token}: take it out"
+    assert str(error.value) == f"the {role} text contains the special token {token}: remove it"
 
 
 def test_positions_of_the_papers_example():

@@ -1,5 +1,6 @@
 """Frames, sizes and patches against hand-computed tables, PIL and HF's image processor; real mp4 files."""
 
+import io
 import struct
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from data.video import (
     frame_indices,
     load_video,
     patchify,
+    read_frames,
     resize,
     smart_resize,
     target_size,
     video_grid,
 )
-from grpo.demo.mp4 import write_mp4
+from grpo.demo.mp4 import encode_jpeg, write_mp4
 
 TOKEN = 28 * 28  # pixels
 
@@ -31,10 +33,10 @@ def random_frames(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def gray_clip(num_frames: int, size: int = 64) -> np.ndarray:
+def gray_clip(num_frames: int, height: int = 64, width: int = 64) -> np.ndarray:
     """Frame k is gray of level 10·k, so that a decoded frame tells which one it is."""
     levels = (10 * np.arange(num_frames)).astype(np.uint8)
-    return np.broadcast_to(levels[:, None, None, None], (num_frames, size, size, 3)).copy()
+    return np.broadcast_to(levels[:, None, None, None], (num_frames, height, width, 3)).copy()
 
 
 def gray_levels(pixel_values: torch.Tensor, grid_thw: tuple[int, int, int]) -> list[float]:
@@ -130,12 +132,12 @@ def test_the_size_of_a_1080p_video(num_frames, options, expected):
         ({"resized_width": 56}, "together"),
         ({"resized_height": 56}, "together"),
         ({"min_pixels": 2 * TOKEN, "max_pixels": TOKEN}, "--video_min_pixels 1568 is more than --video_max_pixels 784"),
-        ({"max_pixels": 768 * TOKEN + 1}, "--video_max_pixels 602113 is more than qwen-vl-utils gives a frame: 602112"),
+        ({"max_pixels": 768 * TOKEN + 1}, "--video_max_pixels 602113 is above the limit of qwen-vl-utils: give 602112"),
         ({"fps": 0.0}, "--fps must be positive"),
         ({"nframes": -4}, "--nframes must be positive"),
         ({"nframes": 1}, "--nframes must be at least 2"),
         ({"min_pixels": 0}, "--video_min_pixels must be positive"),
-        ({"resized_width": 1, "resized_height": 1000}, "--video_resized_height 1000: frames must not be more than 200"),
+        ({"resized_width": 1, "resized_height": 1000}, "1000: the longer side must be at most 200"),
     ],
 )
 def test_contradicting_options_are_an_error(options, message):
@@ -231,6 +233,47 @@ def test_colours_stay_in_the_order_red_green_blue(tmp_path):
     pixel_values, _, _ = load_video(tmp_path / "red.mp4", VideoOptions(resized_width=56, resized_height=56))
     colour = 255 * (pixel_values.view(-1, 3, 392).mean(dim=(0, 2)) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN))
     assert colour.tolist() == pytest.approx([250, 100, 20], abs=3)
+
+
+NARROW = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48, 72]  # decord counts the padding of these rows as further channels
+
+
+def pillow_frames(frames: np.ndarray) -> torch.Tensor:
+    """The frames as Pillow decodes the JPEGs that `write_mp4` makes of them: (T, 3, H, W)."""
+    jpegs = [np.array(Image.open(io.BytesIO(encode_jpeg(frame)))) for frame in frames]
+    return torch.from_numpy(np.stack(jpegs)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("width", [*NARROW, 5, 7, 10, 25, 32, 71, 73, 96, 129])
+def test_frames_of_any_width_are_those_that_pillow_decodes(tmp_path, width):
+    noise = np.random.default_rng(width).integers(0, 256, (4, 40, width, 1), dtype=np.uint8)
+    frames = noise.repeat(3, axis=3)  # gray, since decoders interpolate JPEG's halved colours differently
+    frames[3] = (200, 100, 50)  # but for the last frame, of one colour
+    write_mp4(tmp_path / "clip.mp4", frames, fps=8)
+    decoded, _ = read_frames(tmp_path / "clip.mp4", VideoOptions(nframes=4))
+    assert decoded.shape == (4, 3, 40, width)
+    assert (decoded.int() - pillow_frames(frames).int()).abs().max() <= 3
+
+
+@pytest.mark.parametrize("width", NARROW)
+def test_a_narrow_video_becomes_the_patches_of_its_frames(tmp_path, width):
+    path, options = tmp_path / "clip.mp4", VideoOptions(nframes=4, resized_width=56, resized_height=84)
+    write_mp4(path, gray_clip(16, height=40, width=width), fps=8)
+    pixel_values, grid_thw, _ = load_video(path, options)
+    assert pixel_values.shape == (2 * 6 * 4, 1176)
+    assert gray_levels(pixel_values, grid_thw) == pytest.approx([0, 50, 100, 150], abs=1.5)
+    assert grid_thw == video_grid(path, options) == (2, 6, 4)
+    assert video_grid(path, VideoOptions(nframes=4)) == load_video(path, VideoOptions(nframes=4))[1]
+
+
+def test_a_video_too_narrow_for_its_height_is_named_in_one_line(tmp_path):
+    path = tmp_path / "clip.mp4"
+    write_mp4(path, gray_clip(4, height=402, width=2), fps=8)
+    line = f"{str(path)!r} has frames of 2x402 pixels: the longer side is more than 200 times the shorter"
+    for read in (load_video, video_grid):
+        with pytest.raises(BadVideo) as error:
+            read(path, VideoOptions(nframes=4))
+        assert str(error.value) == line
 
 
 def test_rows_and_columns_are_not_swapped(tmp_path):

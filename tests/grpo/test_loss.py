@@ -8,6 +8,7 @@ import torch
 
 from grpo.loss import (
     clipped_loss,
+    clipped_tokens,
     completion_weights,
     group_advantages,
     importance_ratios,
@@ -66,7 +67,8 @@ def clip(ratio, advantage):
     """Loss, its gradient with respect to the log-probability, and what was counted, for a single token."""
     logprob = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     ratios = importance_ratios(logprob, torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), "token")
-    loss, low, high = clipped_loss(ratios, torch.tensor([advantage]), epsilon=0.05, epsilon_high=0.1)
+    arguments = ratios, torch.tensor([advantage]), 0.05, 0.1
+    loss, (low, high) = clipped_loss(*arguments), clipped_tokens(*arguments)
     loss.sum().backward()
     return loss.item(), logprob.grad.item(), int(low), int(high)
 
@@ -107,7 +109,7 @@ WEIGHTS = {"dapo": (1 / 5, 1 / 5), "grpo": (1 / 2 / 3, 1 / 2 / 2), "dr_grpo": (1
 def test_loss_and_gradient_of_two_completions_by_hand(loss_type, level):
     logprobs = RATIOS.log().requires_grad_()
     ratio = importance_ratios(logprobs, torch.zeros(2, 3), MASK, level)
-    loss, _, _ = clipped_loss(ratio, torch.tensor([1.0, -1.0]), 0.05, 0.1)
+    loss = clipped_loss(ratio, torch.tensor([1.0, -1.0]), 0.05, 0.1)
     weights = completion_weights(
         loss_type, MASK.sum(dim=1), num_tokens=5, num_completions=2, max_completion_length=4
     ).double()
@@ -175,7 +177,7 @@ def test_loss_and_gradient_equal_the_papers_equations(loss_type, level, beta):
     total = 0.0
     for half in (slice(0, 2), slice(2, 6)):  # two groups, as passes or ranks would hold them
         ratio = importance_ratios(logprobs[half], old[half], mask[half], level)
-        loss, _, _ = clipped_loss(ratio, advantages[half], epsilon=0.2, epsilon_high=0.28)
+        loss = clipped_loss(ratio, advantages[half], epsilon=0.2, epsilon_high=0.28)
         loss = loss + beta * kl_estimate(logprobs[half], reference[half])
         weights = completion_weights(loss_type, mask[half].sum(dim=1), sum(lengths), G, max_length)
         total = total + weighted_sum(loss, mask[half], weights)
