@@ -57,7 +57,7 @@ def load_merged(adapter: str, model_id: str):
 
 
 def export(adapter: str, output: str, model_id: str = "") -> None:
-    """Write the merged model, with tokenizer and processor files; raise InputError for what the user can mend.
+    """Write the merged model, with tokenizer and processor files; raise InputError for what the user can fix.
 
     model_id: the base, where it is not to be found under the name that the adapter gives.
     """
@@ -85,7 +85,7 @@ def _fail(message: str):
 
 
 def main(argv: list[str]) -> int:
-    """Export; return 2, with one line, for what the user can mend."""
+    """Export; return 2, with one line, for what the user can fix."""
     parser = argparse.ArgumentParser(prog="python -m grpo.export", description=__doc__, allow_abbrev=False)
     parser.add_argument("--adapter", required=True, help="folder that training with --lora_enable has written")
     parser.add_argument("--output", required=True, help="new folder for the merged model")

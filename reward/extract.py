@@ -1,22 +1,22 @@
-"""Read the number that a text answers with."""
+"""Extract the number that a text gives as its answer."""
 
 import re
 
-# A number that stands with one of these counts it or names it ("3 videos", "view 2", "4 chamber"): no answer.
-# Units of measurement are left out on purpose: "55 mm" is an answer.
+# A number next to one of these words is a count or a label ("3 videos", "view 2", "4 chamber"), not an answer.
+# Units of measurement are not in the list: "55 mm" is an answer.
 THINGS = """
     video clip view frame image loop scan file recording sequence series window study studies case patient
     sample chamber segment valve leaflet lead beat heartbeat cycle step part item option question example
     figure fig table grade stage class type
 """.split()
-# Words that may stand between the number and the thing: "3 short echo clips".
+# Words that may come between the number and the thing: "3 short echo clips".
 ADJECTIVES = """
     apical parasternal cardiac heart echo echocardiographic echocardiography echocardiogram ultrasound video
     different separate individual consecutive available provided given input short
 """.split()
 
-# Every pattern below is tried at one place of the text or in a short window before it, and every run of digits is
-# scanned a bounded number of times: sampled text may be long and strange, and reading it must stay linear.
+# Sampled text can be long and strange, so the time must be linear in its length: every pattern below is matched at one
+# position or in a short window before it, and every run of digits is scanned a bounded number of times.
 _THING = rf"(?:{'|'.join(THINGS)})"
 _LETTER = "A-Za-z_\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u04ff"  # no Chinese: it is written without spaces
 _RUN = re.compile(rf"(?:(?<![{_LETTER}0-9.])\.)?[0-9][0-9.,]*")
@@ -42,16 +42,16 @@ _WINDOW = 48  # characters; longer than any label
 _THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _DECIMAL_COMMA = re.compile(r"[0-9]+,[0-9]+")
 _PLAIN = re.compile(r"[0-9]*\.?[0-9]+")
-_LARGEST = 1e100  # what is larger was no reading; below it, squares of errors stay finite
+_LARGEST = 1e100  # larger numbers are no measurements; up to here, squared errors are finite
 
 _ONE_SPELLING = str.maketrans("０１２３４５６７８９．％\u2212\u2010\u2011", "0123456789.%---")
 
 
 def extract_number(text: str) -> float | None:
-    """Read the number that a text answers with.
+    """Return the number that a text gives as its answer, None if there is none.
 
     Looks only inside `<answer>…</answer>` if there is one. Returns the first percentage, else the first bare number
-    that neither counts nor labels something, else None; the value is finite.
+    that is not a count or a label; always finite.
     """
     text = _answer_block(text).translate(_ONE_SPELLING)
     text = "\n".join(" ".join(line.split()) for line in text.splitlines())

@@ -4,8 +4,9 @@
     reward = min(1, 0.1 + 0.9 * score)
 
 The second factor is the range emphasis: values far from 50 are rare and matter most. `error_scale` is the error at
-which only the 0.1 for naming a number at all is left; a large one makes every guess look good, a constant answer too,
-and leaves nothing to learn from. A truth without a number gives 0.5 whatever is answered, a missing prediction gives 0.
+which the score reaches 0, so that only the 0.1 for any number remains. With a large scale every guess is rewarded, a
+constant answer too, and nothing can be learned. If the truth has no number, every completion gets 0.5; else a
+completion without a number gets 0.
 
 A reward function takes `(completions, assistant, **kwargs)`, as functions written for TRL do, and returns a list of
 floats.

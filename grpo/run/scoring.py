@@ -46,14 +46,14 @@ def name_of(function) -> str:
 
 def call_reward(function, columns: dict[str, list], step: int, timeout: float) -> Tensor:
     """Return the rewards of one function, (completions,)."""
-    name, mend = f"reward function {name_of(function)}", "mend the function or the sample"
+    name, fix = f"reward function {name_of(function)}", "fix the function or the sample"
     try:
         with time_limit(timeout):
             rewards = [float("nan") if reward is None else float(reward) for reward in function(**columns, step=step)]
     except OutOfTime as error:
         raise InputError(
             f"{name} took longer than --reward_timeout {timeout:g} seconds, and too long for sample "
-            f"{culprit(function, columns, step, timeout)!r}: {mend}, or raise the limit"
+            f"{failing_sample(function, columns, step, timeout)!r}: {fix}, or raise the limit"
         ) from error
     except Exception as error:
         for line in traceback.format_exc().splitlines():  # it is the user's own function: show where it failed
@@ -61,7 +61,7 @@ def call_reward(function, columns: dict[str, list], step: int, timeout: float) -
         what = str(error).splitlines()[0] if str(error) else ""
         raise InputError(
             f"{name} raised {type(error).__name__} ({what}) for sample "
-            f"{culprit(function, columns, step, timeout)!r}: {mend}"
+            f"{failing_sample(function, columns, step, timeout)!r}: {fix}"
         ) from error
     if len(rewards) != len(columns["completions"]):
         raise InputError(
@@ -71,7 +71,7 @@ def call_reward(function, columns: dict[str, list], step: int, timeout: float) -
     return torch.tensor(rewards)
 
 
-def culprit(function, columns: dict[str, list], step: int, timeout: float) -> str:
+def failing_sample(function, columns: dict[str, list], step: int, timeout: float) -> str:
     """Name the sample that made a reward function fail or take too long, by giving it one completion at a time.
 
     Worth the second run: it happens once, at the end of a run, and without it the user would have to bisect the step.

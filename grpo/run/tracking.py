@@ -233,7 +233,7 @@ class Tracker:
             counts["warnings"] = 1
             print_rank0(
                 f"step {step}: for {ZERO_STD_STEPS} steps nearly all groups have had equal rewards, from which "
-                "nothing is learned: look at the completions, and raise --temperature or mend the reward"
+                "nothing is learned: look at the completions, and raise --temperature or change the reward"
             )
         is_bad = metrics["bad_steps"] > 0
         counts["bad_in_a_row"] = counts["bad_in_a_row"] + 1 if is_bad else 0
