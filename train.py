@@ -1,6 +1,6 @@
 """GRPO for Qwen2.5-VL on samples with many videos and a numerical answer. The algorithm, top to bottom.
 
-    python train.py --demo                                        a whole run on this machine, nothing needed
+    python train.py --demo                                        a complete run, without weights or data
     torchrun --nproc_per_node 8 train.py --model_id … --data_path … --output_dir …
 
 One step, for a batch of prompts:
@@ -86,7 +86,8 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
     for batch in batched(prompts, config.per_device_train_batch_size):
         on_device = [prompt.to(tokens.device) for prompt in batch]
         if config.freeze_vision_tower and not config.vision_lora:
-            batch = on_device = [encode_videos(model, prompt) for prompt in on_device]  # once, for the update too
+            on_device = [encode_videos(model, prompt) for prompt in on_device]  # once, for the update too
+            batch = on_device
         sampled = generate(model, on_device, tokens, params, generators(batch, config.seed, step, tokens.device))
         for rollout, prompt in zip(sampled, batch, strict=True):
             rollout.prompt = prompt  # pixels wait in the host's memory for the update
@@ -103,7 +104,7 @@ def reward_phase(rollouts: list[Rollout], tokenizer, config: Config, step: int) 
     rewards = sum(by_function.values())  # (B, G), nan where a completion was not scored
     for rollout, row in zip(rollouts, rewards, strict=True):
         rollout.rewards = row.to(device)
-        rollout.loss_mask = ~torch.tensor(rollout.prompt.is_padding) & loss_mask(
+        rollout.loss_mask = (not rollout.prompt.is_padding) & loss_mask(
             rollout.completion_mask, rollout.rewards, rollout.is_stopped, config.mask_truncated_completions
         )
     records = gather_records(rollouts, by_function)
@@ -151,7 +152,7 @@ def update_phase(
             sums.loss += loss.detach()
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(models.policy.parameters(), config.max_grad_norm))
         if any_rank(not torch.isfinite(sums.loss + grad_norm)):
-            is_bad = True  # weights and optimizer stay as they are
+            is_bad = True  # weights and optimizer stay as they are, in the remaining iterations too
         else:
             optimizer.step()
     metrics = sums.means(counts.num_tokens, config.num_iterations) | sampling_difference(rollouts, counts.num_tokens)
@@ -245,7 +246,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
         records, counts = reward_phase(rollouts, tokenizer, config, step)
         clock.lap("reward")
 
-        torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # of dropout
+        torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # for dropout
         metrics = update_phase(models, optimizer, rollouts, counts, tokens.suppress_tokens, config)
         metrics["learning_rate"] = schedule.get_last_lr()[0]
         schedule.step()
@@ -258,7 +259,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
             save(f"checkpoint-{step}", step, is_needed=is_stopped)
         if is_stopped:
             tracker.close()
-            print_rank0(f"stopped after step {step}: continue with --resume_from_checkpoint auto")
+            print_rank0(f"stopped after step {step}: the same command with --resume_from_checkpoint auto continues")
             return False
         clock = Clock()  # time spent on logging and saving does not count to the next step
     save("final", total_steps)
@@ -281,10 +282,10 @@ def main(argv: list[str]) -> int:
         code = 2
     except KeyboardInterrupt:  # before training, where nothing needs saving
         print_rank0("interrupted", file=sys.stderr)
-        code = 128 + signal.SIGINT
+        return 128 + signal.SIGINT
     except RuntimeError as error:
         if line := worker_failure(error):  # on this rank alone
-            abort_rank(f"train.py: error: {line}")
+            abort_rank(f"train.py: error: rank {dist.get_rank()}: {line}")
         raise
     finally:
         stop.restore()

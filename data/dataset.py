@@ -12,6 +12,7 @@ a misspelt one. Every mistake is an InputError of one line, before training star
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -159,15 +160,16 @@ def _read_sample(entry, where: str, data_path: str, default_id: str, image_folde
 def _check_keys(entry: dict, where: str) -> None:
     """Raise InputError for a key of images, and for one that looks like a misspelt 'video' or 'conversations'.
 
-    Other keys are the user's own data. So are keys of several words, such as 'conversation_id', which resemble one of
-    ours by accident.
+    Other keys are the user's own data. So are keys of several words, such as 'conversation_id' and 'videoId', which
+    resemble one of ours by accident.
     """
     for key in entry:
         word = key.strip().lower()
-        if word in ("image", "images"):
+        if word in ("image", "images") and entry[key]:
             raise InputError(f"{where}: key {key!r}: this trainer reads videos only, remove the key")
         known = difflib.get_close_matches(word, ("video", "conversations"), n=1, cutoff=0.8)
-        if known and key != known[0] and "_" not in word:
+        is_one_word = not re.search(r"[_\d]|[a-z][A-Z]", key)
+        if known and key != known[0] and is_one_word:
             raise InputError(f"{where}: unknown key {key!r}, did you mean {known[0]!r}?")
 
 

@@ -176,7 +176,7 @@ def kill_workers() -> None:
             process.kill()
 
 
-def worker_failure(error: RuntimeError) -> str | None:
+def worker_failure(error: Exception) -> str | None:
     """Return one line about a worker process that died, or None if the error is about something else."""
     text = " ".join(str(error).split())
     if not text.startswith("DataLoader worker"):

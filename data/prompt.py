@@ -4,9 +4,8 @@ The tokenizer's chat template writes one <|video_pad|> per video; it is repeated
 Positions have three axes (time, height, width), the multimodal RoPE of Qwen2-VL (arXiv:2409.12191, section 2.1) and
 Qwen2.5-VL (arXiv:2502.13923, section 2.1.2). For text all three count up together; inside a video they are the
 coordinates in its grid, with time in units of 1 / tokens_per_second seconds. Text after a video continues at the
-largest position of any axis, time included, plus 1. The weights were trained with these positions; vLLM, SGLang and
-transformers up to 5.2 compute the same. transformers 5.3 and later continue at the longer side of the grid, inside the
-video's own time.
+largest position of any axis, time included, plus 1. The weights were trained with these positions. transformers 5.3 and
+later continue at the longer side of the grid instead, inside the video's own time (data/README.md has the versions).
 
 P prompt tokens with the videos expanded, M videos.
 """

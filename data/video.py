@@ -12,6 +12,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch  # before decord: on some machines decord's bundled libraries clash with torch's if they are loaded first
@@ -177,7 +178,15 @@ def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
     return patches.reshape(t * h * w, -1), (t, h, w)  # (S, 1176)
 
 
-def open_video(path: str | Path, options: VideoOptions) -> tuple[VideoReader, list[int], float]:
+class OpenVideo(NamedTuple):
+    """A video file that is ready to be decoded."""
+
+    reader: VideoReader
+    indices: list[int]  # of the frames to read, ascending
+    sampled_fps: float  # how many of them are in a second of video
+
+
+def open_video(path: str | Path, options: VideoOptions) -> OpenVideo:
     """Open a video file and choose its frames.
 
     Returns the reader, the indices of the frames to read, and how many of those there are per second of video.
@@ -211,7 +220,7 @@ def open_video(path: str | Path, options: VideoOptions) -> tuple[VideoReader, li
         indices = frame_indices(total_frames, video_fps, options)
     except ValueError as error:
         raise TooFewFrames(f"{path!r} {error}") from error
-    return reader, indices, len(indices) / total_frames * video_fps
+    return OpenVideo(reader, indices, len(indices) / total_frames * video_fps)
 
 
 def without_row_padding(frame: np.ndarray) -> np.ndarray:
@@ -267,7 +276,15 @@ def video_grid(path: str | Path, options: VideoOptions) -> tuple[int, int, int]:
     return grid_of(path, decode(path, reader, indices[:1]), len(indices), options)
 
 
-def load_video(path: str | Path, options: VideoOptions) -> tuple[torch.Tensor, tuple[int, int, int], float]:
+class LoadedVideo(NamedTuple):
+    """A video as input of the vision tower."""
+
+    pixel_values: torch.Tensor  # (S, 1176) float32
+    grid_thw: tuple[int, int, int]  # patches along time, height, width
+    second_per_grid_t: float  # seconds of video between two steps of the grid's time axis
+
+
+def load_video(path: str | Path, options: VideoOptions) -> LoadedVideo:
     """Read a video file as input for the vision tower.
 
     Returns pixel_values_videos (S, 1176) float32, its grid (t, h, w), and second_per_grid_t: seconds of video per step
@@ -277,4 +294,4 @@ def load_video(path: str | Path, options: VideoOptions) -> tuple[torch.Tensor, t
     frames, sampled_fps = read_frames(path, options)
     _, h, w = grid_of(path, frames, len(frames), options)
     pixel_values, grid_thw = patchify(resize(frames, h * PATCH_SIZE, w * PATCH_SIZE))
-    return pixel_values, grid_thw, TEMPORAL_PATCH_SIZE / sampled_fps
+    return LoadedVideo(pixel_values, grid_thw, TEMPORAL_PATCH_SIZE / sampled_fps)

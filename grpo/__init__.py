@@ -2,8 +2,9 @@
 
 import os
 
-# How long OpenMP's threads spin before they sleep, in iterations. By default some 300,000: two runs on one machine then
-# take turns at spinning and are 30 times slower than one (demo, 2 cores: 7 s a step instead of 0.25 s; with this number
-# 0.65 s, and one run alone loses 7 %). Read when torch is imported, so `grpo` is imported before it.
+# How long OpenMP's threads spin before they sleep, in iterations. By default some 300,000, with which two runs on one
+# machine mostly spin: a step of the demo on 2 cores takes 7 s instead of 0.25 s. With this number it takes 0.65 s, and
+# a run alone is 7 % slower (with OMP_WAIT_POLICY=passive: 0.4 s, but a run alone is a fifth slower or more). OpenMP
+# reads the number when torch is imported, so `grpo` is imported before torch.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")

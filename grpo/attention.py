@@ -35,7 +35,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> Tensor:
     """Causal attention; the queries may be those of the last tokens only."""
     is_square = query.shape[2] == key.shape[2]
     # SDPA's flash kernel recognises this bias and never reads it, but making it allocates host memory for queries x
-    # keys. So a whole prompt says is_causal instead.
+    # keys. So for a full prompt is_causal is passed instead.
     bias = None if is_square else causal_lower_right(query.shape[2], key.shape[2])
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=is_square, enable_gqa=True)
 

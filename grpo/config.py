@@ -57,8 +57,8 @@ class Config:
     mask_truncated_completions: bool = flag(
         False, "do not train on completions that were cut at the length limit", demo=True
     )
-    epsilon: float = flag(0.05, "lower clipping: ratios below 1 - epsilon have no gradient")
-    epsilon_high: float = flag(0.1, "upper clipping: ratios above 1 + epsilon_high have no gradient")
+    epsilon: float = flag(0.05, "lower clipping: below 1 - epsilon, tokens with a negative advantage have no gradient")
+    epsilon_high: float = flag(0.1, "upper clipping: the same above 1 + epsilon_high, for a positive advantage")
     num_iterations: int = flag(1, "updates per batch of rollouts")
 
     lora_enable: bool = flag(
@@ -76,7 +76,7 @@ class Config:
     global_batch_size: int | None = flag(
         None,
         "prompts per step on all ranks (1 per rank if no size is given)",
-        heading="batches, counted in prompts; any of the three sizes may be left out",
+        heading="batches (sizes count prompts; any may be left out)",
         demo=8,
     )
     per_device_train_batch_size: int | None = flag(None, "prompts of a rank that pass through the model together")
@@ -162,7 +162,7 @@ def parse_flags(cls: type, argv: list[str], prog: str, defaults: dict | None = N
     if unknown:
         names = [f"--{field.name}" for field in dataclasses.fields(cls)]
         nearest = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
-        fail(f"unknown flag {unknown[0]!r}" + (f", did you mean {nearest[0]}?" if nearest else ""))
+        fail(f"unknown flag {unknown[0]!r}" + (f" (did you mean {nearest[0]}?)" if nearest else ""))
     return cls(**{name: value for section in parsed for name, value in vars(section).items()})
 
 
@@ -263,14 +263,15 @@ def resolve_batch_sizes(config: Config, world_size: int) -> Config:
         config.gradient_accumulation_steps,
     )
     given = {"--per_device_train_batch_size": device, "--gradient_accumulation_steps": accumulation}
-    factors = [f"{world_size} ranks", *(f"{name} {value}" for name, value in given.items() if value is not None)]
+    ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
+    factors = [ranks, *(f"{name} {value}" for name, value in given.items() if value is not None)]
     product = world_size * (device or 1) * (accumulation or 1)
     if total is None:
         total = product
     elif total % product or (device is not None and accumulation is not None and total != product):
         relation = "a multiple of" if device is None or accumulation is None else "equal to"
-        arithmetic = f"{product} = {' x '.join(factors)}"
-        raise InputError(f"--global_batch_size {total} is not {relation} {arithmetic}: change or leave out one of them")
+        arithmetic = f"{product} = {' x '.join(factors)}" if len(factors) > 1 else factors[0]
+        raise InputError(f"--global_batch_size {total} is not {relation} {arithmetic}: change it, or leave it out")
     if device is None:
         accumulation = accumulation or 1
         device = total // (world_size * accumulation)

@@ -20,6 +20,8 @@ LAUNCHER_POLL_SECONDS = 5.0
 
 def start_processes() -> torch.device:
     """Join the process group that torchrun describes, or make one of a single process; return this rank's device."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
+        threading.Thread(target=exit_with_launcher, args=(os.getppid(),), daemon=True).start()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
     if gpu:
@@ -34,8 +36,6 @@ def start_processes() -> torch.device:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun
-        threading.Thread(target=exit_with_launcher, args=(os.getppid(),), daemon=True).start()
     return device
 
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,3 +112,29 @@ def run_ranks(function, world_size: int, *arguments, local_world_size: int | Non
     local = local_world_size or world_size
     arguments = (function, world_size, local, free_port(), arguments)
     mp.start_processes(as_rank, arguments, nprocs=world_size, start_method="forkserver")
+
+
+HOLD = "import sys, time; from grpo.run.lock import lock_folder; lock_folder(sys.argv[1]); print('held', flush=True); "
+
+
+@pytest.fixture
+def processes():
+    """Processes that a test starts; they are killed at its end."""
+    started = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def hold(folder: Path, processes: list, then: str = "time.sleep(600)") -> subprocess.Popen:
+    """Lock a folder in another process, which then goes on with `then`."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", HOLD + then, str(folder)]
+    processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+    assert processes[-1].stdout.readline() == "held\n"
+    return processes[-1]
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

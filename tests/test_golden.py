@@ -32,7 +32,8 @@ def versions() -> dict[str, str]:
     import torch
     import transformers
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
+    torch_version = torch.__version__.split("+")[0]  # without that of CUDA
+    return {"torch": torch_version, "transformers": transformers.__version__, "machine": platform.machine()}
 
 
 def first_five_steps(folder: Path) -> dict[str, list[float]]:

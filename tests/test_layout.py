@@ -1,4 +1,4 @@
-"""Who imports whom: arrows go down the page of README's 'Where things are', and never in a circle."""
+"""Who may import whom, and that no modules import each other in a circle."""
 
 import ast
 from pathlib import Path

@@ -202,7 +202,7 @@ def entry(**changes) -> dict:
         (["--epsilon", "x"], ["--epsilon"]),
         (["--on_bad_video", "ignore"], ["--on_bad_video", "skip"]),
         (["--fps", "2"], ["--fps", "--nframes"]),
-        (["--global_batch_size", "6", "--per_device_train_batch_size", "4"], ["6 is not a multiple of 4 = 1 ranks x"]),
+        (["--global_batch_size", "6", "--per_device_train_batch_size", "4"], ["6 is not a multiple of 4 = 1 rank x"]),
         (["--data_path", "nowhere.json"], ["nowhere.json"]),
         (["--model_id", "nowhere"], ["--model_id 'nowhere'"]),
         (["--demo"], ["--demo", "--model_id"]),

@@ -28,7 +28,7 @@ from grpo.evaluate.heldout import evaluate
 from grpo.export import load_merged
 from grpo.model.layers import use_our_layers
 from grpo.model.load import load_model
-from grpo.model.random_model import TOKENS_PER_SECOND, random_model
+from grpo.model.random_model import TOKENS_PER_SECOND, TextSize, VisionSize, random_model
 from grpo.ranks import broadcast_object, raise_together
 from grpo.run.lock import lock_folder
 from reward.extract import extract_number
@@ -49,8 +49,8 @@ def build_model(tokenizer, seed: int, hidden_size: int = 128, layers: int = 4) -
     words |= {"bos_token_id": "<|endoftext|>", "pad_token_id": "<|endoftext|>"}
     ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in words.items()}
     heads = hidden_size // 32
-    text = hidden_size, layers, heads, heads // 2, 2 * hidden_size, len(tokenizer), True, [4, 6, 6]
-    vision = hidden_size // 2, 2, heads // 2, hidden_size, [1]
+    text = TextSize(hidden_size, layers, heads, heads // 2, 2 * hidden_size, len(tokenizer), True, [4, 6, 6])
+    vision = VisionSize(hidden_size // 2, 2, heads // 2, hidden_size, [1])
     torch.manual_seed(seed)
     return use_our_layers(random_model(text, vision, ids, rope_theta=1e4, initializer_range=INIT_RANGE))
 
@@ -131,26 +131,35 @@ def prepare(config: Config) -> Config:
 def choose_folder(config: Config) -> Config | None:
     """On rank 0, find the folder of the run, make and lock it; raise InputError if it cannot be used.
 
-    Without --output_dir it is the first of output/demo, output/demo-2, … in which no run has begun, or with
-    --resume_from_checkpoint the last one in which one has.
+    The default is the first of output/demo, output/demo-2, … that no other run has begun in or has locked; with
+    --resume_from_checkpoint auto the last one in which a run has begun.
     """
     if dist.get_rank() != 0:
         return None
-    is_resumed, default = config.resume_from_checkpoint != "none", DEMO_DEFAULTS["output_dir"]
-    output = config.output_dir
-    if output == default:
-        numbered = [default, *(f"{default}-{n}" for n in range(2, 1000))]
-        free = next(n for n, folder in enumerate(numbered) if not is_in_use(Path(folder)))
-        output = numbered[max(free - 1, 0) if is_resumed else free]
-    if is_in_use(Path(output)) and not (is_resumed and has_begun(Path(output))):
-        fix = "name a new folder" + ", or continue with --resume_from_checkpoint auto" * has_begun(Path(output))
-        raise InputError(f"--output_dir {output!r} exists: {fix}")
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {output!r} cannot be made ({error.strerror}): name another place") from error
-    lock_folder(output)
-    return dataclasses.replace(config, output_dir=output)
+    folders, wanted = [Path(config.output_dir)], config.resume_from_checkpoint
+    if config.output_dir == DEMO_DEFAULTS["output_dir"] and wanted in ("none", "auto"):
+        folders += [Path(f"{config.output_dir}-{n}") for n in range(2, 1000)]
+    candidates = [folder for folder in folders if not is_in_use(folder)]
+    if wanted != "none" and (begun := [folder for folder in folders if has_begun(folder)]):
+        candidates = begun[-1:]
+    if not candidates:
+        fix = "name a new folder"
+        if has_begun(folders[0]):
+            fix += ", or continue with --resume_from_checkpoint auto"
+        raise InputError(f"--output_dir {config.output_dir!r} exists: {fix}")
+    for folder in candidates:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock_folder(str(folder))
+            break
+        except OSError as error:
+            raise InputError(
+                f"--output_dir {str(folder)!r} cannot be made ({error.strerror}): name another place"
+            ) from error
+        except InputError:  # locked by a demo that is still preparing
+            if folder == candidates[-1]:
+                raise
+    return dataclasses.replace(config, output_dir=str(folder))
 
 
 def is_in_use(output: Path) -> bool:

@@ -1,8 +1,8 @@
 """Write small, real mp4 files.
 
-The demo and the tests need videos that decord opens, and no video encoder is among the dependencies. So every frame
-becomes a JPEG (Pillow), and the container around them is written by hand: Motion-JPEG in MP4, the boxes of ISO/IEC
-14496-12 (ISO base media file format). Every frame is a key frame, so seeking is exact.
+The demo and the tests need videos that decord opens, without a video encoder among the dependencies. So Pillow encodes
+every frame as a JPEG, and the container is written here: Motion-JPEG in MP4, with the boxes of ISO/IEC 14496-12 (ISO
+base media file format). Every frame is a key frame.
 """
 
 import io

@@ -1,9 +1,9 @@
 """Beating hearts with a known ejection fraction: the demo's data, and that of the tests.
 
-A left ventricle is drawn as an ellipse whose short axis shrinks and grows with the beat. Its volume goes with
-length · width², so that an ejection fraction EF = 1 - V_min / V_max asks for width_min = width_max · sqrt(1 - EF).
-Size, place, tilt, brightness, heart rate, phase and speckle differ from clip to clip and say nothing about the EF, nor
-do file names, ids, the question or the number of clips: the answer is in how the pixels move, and nowhere else.
+The left ventricle is an ellipse whose short axis shrinks and grows with the beat. Its volume is proportional to
+length · width², so that EF = 1 - V_min / V_max gives width_min = width_max · sqrt(1 - EF). Size, position, tilt,
+brightness, heart rate, phase and speckle vary from clip to clip, independently of the EF, as do file names, ids, the
+question and the number of clips: only the motion shows the answer.
 """
 
 import json

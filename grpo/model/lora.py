@@ -34,7 +34,7 @@ def layers_to_adapt(model, config: Config) -> list[str]:
     excluded = re.findall(r"[^][()\s,'\"]+", config.lora_namespan_exclude)  # "['a', 'b']" and "a, b" alike
     for word in excluded:
         if not any(word in name for name, _ in model.named_modules()):
-            raise InputError(f"--lora_namespan_exclude: no part of the model has {word!r} in its name: correct or drop it")
+            raise InputError(f"--lora_namespan_exclude: no module of the model has {word!r} in its name: correct it")
     within = ("model.language_model.", "model.visual.blocks.") if config.vision_lora else "model.language_model."
     names = [
         name

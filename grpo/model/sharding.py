@@ -134,7 +134,9 @@ def build_models(loaded, config: Config, device: torch.device) -> Models:
 
     loaded: the unsharded model on rank 0, None on the others. Collective.
     """
-    described, generation = broadcast_object(loaded and (loaded.config.to_dict(), loaded.generation_config))
+    described, generation = broadcast_object(
+        None if loaded is None else (loaded.config.to_dict(), loaded.generation_config)
+    )
     with torch.device("meta"):  # shapes only, no memory
         policy = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(described))
     use_our_layers(policy)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data.dataset import InputError, first_line
+from data.loader import worker_failure
 from grpo.config import Config
 from grpo.model.load import ModelFiles
 from grpo.ranks import print_rank0, raise_together
@@ -115,7 +116,7 @@ def save(config: Config, name: str, files: ModelFiles, state: dict, progress: di
             shutil.rmtree(unfinished, ignore_errors=True)
         if is_needed:
             raise
-        print_rank0(f"{error}: training goes on without it")
+        print_rank0(f"{error}: training continues without it")
 
 
 def on_rank_0(function: Callable[[], None], folder: Path) -> None:
@@ -126,6 +127,8 @@ def on_rank_0(function: Callable[[], None], folder: Path) -> None:
             if dist.get_rank() == 0:
                 function()
         except Exception as error:  # for a full disk, libraries raise OSError, SafetensorError and plain Exception
+            if worker_failure(error):  # PyTorch raises it wherever the main thread is
+                raise
             raise InputError(cannot_save(folder, error)) from error
 
     raise_together(attempt)

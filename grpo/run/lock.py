@@ -1,4 +1,4 @@
-"""One run per folder: a lock that the living process holds and that goes with it, however it ends."""
+"""One run per folder: a lock that the kernel releases when the process ends, however it ends."""
 
 import errno
 import fcntl
@@ -21,8 +21,10 @@ def lock_folder(folder: str) -> None:
     systems share it between hosts. The file stays, with the last holder in it.
     """
     path = Path(folder, NAME).resolve()
+    if path in _held and path.exists() and os.path.samestat(os.fstat(_held[path].fileno()), path.stat()):
+        return  # closing and opening it again would release the lock in between
     if path in _held:
-        _held.pop(path).close()
+        _held.pop(path).close()  # of a folder that was deleted and made again
     try:
         file = open(path, "a+")  # noqa: SIM115  not closed, on purpose
     except OSError as error:

@@ -42,6 +42,7 @@ def find_resume_state(config: Config, samples: list[Sample]) -> ResumeState:
     metadata |= {"num_samples": len(samples), "data": fingerprint(samples)}
     there = checkpoints(output)
     newest = there[max(there)] if there else None
+    # A run resumed from elsewhere and killed before its first checkpoint must not start from nothing.
     origin = None if there or (output / "final").exists() else origin_of(output)
     if wanted == "auto":
         if (output / "final").exists():
@@ -55,10 +56,10 @@ def find_resume_state(config: Config, samples: list[Sample]) -> ResumeState:
                 )
         if origin:
             raise InputError(
-                f"--output_dir {str(output)!r}: its run went on from {origin!r} and has no checkpoint of its own yet: "
+                f"--output_dir {str(output)!r}: its run was resumed from {origin!r} and has no checkpoint yet: "
                 f"give --resume_from_checkpoint {origin}"
             )
-        return continued(newest, config, metadata) if newest else ResumeState(metadata)
+        return resume_at(newest, config, metadata) if newest else ResumeState(metadata)
 
     folder = Path(wanted)
     if wanted != "none" and folder.resolve() in [path.resolve() for path in there.values()]:
@@ -72,7 +73,7 @@ def find_resume_state(config: Config, samples: list[Sample]) -> ResumeState:
             f"--output_dir {str(output)!r} holds another run: name a new folder, or continue it with "
             "--resume_from_checkpoint auto"
         )
-    return ResumeState(metadata) if wanted == "none" else continued(folder, config, metadata)
+    return ResumeState(metadata) if wanted == "none" else resume_at(folder, config, metadata)
 
 
 def origin_of(output: Path) -> str | None:
@@ -84,7 +85,7 @@ def origin_of(output: Path) -> str | None:
     return None if origin in ("none", "auto") or Path(origin).resolve().parent == output.resolve() else origin
 
 
-def continued(folder: Path, config: Config, metadata: dict) -> ResumeState:
+def resume_at(folder: Path, config: Config, metadata: dict) -> ResumeState:
     """Start where the checkpoint in `folder` ends."""
     old = read_progress(folder, config, metadata)
     if folder.resolve() not in [path.resolve() for path in checkpoints(folder.parent).values()]:
@@ -115,15 +116,17 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{str(folder)!r} is no whole checkpoint ({first_line(error)}): move it away if it is damaged, and give "
-            "--resume_from_checkpoint auto, or a folder checkpoint-N"
+            f"{str(folder)!r} is not a complete checkpoint ({first_line(error)}): move it away if it is damaged, and "
+            "give --resume_from_checkpoint auto, or a folder checkpoint-N"
         ) from error
     if changed:
-        raise InputError(f"{', '.join(changed)} in {str(folder)!r}: give what was, or begin anew in a new --output_dir")
+        raise InputError(
+            f"{', '.join(changed)} in {str(folder)!r}: give the old value, or start again in a new --output_dir"
+        )
     if (metadata["num_samples"], metadata["data"]) != (old["num_samples"], old["data"]):
         raise InputError(
             f"--data_path {config.data_path!r}: {str(folder)!r} was trained on other samples ({old['num_samples']}, "
-            f"now {metadata['num_samples']}): give the same ones, or begin anew in a new --output_dir"
+            f"now {metadata['num_samples']}): give the same ones, or start again in a new --output_dir"
         )
     return old
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.dataset import InputError
+from data.loader import worker_failure
 from grpo.ranks import printable
 from grpo.rollout import Rollout
 
@@ -56,6 +57,8 @@ def call_reward(function, columns: dict[str, list], step: int, timeout: float) -
             f"{failing_sample(function, columns, step, timeout)!r}: {fix}, or raise the limit"
         ) from error
     except Exception as error:
+        if worker_failure(error):  # PyTorch raises it wherever the main thread is
+            raise
         for line in traceback.format_exc().splitlines():  # it is the user's own function: show where it failed
             print(printable(line), file=sys.stderr)
         what = str(error).splitlines()[0] if str(error) else ""

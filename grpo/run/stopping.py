@@ -9,8 +9,8 @@ from grpo.ranks import any_rank
 class StopRequest:
     """Remembers a signal until the step is done.
 
-    A rank that waits for one that died is not kept alive by this: its communication fails, or torchrun, half a minute
-    after its SIGTERM, kills it.
+    A rank that waits for a dead one is not kept alive: its collective fails, or torchrun kills it 30 seconds after its
+    SIGTERM.
     """
 
     def __init__(self):

@@ -73,7 +73,7 @@ def gather_records(rollouts: list[Rollout], by_function: dict[str, Tensor]) -> S
 
 @dataclass
 class GlobalCounts:
-    """What all ranks share in a step."""
+    """Counts over all ranks: the denominators of a step."""
 
     num_tokens: int  # trained tokens, the denominator of `dapo`
     num_completions: int  # trained completions, the denominator of the other loss types
@@ -171,7 +171,7 @@ class Tracker:
         """Continue after `start_step` steps, with their counts; what a resumed run wrote later is removed."""
         self.config, self.is_main, self.writer = config, dist.get_rank() == 0, None
         self.is_full = False
-        self.counts = {"skipped_samples": 0, "zero_std_in_a_row": 0, "warnings": 0, "bad_steps": 0, "bad_in_a_row": 0}
+        self.counts = {"skipped_samples": 0, "monotonous_in_a_row": 0, "warnings": 0, "bad_steps": 0, "bad_in_a_row": 0}
         self.counts |= counts or {}
         raise_together(self.begin, start_step)
         self.write(lambda writer: None, start_step + 1)
@@ -228,8 +228,8 @@ class Tracker:
         counts["skipped_samples"] += len(records.bad_videos)
         print_rank0(*(f"left out: {line}" for line in records.bad_videos))
         is_zero_std = metrics.get("frac_reward_zero_std", 0) >= 0.9
-        counts["zero_std_in_a_row"] = counts["zero_std_in_a_row"] + 1 if is_zero_std else 0
-        if counts["zero_std_in_a_row"] == ZERO_STD_STEPS and not counts["warnings"]:
+        counts["monotonous_in_a_row"] = counts["monotonous_in_a_row"] + 1 if is_zero_std else 0
+        if counts["monotonous_in_a_row"] == ZERO_STD_STEPS and not counts["warnings"]:
             counts["warnings"] = 1
             print_rank0(
                 f"step {step}: for {ZERO_STD_STEPS} steps nearly all groups have had equal rewards, from which "

@@ -253,6 +253,7 @@ def test_a_misspelt_key_is_named_with_the_one_that_was_meant(folder, key, meant,
 
 def test_keys_of_the_users_own_are_allowed(folder):
     own = {"ef": 55.0, "split": "train", "view": "A4C", "": 0, "video_id": 1, "conversation_id": 2, "Videographer": "x"}
+    own |= {"videoId": 3, "conversationId": 4, "video1": "x", "image": None, "images": []}
     (sample,) = load_samples(write(folder, [entry(**own)]), str(folder))
     assert sample.id == "s1"
 

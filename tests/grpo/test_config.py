@@ -34,8 +34,8 @@ def test_any_batch_size_follows_from_the_others():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"global_batch_size": 4}, "4 is not a multiple of 8 = 8 ranks:"),
-        ({"global_batch_size": 12}, "12 is not a multiple of 8 = 8 ranks:"),
+        ({"global_batch_size": 4}, "4 is not a multiple of 8 ranks:"),
+        ({"global_batch_size": 12}, "12 is not a multiple of 8 ranks:"),
         (
             {"global_batch_size": 64, "per_device_train_batch_size": 3},
             "64 is not a multiple of 24 = 8 ranks x --per_device_train_batch_size 3:",
@@ -50,7 +50,7 @@ def test_any_batch_size_follows_from_the_others():
 def test_contradictory_batch_sizes_say_the_arithmetic_of_what_was_given(given, words):
     with pytest.raises(InputError) as error:
         sizes(8, **given)
-    assert str(error.value) == f"--global_batch_size {words} change or leave out one of them"
+    assert str(error.value) == f"--global_batch_size {words} change it, or leave it out"
 
 
 def test_flags_beside_demo_override_its_defaults():
@@ -61,10 +61,12 @@ def test_flags_beside_demo_override_its_defaults():
 def test_help_shows_every_flag_once_in_its_section_with_its_defaults(capsys):
     with pytest.raises(SystemExit):
         parse_config(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(Config):
-        assert len(re.findall(rf" --{field.name} ", shown)) >= 1, field.name
-        assert f"--{field.name.replace('_', '-')} " not in shown or "_" not in field.name
+    printed = capsys.readouterr().out
+    shown = " ".join(printed.split())
+    assert re.findall(r"^  (--\w+)", printed, flags=re.MULTILINE) == [
+        "--help",
+        *(f"--{field.name}" for field in dataclasses.fields(Config)),
+    ]
     assert "--nframes frames read from every video (rounded to even), instead of --fps (with --demo: 8)" in shown
     assert "(default: 1e-06; with --demo: 0.0001)" in shown and "(default: 5)" in shown
     headings = [field.metadata["heading"] for field in dataclasses.fields(Config) if field.metadata["heading"]]
@@ -80,8 +82,10 @@ def test_help_shows_every_flag_once_in_its_section_with_its_defaults(capsys):
     ],
 )
 def test_a_misspelt_flag_is_answered_with_the_nearest_one(wrong, nearest):
-    with pytest.raises(InputError, match=f"unknown flag '{wrong}', did you mean {nearest}[?]: python train.py --help"):
+    with pytest.raises(InputError) as error:
         parse_config([*GIVEN, wrong])
+    expected = f"unknown flag {wrong!r} (did you mean {nearest}?): python train.py --help explains the flags"
+    assert str(error.value) == expected
 
 
 def test_a_flag_like_no_other_gets_no_guess():

@@ -10,7 +10,8 @@ from tests.conftest import ROOT
 
 # Many short parallel regions, each followed by a wait, as a training step of a small model has.
 WORK = """
-import time, grpo, torch
+import os, time, grpo, torch
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # where they collide
 torch.set_num_threads(2)
 x, w = torch.randn(256, 256, requires_grad=True), torch.randn(256, 256)
 for n in range(330):

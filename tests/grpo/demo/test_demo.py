@@ -22,6 +22,7 @@ from grpo.model.load import load_model, special_tokens
 from grpo.ranks import start_processes
 from grpo.rollout import SamplingParams, generate
 from reward.extract import extract_number
+from tests.conftest import hold
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,21 @@ def test_a_demo_takes_the_next_free_folder_and_resuming_takes_the_last_run(folde
     (folders / "demo-2" / "config.json").write_text("{}")
     assert chosen() == "output/demo-3"
     assert chosen("--resume_from_checkpoint", "auto") == "output/demo-2"
+
+
+def test_a_checkpoint_is_resumed_in_the_folder_that_was_given(folders):
+    for name in ("demo", "demo-2"):
+        (folders / name).mkdir(parents=True)
+        (folders / name / "config.json").write_text("{}")
+    assert chosen("--resume_from_checkpoint", "output/demo/checkpoint-5") == "output/demo"
+
+
+def test_a_second_demo_beside_one_that_is_preparing_takes_the_next_folder(folders, processes):
+    folders.mkdir()
+    first = hold(folders / "demo", processes)
+    assert chosen() == "output/demo-2"
+    with pytest.raises(InputError, match=f"in use by process {first.pid}"):
+        chosen("--output_dir", "output/demo", "--resume_from_checkpoint", "output/demo/checkpoint-5")
 
 
 def test_a_demo_that_was_interrupted_before_its_run_began_starts_again_in_its_folder(folders):

@@ -21,9 +21,8 @@ from data.loader import epoch_order
 from grpo.ranks import printable
 from grpo.run.checkpoint import checkpoints
 from grpo.run.scoring import score
-from tests.conftest import ROOT, make_tiny, run_ranks
+from tests.conftest import ROOT, children_of, make_tiny, run_ranks
 from tests.grpo.run.faulty_rewards import main
-from tests.grpo.run.test_lock import children_of
 from tests.kill_and_resume import run_flags
 from tests.test_train import curves
 
@@ -75,7 +74,7 @@ def test_a_data_worker_that_dies_is_the_last_line_on_screen(tiny, tmp_path, numb
         run.kill()
     assert run.returncode == 2 and "Traceback" not in printed
     last = printed.splitlines()[-1]
-    assert last.startswith("train.py: error: DataLoader worker (pid ")
+    assert last.startswith("train.py: error: rank 0: DataLoader worker (pid ")
     assert "killed by signal" in last and "--dataloader_num_workers" in last and "python -m data.check" in last
 
 

@@ -10,30 +10,10 @@ from pathlib import Path
 import pytest
 
 import train
+from data.dataset import InputError
 from grpo.run.lock import lock_folder
-from tests.conftest import ROOT
+from tests.conftest import ROOT, children_of, hold
 from tests.kill_and_resume import run_flags
-
-HOLD = "import sys, time; from grpo.run.lock import lock_folder; lock_folder(sys.argv[1]); print('held', flush=True); "
-
-
-@pytest.fixture
-def processes():
-    """Processes that a test starts; they are killed at its end."""
-    started = []
-    yield started
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def hold(folder: Path, processes: list, then: str = "time.sleep(600)") -> subprocess.Popen:
-    """Lock a folder in another process, which then goes on with `then`."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", HOLD + then, str(folder)]
-    processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
-    assert processes[-1].stdout.readline() == "held\n"
-    return processes[-1]
 
 
 def test_a_second_run_in_a_folder_names_the_first_one_and_ends(tiny, tmp_path, processes, capsys):
@@ -45,6 +25,14 @@ def test_a_second_run_in_a_folder_names_the_first_one_and_ends(tiny, tmp_path, p
     first.send_signal(signal.SIGKILL)  # the lock goes with the process, however it ends
     first.wait()
     assert train.main(run_flags(tiny.folder, tmp_path / "out", "--max_steps", "1")) == 0
+
+
+def test_a_lock_survives_being_asked_for_again(tmp_path, processes):
+    twice = "lock_folder(sys.argv[1]); print('twice', flush=True); time.sleep(600)"
+    holder = hold(tmp_path / "out", processes, then=twice)
+    assert holder.stdout.readline() == "twice\n"
+    with pytest.raises(InputError, match=f"in use by process {holder.pid}"):
+        lock_folder(str(tmp_path / "out"))
 
 
 def test_children_that_outlive_a_run_do_not_hold_its_folder(tmp_path, processes):
@@ -60,10 +48,6 @@ def test_where_locks_are_not_to_be_had_a_line_says_so(tmp_path, monkeypatch, cap
     monkeypatch.setattr("fcntl.lockf", lockf)
     lock_folder(str(tmp_path))
     assert "cannot be locked (No locks available): make sure that no other run writes there" in capsys.readouterr().out
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def is_running(pid: int) -> bool:

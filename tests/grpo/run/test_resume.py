@@ -145,7 +145,7 @@ def change_data(folder: Path, how: str) -> None:
         (
             ["--output_dir", "{new}", "--resume_from_checkpoint", "nowhere"],
             "",
-            ["'nowhere' is no whole checkpoint", "auto"],
+            ["'nowhere' is not a complete checkpoint", "auto"],
         ),
         (["--output_dir", "{new}", "--resume_from_checkpoint", "{whole}/final"], "", ["final", "checkpoint-N"]),
         (["--resume_from_checkpoint", "{out}/checkpoint-2"], "", ["checkpoint-3 beside it is newer"]),
@@ -224,7 +224,7 @@ def test_a_folder_without_its_progress_is_to_be_moved_away(tiny, whole, tmp_path
     (output / name / "progress.json").write_text("")
     assert train.main(run_flags(tiny.folder, output, "--max_steps", "7", *AUTO)) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert f"{name}' is no whole checkpoint" in line and "move it away" in line
+    assert f"{name}' is not a complete checkpoint" in line and "move it away" in line
 
 
 def test_a_branch_that_was_killed_before_its_first_checkpoint_never_begins_from_nothing(tiny, whole, tmp_path, capfd):
