@@ -5,12 +5,15 @@ Each computes what the layer computes, with the layer's own weights; modules, na
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, rotate_half
 
 import grpo.attention  # noqa: F401  registers the attention functions named below
+
+DECODING_ROWS = 8  # rows of a linear layer's input while decoding, about: the layout is best for these
 
 
 def use_our_layers(model) -> Qwen2_5_VLForConditionalGeneration:
@@ -58,3 +61,20 @@ class LastLayer(Qwen2_5_VLDecoderLayer):
         out = kwargs["attention_fn"](query, key, value, attention.layer_idx)
         hidden = hidden[:, query_indices] + attention.o_proj(out.transpose(1, 2).flatten(2))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def pack_weights(model) -> None:
+    """Make linear layers compute with copies of their current weights in the memory layout that oneDNN reads.
+
+    For sampling on a CPU. The operators are private to PyTorch, which uses them in torch.compile; they are worth it: a
+    rollout of `python -m grpo.benchmark --size cpu` with 5 videos takes 0.58 s instead of 0.68 s.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), DECODING_ROWS)
+            layer.forward = partial(packed_linear, packed, layer.bias)
+
+
+def packed_linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Compute what `nn.Linear` computes, from weights of `pack_weights`."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

@@ -21,7 +21,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from grpo.config import Config
 from grpo.logprobs import completion_logprobs
-from grpo.model.layers import use_our_layers
+from grpo.model.layers import pack_weights, use_our_layers
 from grpo.model.lora import add_adapters, lora_layers, merged_weight, trains_only_adapters
 from grpo.model.optimizer import freeze
 from grpo.ranks import broadcast_object
@@ -100,6 +100,8 @@ class SamplingModel:
                 weight.copy_(sharded.to(weight.dtype).full_tensor())  # in place: captured graphs read this memory
             else:
                 weight.data = sharded.data
+        if self.model.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            pack_weights(self.model.model)
         return self.model
 
 
