@@ -79,7 +79,7 @@ def write_warm_start(folder: Path, prompts: list[Prompt], tokenizer, seed: int) 
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START_RATE, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 20, WARM_START_STEPS)
     generator = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(WARM_START_STEPS), desc="warm start", leave=False):
+    for _ in tqdm(range(WARM_START_STEPS), desc="warm start", leave=False, disable=None):
         batch = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:WARM_START_BATCH]]
         answers = []
         for prompt in batch:

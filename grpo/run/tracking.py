@@ -9,6 +9,7 @@ import html
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,7 +177,14 @@ class Tracker:
         raise_together(self.begin, start_step)
         self.write(lambda writer: None, start_step + 1)
         bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self.bar = tqdm(total=total_steps, initial=start_step, bar_format=bar_format, disable=not self.is_main)
+        seconds = 0.1 if sys.stderr.isatty() else 10  # between drawings: a log file keeps each of them
+        self.bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            bar_format=bar_format,
+            mininterval=seconds,
+            disable=not self.is_main,
+        )
 
     def begin(self, start_step: int) -> None:
         """On rank 0, write the flags and remove events after `start_step`; raise InputError if the disk is full."""
