@@ -31,7 +31,7 @@ STEPS = ["--max_steps", "4", "--save_steps", "1"]
 
 def end_with(fault: list[str], arguments: list[list[str]], log: str, code: int) -> None:
     rank = int(os.environ["RANK"])
-    descriptor = os.open(f"{log}.{rank}", os.O_CREAT | os.O_WRONLY)
+    descriptor = os.open(f"{log}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     assert main([*fault, *arguments[rank % len(arguments)]]) == code
@@ -128,7 +128,7 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(tiny, tmp_path, limit, r
     printed = run_with(str(limit), faulty, ranks, run_flags(tiny.folder, output, *more), tmp_path, code)
     for step in (3, 4):
         (line,) = [line for line in printed.splitlines() if f"checkpoint-{step}' cannot be saved" in line]
-        assert "training goes on without it" in line
+        assert "training continues without it" in line
     assert set(checkpoints(output)) == {2} and not list(output.glob("*.unfinished"))
     errors = [line for line in printed.splitlines() if line.startswith("train.py: error: ")]
     assert len(errors) == (code == 2) and all("final' cannot be saved" in line for line in errors)
