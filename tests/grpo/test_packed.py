@@ -151,7 +151,7 @@ def test_logits_in_chunks_equal_logits_at_once(tiny, monkeypatch):
     assert relative(gradients[0], gradients[1]) < 1e-6
 
 
-def test_log_probabilities_sum_to_one_over_the_tokens_that_are_not_banned():
+def test_log_probabilities_sum_to_one_over_the_tokens_that_are_not_suppressed():
     hidden, lm_head = torch.randn(3, 8), torch.randn(11, 8)
     logprobs = sampling_logprobs(hidden, lm_head, 0.5, torch.tensor([2, 7]))
     assert torch.isinf(logprobs[:, [2, 7]]).all()

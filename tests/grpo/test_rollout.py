@@ -85,7 +85,7 @@ def test_a_completion_ends_with_its_first_stop_token_or_at_the_limit(tiny, seed)
         length = int(mask.sum())
         assert mask.tolist() == [True] * length + [False] * (len(mask) - length)  # no holes
         found = [t for t, token in enumerate(ids[:length].tolist()) if token in OFTEN]
-        assert found == ([length - 1] if stopped else [])  # the stop token is trained, and the last one
+        assert found == ([length - 1] if stopped else [])  # the end-of-sequence token is trained, and is the last one
         assert stopped or length == 12
 
 

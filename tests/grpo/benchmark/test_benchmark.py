@@ -1,4 +1,4 @@
-"""The benchmark runs the trainer's own phases, and measures the repeated rows beside them."""
+"""The benchmark runs the trainer's own phases, and measures the baseline in turn with them."""
 
 import json
 import os
@@ -93,14 +93,14 @@ def test_what_does_not_fit_at_all_is_refused_in_a_line(monkeypatch, capsys):
 
 def test_repeated_rows_are_the_same_work(tiny):
     """Given the same completions, the baseline's gradient is that of the packed pass."""
-    banned = special_tokens(tiny.model, tiny.tokenizer, "cpu").suppress_tokens
+    suppressed = special_tokens(tiny.model, tiny.tokenizer, "cpu").suppress_tokens
     prompt, twin = tiny.prompts[1], hf_twin(tiny.model)
-    ids = repeated_rollout(twin, prompt, 3, 5, banned)
+    ids = repeated_rollout(twin, prompt, 3, 5, suppressed)
     assert ids.shape == (3, 5) and len(set(map(tuple, ids.tolist()))) > 1
     advantages = torch.tensor([1.0, -0.5, 0.25])
     stay = torch.optim.SGD(twin.parameters(), lr=0.0)
-    repeated_update(twin, stay, prompt, ids, advantages, banned)
-    ((logprobs, _),) = completion_logprobs(tiny.model, [prompt], [ids], [torch.ones_like(ids).bool()], 1.0, banned)
+    repeated_update(twin, stay, prompt, ids, advantages, suppressed)
+    ((logprobs, _),) = completion_logprobs(tiny.model, [prompt], [ids], [torch.ones_like(ids).bool()], 1.0, suppressed)
     ours = torch.autograd.grad(-(logprobs * advantages[:, None]).mean(), list(tiny.model.parameters()))
     norm = torch.cat([g.flatten() for g in ours]).norm()
     for g, p in zip(ours, twin.parameters(), strict=True):

@@ -1,5 +1,6 @@
 """One run per folder, and no rank that outlives its launcher."""
 
+import json
 import os
 import signal
 import subprocess
@@ -39,6 +40,7 @@ def test_children_that_outlive_a_run_do_not_hold_its_folder(tmp_path, processes)
     parent = hold(tmp_path / "out", processes, then="import os; pid = os.fork(); pid and os._exit(0); time.sleep(3)")
     parent.wait()
     lock_folder(str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / ".lock").read_text())["pid"] == os.getpid()
 
 
 def test_where_locks_are_not_to_be_had_a_line_says_so(tmp_path, monkeypatch, capsys):
