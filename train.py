@@ -57,16 +57,7 @@ from grpo.run.inputs import load_inputs
 from grpo.run.preflight import memory_preflight, with_trial_advantages
 from grpo.run.scoring import score
 from grpo.run.stopping import StopRequest
-from grpo.run.tracking import (
-    Clock,
-    GlobalCounts,
-    StepRecords,
-    TokenSums,
-    Tracker,
-    count_global,
-    gather_records,
-    sampling_difference,
-)
+from grpo.run.tracking import Clock, GlobalCounts, StepRecords, TokenSums, Tracker, gather_records, sampling_difference
 from reward.numerical import numerical_video_reward
 
 REWARD_FUNCTIONS = [numerical_video_reward]  # a completion's reward is their sum
@@ -108,7 +99,7 @@ def reward_phase(rollouts: list[Rollout], tokenizer, config: Config, step: int) 
             rollout.completion_mask, rollout.rewards, rollout.is_stopped, config.mask_truncated_completions
         )
     records = gather_records(rollouts, by_function)
-    counts = count_global(records)  # the denominators
+    counts = GlobalCounts.of(records)  # the denominators
     advantages = group_advantages(rewards, config.scale_rewards, counts.reward_std)  # (B, G)
     for rollout, row in zip(rollouts, advantages, strict=True):
         rollout.advantages = row.to(device)
@@ -135,13 +126,8 @@ def update_phase(
                     kl = kl_estimate(logprobs, rollout.reference_logprobs)
                     token_loss = token_loss + config.beta * kl
                     sums.add("kl", kl, mask)
-                weights = completion_weights(
-                    config.loss_type,
-                    mask.sum(dim=1),
-                    counts.num_tokens,
-                    counts.num_completions,
-                    config.max_completion_length,
-                )
+                totals = counts.num_tokens, counts.num_completions
+                weights = completion_weights(config.loss_type, mask.sum(dim=1), *totals, config.max_completion_length)
                 loss = loss + weighted_sum(token_loss, mask, weights)
                 low, high = clipped_tokens(ratio, rollout.advantages, config.epsilon, config.epsilon_high)
                 sums.add("entropy", entropy, mask)

@@ -80,15 +80,15 @@ class GlobalCounts:
     num_completions: int  # trained completions, the denominator of the other loss types
     reward_std: float  # of all rewards, for `--scale_rewards batch`
 
-
-def count_global(records: StepRecords) -> GlobalCounts:
-    """Count over the groups of all ranks; denominators are at least 1."""
-    groups = records.groups
-    return GlobalCounts(
-        num_tokens=max(1, sum(int(group.num_trained.sum()) for group in groups)),
-        num_completions=max(1, sum(int((group.num_trained > 0).sum()) for group in groups)),
-        reward_std=nanstd(torch.cat([group.rewards for group in groups])).item() if groups else 0.0,
-    )
+    @classmethod
+    def of(cls, records: StepRecords) -> "GlobalCounts":
+        """Count over the groups of all ranks; denominators are at least 1."""
+        groups = records.groups
+        return cls(
+            num_tokens=max(1, sum(int(group.num_trained.sum()) for group in groups)),
+            num_completions=max(1, sum(int((group.num_trained > 0).sum()) for group in groups)),
+            reward_std=nanstd(torch.cat([group.rewards for group in groups])).item() if groups else 0.0,
+        )
 
 
 def nanstd(rewards: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from grpo.config import Config
 from grpo.ranks import start_processes
-from grpo.run.tracking import GroupRecord, StepRecords, Tracker, count_global, rollout_metrics, table_cell
+from grpo.run.tracking import GlobalCounts, GroupRecord, StepRecords, Tracker, rollout_metrics, table_cell
 from tests.conftest import run_ranks
 from tests.test_train import curves
 
@@ -31,10 +31,10 @@ GROUPS = [
 
 
 def test_counts_are_over_what_is_trained():
-    counts = count_global(StepRecords(GROUPS, []))
+    counts = GlobalCounts.of(StepRecords(GROUPS, []))
     assert (counts.num_tokens, counts.num_completions) == (14, 5)
     assert counts.reward_std == pytest.approx(0.125**0.5)  # of 0, 1, 0.5, 0.5, 0.5: squares of 0.25 + 0.25, over 4
-    nothing = count_global(StepRecords([], []))
+    nothing = GlobalCounts.of(StepRecords([], []))
     assert (nothing.num_tokens, nothing.num_completions, nothing.reward_std) == (1, 1, 0.0)
 
 
