@@ -35,6 +35,7 @@ from data.dataset import InputError
 from data.loader import Prompt, PromptDataset, checked, prompt_batches, rank_batches, worker_failure
 from grpo.config import Config, count_steps, parse_config, video_options
 from grpo.demo import demo
+from grpo.evaluate.heldout import HeldOut
 from grpo.logprobs import encode_videos
 from grpo.loss import (
     clipped_loss,
@@ -55,12 +56,11 @@ from grpo.rollout import Rollout, SamplingParams, generate, generators
 from grpo.run import checkpoint
 from grpo.run.inputs import load_inputs
 from grpo.run.preflight import memory_preflight, with_trial_advantages
+from grpo.run.records import GlobalCounts, StepRecords, TokenSums, gather_records, sampling_difference
 from grpo.run.scoring import score
 from grpo.run.stopping import StopRequest
-from grpo.run.tracking import Clock, GlobalCounts, StepRecords, TokenSums, Tracker, gather_records, sampling_difference
-from reward.numerical import numerical_video_reward
-
-REWARD_FUNCTIONS = [numerical_video_reward]  # a completion's reward is their sum
+from grpo.run.tracking import Clock, Tracker
+from reward import REWARD_FUNCTIONS
 
 
 def batched(items: list, size: int) -> Iterator[list]:
@@ -103,6 +103,8 @@ def reward_phase(rollouts: list[Rollout], tokenizer, config: Config, step: int) 
     advantages = group_advantages(rewards, config.scale_rewards, counts.reward_std)  # (B, G)
     for rollout, row in zip(rollouts, advantages, strict=True):
         rollout.advantages = row.to(device)
+    for group in records.groups:  # of all ranks, for the logs
+        group.advantages = group_advantages(group.rewards[None], config.scale_rewards, counts.reward_std)[0]
     return records, counts
 
 
@@ -129,10 +131,11 @@ def update_phase(
                 totals = counts.num_tokens, counts.num_completions
                 weights = completion_weights(config.loss_type, mask.sum(dim=1), *totals, config.max_completion_length)
                 loss = loss + weighted_sum(token_loss, mask, weights)
-                low, high = clipped_tokens(ratio, rollout.advantages, config.epsilon, config.epsilon_high)
                 sums.add("entropy", entropy, mask)
-                sums.add("clip_ratio/low_mean", low, mask)
-                sums.add("clip_ratio/high_mean", high, mask)
+                if config.num_iterations > 1:  # in the first update every ratio is 1
+                    low, high = clipped_tokens(ratio, rollout.advantages, config.epsilon, config.epsilon_high)
+                    sums.add("clip_ratio/low_mean", low, mask)
+                    sums.add("clip_ratio/high_mean", high, mask)
             # FSDP averages the gradients of the ranks, but the step's loss is the sum of their losses.
             (loss * dist.get_world_size()).backward()
             sums.loss += loss.detach()
@@ -198,7 +201,11 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     total_steps = count_steps(config, len(samples))
     optimizer, schedule = make_optimizer(policy, config, total_steps)
     tokens_per_second = policy.config.vision_config.tokens_per_second
-    dataset = PromptDataset(samples, tokenizer, tokens_per_second, video_options(config), config.on_bad_video)
+    dataset, heldout_dataset = (
+        PromptDataset(some, tokenizer, tokens_per_second, video_options(config), config.on_bad_video)
+        for some in (samples, inputs.heldout)
+    )
+    heldout = HeldOut(heldout_dataset, REWARD_FUNCTIONS, config) if inputs.heldout else None
     if config.memory_preflight or (config.memory_preflight is None and device.type == "cuda"):
         step_on = partial(trial_step, models, optimizer, tokens, config)
         print_rank0(memory_preflight(dataset, optimizer, config, step_on))
@@ -209,17 +216,26 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     )
     print_rank0(f"{len(samples)} samples, {total_steps} steps of {config.global_batch_size} prompts", *inputs.messages)
     print_rank0(*components_table(policy, config).splitlines(), *resume.messages)
-    tracker = Tracker(config, total_steps, resume.step, resume.counts)
+    tracker = Tracker(config, total_steps, resume)
     processor = processor_files(config.model_id)
 
-    def save(name: str, step: int, is_needed: bool = True) -> None:
+    def save(name: str, step: int, is_needed: bool = True) -> bool:
         """Write the trained model, or its adapters; a checkpoint also holds what resuming needs."""
         trained = gather_adapter(policy, config) if config.lora_enable else models.sampling.sync(policy)
-        state = {} if name == "final" else checkpoint.trainer_state(policy, optimizer)
-        progress = resume.metadata | {"step": step, "counts": tracker.counts}
-        checkpoint.save(config, name, ModelFiles(trained, tokenizer, processor), state, progress, is_needed)
+        state = {} if name in ("final", "best") else checkpoint.trainer_state(policy, optimizer)
+        progress = resume.metadata | {"step": step} | tracker.state()
+        return checkpoint.save(config, name, ModelFiles(trained, tokenizer, processor), state, progress, is_needed)
+
+    def evaluate(step: int) -> None:
+        """Evaluate the policy if it is due; keep it in best/ if none was better."""
+        if not heldout or not tracker.is_evaluation_due(step):
+            return
+        evaluation = heldout.evaluate(models.sampling.sync(policy))
+        if tracker.show_evaluation(step, evaluation) and save("best", step, is_needed=False):
+            tracker.best_step = step
 
     stop.listen()
+    evaluate(resume.step)  # before the first step, or where a signal came first
     clock = Clock()
     for step, batch in enumerate(prompt_batches(dataset, batches, config.dataloader_num_workers), resume.step + 1):
         prompts = raise_together(checked, batch)
@@ -238,8 +254,9 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
         schedule.step()
         clock.lap("update")
 
-        if tracker.log(step, records, metrics, clock):
-            tracker.show_completions(step, rollouts)
+        tracker.log(step, records, metrics, clock, prompts[0])
+        if not stop.requested():
+            evaluate(step)
         is_stopped = stop.requested()
         if is_stopped or (config.save_steps and step % config.save_steps == 0):
             save(f"checkpoint-{step}", step, is_needed=is_stopped)
@@ -269,7 +286,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:  # before training, where nothing needs saving
         print_rank0("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except RuntimeError as error:
+    except Exception as error:
         if line := worker_failure(error):  # on this rank alone
             abort_rank(f"train.py: error: rank {dist.get_rank()}: {line}")
         raise

@@ -7,6 +7,7 @@ import atexit
 import dataclasses
 import gc
 import multiprocessing
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -176,12 +177,16 @@ def kill_workers() -> None:
             process.kill()
 
 
-def worker_failure(error: Exception) -> str | None:
-    """Return one line about a worker process that died, or None if the error is about something else."""
-    text = " ".join(str(error).split())
-    if not text.startswith("DataLoader worker"):
-        return None
-    return (
-        f"{text.rstrip('.')}. If memory ran out, lower --dataloader_num_workers. If a broken video crashed the "
-        "decoder, python -m data.check names it"
-    )
+def worker_failure(error: BaseException | None) -> str | None:
+    """Return one line about a worker process that died, or None if the error is about something else.
+
+    PyTorch raises the news wherever the main thread happens to be; code there may wrap it in an error of its own.
+    """
+    while error is not None:
+        if found := re.search(r"DataLoader worker \(pid.*", " ".join(str(error).split())):
+            return (
+                f"{found.group().rstrip('.')}. If memory ran out, lower --dataloader_num_workers. If a broken video "
+                "crashed the decoder, python -m data.check names it"
+            )
+        error = error.__cause__ or error.__context__
+    return None

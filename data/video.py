@@ -178,6 +178,20 @@ def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
     return patches.reshape(t * h * w, -1), (t, h, w)  # (S, 1176)
 
 
+def unpatchify(pixel_values: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
+    """Undo `patchify`: (S, 1176) and the grid (t, h, w) -> uint8 (T, 3, H, W), the frames that the model sees."""
+    t, h, w = grid_thw
+    patches = pixel_values.reshape(
+        *(t, h // MERGE_SIZE, w // MERGE_SIZE, MERGE_SIZE, MERGE_SIZE),
+        *(3, TEMPORAL_PATCH_SIZE, PATCH_SIZE, PATCH_SIZE),
+    )  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
+    pixels = patches.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)  # (t, 2, 3, h/2, 2, 14, w/2, 2, 14)
+    pixels = pixels.reshape(t * TEMPORAL_PATCH_SIZE, 3, h * PATCH_SIZE, w * PATCH_SIZE)
+    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD).view(3, 1, 1)
+    return ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 class OpenVideo(NamedTuple):
     """A video file that is ready to be decoded."""
 

@@ -1,6 +1,7 @@
 """Every flag of `train.py`, each with its meaning; nothing else decides how a run goes."""
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import math
@@ -13,10 +14,23 @@ from data.dataset import InputError
 from data.video import VideoOptions
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
 
+BestModelMetric = Literal[
+    "eval/mae", "eval/median_error", "eval/rmse", "eval/bias", "eval/r2", "eval/pearson", "eval/ccc", "eval/within_5",
+    "eval/reward", "eval/parse_rate",
+]  # fmt: skip
+
 
 def flag(default, help: str, heading: str | None = None, demo=None):
     """Describe a flag; a heading starts a section of --help, demo is the default with --demo."""
-    return dataclasses.field(default=default, metadata={"help": help, "heading": heading, "demo": demo})
+    metadata = {"help": help, "heading": heading, "demo": demo}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def default_of(field: dataclasses.Field):
+    """Return a flag's default; a list is a new one each time."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 @dataclass
@@ -97,11 +111,19 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
     gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
 
+    eval_data_path: str = flag("", "JSON or JSONL file of held-out samples", heading="evaluation")
+    eval_steps: int = flag(0, "steps between evaluations; there is always one at the end", demo=50)
+    eval_on_start: bool = flag(False, "evaluate before the first step, too", demo=True)
+    per_device_eval_batch_size: int = flag(8, "held-out prompts of a rank that are answered together")
+    metric_for_best_model: BestModelMetric = flag("eval/mae", "the figure by which best/ is chosen; it knows which way")
+    valid_range: list[float] = flag([0.0, 100.0], "lowest and highest possible answer; others count as no number")
+    cuts: list[float] = flag([35.0, 40.0, 50.0], "values below which an answer means disease: AUC and accuracy at each")
+
     memory_preflight: bool | None = flag(
         None, "first try a step on the longest prompt, for its memory (on a GPU: on)", heading="the run"
     )
     logging_steps: int = flag(1, "steps between points of the curves")
-    log_completions: int = flag(4, "completions shown in TensorBoard at a logging step")
+    log_completions: int = flag(4, "prompts of a step whose best, middle and worst completion TensorBoard shows")
     save_steps: int = flag(0, "steps between checkpoints; 0: only where a signal stops the run")
     save_total_limit: int = flag(0, "checkpoints kept, the newest; 0: all of them")
     resume_from_checkpoint: str = flag("none", "resume from this folder checkpoint-N; auto: the newest in --output_dir")
@@ -140,10 +162,13 @@ def parse_flags(cls: type, argv: list[str], prog: str, defaults: dict | None = N
     sections = {}
     for field in dataclasses.fields(cls):
         heading = field.metadata["heading"] or list(sections)[-1]
-        known = [f"default: {field.default}"] if field.default not in (None, "") and field.default is not False else []
+        default = default_of(field)
+        shown = " ".join(f"{value:g}" for value in default) if isinstance(default, list) else default
+        known = [f"default: {shown}"] if shown not in (None, "") and shown is not False else []
         known += [f"with --demo: {field.metadata['demo']}"] if field.metadata["demo"] is not None else []
         text = field.metadata["help"] + (f" ({'; '.join(known)})" if known else "")
-        described = dataclasses.field(default=field.default, metadata={"help": text.replace("%", "%%")})
+        described = copy.copy(field)
+        described.metadata = {"help": text.replace("%", "%%")}
         sections.setdefault(heading, []).append((field.name, field.type, described))
     groups = [
         dataclasses.make_dataclass("Section", fields, namespace={"_argument_group_name": heading})
@@ -169,7 +194,7 @@ def parse_flags(cls: type, argv: list[str], prog: str, defaults: dict | None = N
 def _check(config: Config) -> None:
     c = config
     if c.demo:
-        for name in ("model_id", "data_path", "image_folder"):
+        for name in ("model_id", "data_path", "image_folder", "eval_data_path"):
             if getattr(c, name):
                 raise InputError(f"--demo makes its own model and data: leave out --{name}, or --demo")
     else:
@@ -181,35 +206,55 @@ def _check(config: Config) -> None:
             f"--num_generations {c.num_generations}: a group needs at least 2 completions, since advantages are "
             "differences within the group"
         )
-    try:
-        video_options(c)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    positive = "max_completion_length temperature epsilon_high num_iterations global_batch_size learning_rate "
-    positive += "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_grad_norm logging_steps "
-    positive += "lora_rank lora_alpha vision_lr merger_lr max_bad_steps"
-    for name in positive.split():
-        if getattr(c, name) is not None and not 0 < getattr(c, name) <= 1e9:
-            raise InputError(f"--{name} {getattr(c, name)}: must be above 0, and at most 1e9")
-    not_negative = (
-        "max_videos dataloader_num_workers max_steps weight_decay log_completions save_steps seed beta top_k "
-    )
-    not_negative += "save_total_limit"
-    for name in not_negative.split():
-        if not 0 <= getattr(c, name) <= 1e9:
-            raise InputError(f"--{name} {getattr(c, name)}: must lie between 0 and 1e9")
+    check_bounds(c)
+    if not c.eval_data_path and not c.demo:
+        for name in ("eval_steps", "eval_on_start", "metric_for_best_model"):
+            if getattr(c, name) != getattr(Config, name):
+                raise InputError(f"--{name} is about held-out samples: name them with --eval_data_path")
     if c.temperature < 0.01:
         raise InputError(f"--temperature {c.temperature}: must be 0.01 or more, so that completions of a group differ")
     if not 0 < c.top_p <= 1:
         raise InputError(f"--top_p {c.top_p}: must be above 0, and at most 1")
-    if not 0 < c.reward_timeout <= 1500:  # the other ranks wait meanwhile: see `start_processes`
-        raise InputError(f"--reward_timeout {c.reward_timeout}: must be above 0, and at most 1500 seconds")
     if not c.resume_from_checkpoint:
         raise InputError("--resume_from_checkpoint '': name a folder checkpoint-N, or auto, or none")
     for name in ("epsilon", "warmup_ratio"):
         if not 0 <= getattr(c, name) <= 1:
             raise InputError(f"--{name} {getattr(c, name)}: must lie between 0 and 1")
     _check_what_is_trained(c)
+
+
+POSITIVE = """
+    max_completion_length epsilon_high num_iterations global_batch_size learning_rate per_device_train_batch_size
+    gradient_accumulation_steps num_train_epochs max_grad_norm logging_steps lora_rank lora_alpha vision_lr merger_lr
+    max_bad_steps per_device_eval_batch_size num_samples
+""".split()
+NOT_NEGATIVE = """
+    max_videos dataloader_num_workers max_steps weight_decay log_completions save_steps seed beta top_k save_total_limit
+    eval_steps temperature
+""".split()
+
+
+def check_bounds(config) -> None:
+    """Raise InputError for values out of bounds, and contradictions about videos, in any dataclass of such flags."""
+    try:
+        video_options(config)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    values = vars(config)
+    for name in POSITIVE:
+        if values.get(name) is not None and not 0 < values[name] <= 1e9:
+            raise InputError(f"--{name} {values[name]}: must be above 0, and at most 1e9")
+    for name in NOT_NEGATIVE:
+        if not 0 <= values.get(name, 0) <= 1e9:
+            raise InputError(f"--{name} {values[name]}: must lie between 0 and 1e9")
+    if not 0 < config.reward_timeout <= 1500:  # the other ranks wait meanwhile: see `start_processes`
+        raise InputError(f"--reward_timeout {config.reward_timeout}: must be above 0, and at most 1500 seconds")
+    lowest, *others = config.valid_range
+    if len(others) != 1 or not -math.inf < lowest < others[0] < math.inf:
+        given = " ".join(f"{value:g}" for value in config.valid_range)
+        raise InputError(f"--valid_range {given}: give the lowest and the highest possible answer, as in 0 100")
+    if not all(map(math.isfinite, config.cuts)) or len(set(config.cuts)) < len(config.cuts):
+        raise InputError(f"--cuts {' '.join(f'{cut:g}' for cut in config.cuts)}: give different numbers")
 
 
 def _check_what_is_trained(config: Config) -> None:

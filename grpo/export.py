@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from data.dataset import InputError, first_line
 from data.prompt import load_tokenizer
+from grpo.model.card import model_card
 from grpo.model.load import ModelFiles, load_model, processor_files
 from grpo.ranks import print_rank0
 
@@ -34,12 +35,12 @@ def base_of(adapter: str) -> str:
     return described.get("base_model_name_or_path") or ""
 
 
-def load_merged(adapter: str, model_id: str):
-    """Load the base model in its own precision and merge the adapter into it: added in float32, rounded once.
+def load_merged(adapter: str, model_id: str, dtype="auto"):
+    """Load the base model, by default in its own precision, and merge the adapter into it: added in float32.
 
     Raise InputError if the adapter does not fit the base.
     """
-    model = load_model(model_id, "auto")
+    model = load_model(model_id, dtype)
     misfit = f"--adapter {adapter!r} does not fit the model {model_id!r}"
     try:
         with safe_open(Path(adapter, "adapter_model.safetensors"), "pt") as file:
@@ -69,13 +70,19 @@ def export(adapter: str, output: str, model_id: str = "") -> None:
         raise InputError(f"--adapter {adapter!r} does not say its base: name it with --model_id")
     tokenizer = load_tokenizer(model_id)
     model = load_merged(adapter, model_id)
+    progress = Path(adapter, "progress.json")  # of the run that saved the adapter
     try:
         unfinished = Path(f"{output}.unfinished")
         if unfinished.exists():  # left by an export that was killed
             shutil.rmtree(unfinished)
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         ModelFiles(model, tokenizer, processor_files(model_id)).write(unfinished)
+        if progress.exists():
+            card = model_card(json.loads(progress.read_text()), is_adapter=False)
+            (unfinished / "README.md").write_text(card)
         os.rename(unfinished, output)  # the folder gets its name once it is complete
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{str(progress)!r} is damaged ({first_line(error)}): move it away") from error
     except OSError as error:
         raise InputError(f"--output {output!r} cannot be written ({first_line(error)}): name another place") from error
 

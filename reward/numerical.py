@@ -31,7 +31,8 @@ def numerical_video_reward(completions, assistant, **kwargs) -> list[float]:
 
     completions[i] is `[{"role": "assistant", "content": text}]`,
     assistant[i] is `{"role": "assistant", "content": answer}`.
-    kwargs: `error_scale`; for the debug log `step` and `sample_id` (one per completion). Returns rewards from 0 to 1.
+    kwargs: `error_scale`; for the debug log `step`, `sample_id` (one per completion) and `is_training` (only then is it
+    written). Returns rewards from 0 to 1.
     """
     error_scale = kwargs.get("error_scale", 12.0)
     rewards, records = [], []
@@ -60,7 +61,8 @@ def numerical_video_reward(completions, assistant, **kwargs) -> list[float]:
                 "reward": reward,
             }
         )
-    append_to_log(records)
+    if kwargs.get("is_training", True):
+        append_to_log(records)
     return rewards
 
 

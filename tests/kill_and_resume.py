@@ -3,7 +3,7 @@
     python tests/kill_and_resume.py --ranks 2 --kills 20 [--signal TERM]
 
 A SIGKILL loses the steps since the last checkpoint, which are done again; a SIGTERM loses none. Weights are compared
-bit for bit, curves point for point. Exit code 1 if anything differs.
+bit for bit, curves point for point, completions byte for byte. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch.multiprocessing as mp  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
+from grpo.run import rollout_log  # noqa: E402
 from grpo.run.checkpoint import checkpoints  # noqa: E402
 from tests.conftest import FLAGS, as_rank, free_port, make_tiny  # noqa: E402
 
@@ -29,11 +31,13 @@ def run_flags(folder: Path, output: Path, *more) -> list[str]:
     """A run of the tiny model in `folder`, quick but with all that makes resuming hard."""
     where = ["--model_id", folder / "model", "--data_path", folder / "data.json", "--image_folder", folder / "videos"]
     what = "--learning_rate 1e-3 --num_generations 4 --global_batch_size 2 --num_iterations 2".split()
-    what += [
-        "--max_completion_length",
-        "16",
-    ]  # so that some contain a number, from which to learn
+    what += ["--max_completion_length", "16"]  # so that some contain a number, from which to learn
     return [str(flag) for flag in [*where, *FLAGS, *what, "--output_dir", output, *more]]
+
+
+def evaluating(folder: Path) -> list[str]:
+    """Flags that evaluate a run on its own samples, also before the first step."""
+    return ["--eval_data_path", str(folder / "data.json"), "--eval_steps", "2", "--eval_on_start"]
 
 
 def run_to_the_end(arguments: list[str], log: str) -> None:
@@ -72,13 +76,25 @@ def wait(ranks: list, seconds: float = 60) -> list[int]:
     return [rank.exitcode for rank in ranks]
 
 
-def result(output: Path) -> tuple[bytes, dict]:
-    """What a run has left: weights to the bit, and the points of all curves but those of the clock."""
+@dataclass
+class Result:
+    """What a run has left, to compare it to the bit."""
+
+    weights: bytes
+    best: bytes | None  # weights of the best model, if there were evaluations
+    curves: dict[str, list[tuple[int, float]]]  # but those of the clock and the machine
+    rollouts: bytes
+
+
+def result(output: Path) -> Result:
+    """Read what a run has left."""
     events = EventAccumulator(str(output / "tensorboard")).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.split("/")[0] not in ("time", "memory", "tokens_per_second")]
+    of_the_machine = ("run/tokens_per_second", "run/peak_memory_gb")
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("time/") and tag not in of_the_machine]
     curves = {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
-    (path,) = (output / "final").glob("*model.safetensors")
-    return path.read_bytes(), curves
+    weights, best = (list((output / name).glob("*model.safetensors")) for name in ("final", "best"))
+    rollouts = b"".join(path.read_bytes() for path in rollout_log.files(output))
+    return Result(weights[0].read_bytes(), best[0].read_bytes() if best else None, curves, rollouts)
 
 
 def kill_and_resume(folder: Path, world_size: int, kills: int, number: int, seed: int, more: list[str]) -> bool:
@@ -89,7 +105,7 @@ def kill_and_resume(folder: Path, world_size: int, kills: int, number: int, seed
     assert wait(start(world_size, run_flags(folder, whole, *more), folder / "log"), 240) == [0] * world_size
     seconds = time.monotonic() - began
     expected, is_right, done, runs = result(whole), True, 0, 0
-    assert max(value for _, value in expected[1]["grad_norm"]) > 0, "nothing is learned, so that all runs are equal"
+    assert max(value for _, value in expected.curves["grad_norm"]) > 0, "nothing is learned, so that all runs are equal"
     while done < kills or (folder / "killed").exists():
         output = folder / "killed"
         more_flags = ["--save_steps", "1", "--save_total_limit", "2", "--resume_from_checkpoint", "auto", *more]
@@ -129,6 +145,7 @@ def main(argv: list[str]) -> int:
     arguments, more = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         make_tiny(Path(folder) / "tiny", num_videos=(1, 2, 1, 1, 1))
+        more += evaluating(Path(folder) / "tiny")
         number = getattr(signal, f"SIG{arguments.signal}")
         is_right = kill_and_resume(
             Path(folder) / "tiny", arguments.ranks, arguments.kills, number, arguments.seed, more

@@ -7,7 +7,6 @@ and badly. Then the ordinary loop runs on these folders, so that everything it g
 
 import dataclasses
 import json
-import os
 import time
 from pathlib import Path
 
@@ -19,17 +18,14 @@ from transformers import Qwen2_5_VLForConditionalGeneration, get_cosine_schedule
 
 from data.dataset import InputError, load_samples
 from data.loader import Prompt, load_prompt
-from data.prompt import load_tokenizer
 from data.video import VideoOptions
-from grpo.config import DEMO_DEFAULTS, Config
+from grpo.config import DEMO_DEFAULTS, Config, default_of
 from grpo.demo.synthetic_echo import ANSWER, NUM_FRAMES, QUESTION, SIZE, write_samples
 from grpo.demo.tiny_tokenizer import build_tokenizer
-from grpo.evaluate.heldout import evaluate
-from grpo.export import load_merged
 from grpo.model.layers import use_our_layers
-from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND, TextSize, VisionSize, random_model
 from grpo.ranks import broadcast_object, raise_together
+from grpo.run.checkpoint import read_evaluations
 from grpo.run.lock import lock_folder
 from reward.extract import extract_number
 
@@ -121,6 +117,7 @@ def prepare(config: Config) -> Config:
         demo=False,
         model_id=str(model_folder),
         data_path=str(data / "train.json"),
+        eval_data_path=str(data / "heldout.json"),
         image_folder=str(data / "videos"),
     )
     if dist.get_rank() == 0:
@@ -175,26 +172,29 @@ def has_begun(output: Path) -> bool:
 def command(config: Config) -> str:
     """Return a command line with the flags that differ from their defaults."""
     flags = [
-        f"--{field.name} {getattr(config, field.name)}"
+        f"--{field.name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for field in dataclasses.fields(config)
-        if getattr(config, field.name) != field.default and field.name != "output_dir"
+        if (value := getattr(config, field.name)) != default_of(field) and field.name != "output_dir"
     ]
     return " ".join(["python train.py", *flags, "--output_dir output/again"])
 
 
 def report(config: Config, began: float) -> None:
-    """Evaluate the models before and after GRPO on held-out hearts; print and write `demo_report.json`. Collective."""
+    """Print the first and the last evaluation on held-out hearts, and write `demo_report.json`. Collective."""
     if dist.get_rank() == 0:
-        rows = {}
-        for when, folder in {"before": config.model_id, "after": os.path.join(config.output_dir, "final")}.items():
-            tokenizer = load_tokenizer(config.model_id)
-            prompts = load_prompts(Path(config.data_path).with_name("heldout.json"), tokenizer)
-            is_adapter = config.lora_enable and when == "after"
-            model = load_merged(folder, config.model_id) if is_adapter else load_model(folder)
-            rows[when] = evaluate(model.eval(), tokenizer, prompts, config.max_completion_length)
-        print(f"\n{NUM_HELDOUT} held-out samples, greedy answers:\n         reward   error (points)   parsable")
+        evaluations = read_evaluations(Path(config.output_dir, "final"))
+        rows = {} if evaluations[0]["step"] else {"before": evaluations[0]}  # without --eval_on_start there is none
+        rows["after"] = evaluations[-1]
+        rows = {when: {name.removeprefix("eval/"): value for name, value in row.items()} for when, row in rows.items()}
+        print(f"\n{NUM_HELDOUT} held-out samples, greedy answers:")
+        print(f"{'':14} reward   error (points)   parsable      R²     CCC   sd ratio")
         for when, row in rows.items():
-            print(f"{when:8} {row['reward']:6.3f} {row['mae']:16.2f} {row['parse_rate']:10.0%}")
+            r2, ccc, spread = (row.get(name, float("nan")) for name in ("r2", "ccc", "sd_ratio"))
+            print(
+                f"{when:14} {row['reward']:6.3f} {row['mae']:16.2f} {row['parse_rate']:10.0%}"
+                f" {r2:7.2f} {ccc:7.2f} {spread:10.2f}"
+            )
+        print(f"{'best constant':14} {row['zero_skill_reward']:6.3f} {row['zero_skill_mae']:16.2f}")
         rows["seconds"] = round(time.time() - began, 1)
         path = Path(config.output_dir, "demo_report.json")
         path.write_text(json.dumps(rows, indent=2) + "\n")

@@ -1,33 +1,67 @@
-"""Greedy answers on held-out samples, scored by the reward and by their error in points."""
+"""The held-out samples of a run: answered during training, on the weights that sampling uses."""
 
-import torch
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-from data.loader import Prompt
-from grpo.model.load import special_tokens
-from grpo.rollout import SamplingParams, generate
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data.dataset import InputError
+from data.loader import PromptDataset
+from grpo.config import Config
+from grpo.evaluate.answer import AnswerOptions, answer, answers_of, truths_of
+from grpo.evaluate.metrics import figures
+from grpo.evaluate.pictures import pictures
+from grpo.ranks import print_rank0, raise_together
 from reward.extract import extract_number
-from reward.numerical import numerical_video_reward
 
 
-def evaluate(model, tokenizer, prompts: list[Prompt], max_completion_length: int) -> dict[str, float]:
-    """Answer every prompt greedily.
+@dataclass
+class Evaluation:
+    """What an evaluation found."""
 
-    model: unsharded. Returns the mean `reward`, the mean absolute error `mae` of the answers that contain a number (in
-    points, where the truth has one) and the share of such answers, `parse_rate`.
-    """
-    device = next(model.parameters()).device
-    tokens, params = special_tokens(model, tokenizer, device), SamplingParams(1, max_completion_length)
-    rewards, errors, parsed = [], [], []
-    for prompt in prompts:
-        (rollout,) = generate(model, [prompt.to(device)], tokens, params)
-        text = tokenizer.decode(rollout.completion_ids[0], skip_special_tokens=True)
-        answer = prompt.sample.answer
-        rewards += numerical_video_reward(
-            [[{"role": "assistant", "content": text}]], [{"role": "assistant", "content": answer}]
+    figures: dict[str, float | None]
+    draw: Callable[[], dict[str, bytes]]  # makes the pictures (PNG); only rank 0 needs them
+    seconds: float
+
+
+class HeldOut:
+    """Held-out samples, and how they are answered: greedily."""
+
+    def __init__(self, dataset: PromptDataset, reward_functions: list, config: Config):
+        """Decode nothing yet, but score the best constant answer. Collective; raises InputError."""
+        self.config, self.dataset = config, dataset
+        self.options = AnswerOptions(
+            num_samples=1,
+            temperature=0.0,
+            max_completion_length=config.max_completion_length,
+            batch_size=config.per_device_eval_batch_size,
+            seed=config.seed,
+            num_workers=config.dataloader_num_workers,
+            reward_functions=reward_functions,
+            reward_timeout=config.reward_timeout,
         )
-        truth, predicted = extract_number(answer), extract_number(text)
-        parsed.append(predicted is not None)
-        if truth is not None and predicted is not None:
-            errors.append(abs(truth - predicted))
-    mean = {"reward": rewards, "mae": errors or [float("nan")], "parse_rate": parsed}
-    return {name: torch.tensor(values, dtype=torch.float64).mean().item() for name, values in mean.items()}
+        with_number = [sample for sample in dataset.samples if extract_number(sample.answer) is not None]
+        self.truths = raise_together(truths_of, with_number, self.options)
+        self.ids = [sample.id for sample in with_number]
+
+    def evaluate(self, model) -> Evaluation:
+        """Answer all samples; model: unsharded. Collective; raises InputError."""
+        began, config = time.perf_counter(), self.config
+        everyone, predictions = list(range(len(self.dataset.samples))), {}
+        is_hidden = None if dist.get_rank() == 0 else True  # None: hidden unless on a terminal
+        with tqdm(total=len(everyone), desc="evaluating", leave=False, disable=is_hidden) as bar:
+            for done in answer(model, self.dataset, everyone, self.options):
+                predictions |= {prediction.id: prediction for prediction in done.predictions}
+                print_rank0(*(f"left out of the evaluation: {line}" for line in done.bad_videos))
+                bar.update(len(done.predictions))
+        answered = [i for i, sample_id in enumerate(self.ids) if sample_id in predictions]
+        if not answered:
+            raise InputError(f"--eval_data_path {config.eval_data_path!r}: no sample has readable videos")
+        truths = self.truths.subset(answered)
+        answers = answers_of([predictions[self.ids[i]] for i in answered])
+        found = figures(truths, answers, config.valid_range, config.cuts)
+        draw = partial(pictures, truths.numbers, answers, found, config.valid_range, config.cuts, "held-out")
+        return Evaluation({name: figure["value"] for name, figure in found.items()}, draw, time.perf_counter() - began)

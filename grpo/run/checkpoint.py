@@ -1,7 +1,7 @@
 """Save a run and restore it, to the bit.
 
     checkpoint-N/           gets its name once everything, from all ranks, is on disk
-        model.safetensors…  an ordinary Hugging Face (or PEFT) folder
+        model.safetensors…  an ordinary Hugging Face (or PEFT) folder, with a model card in README.md
         trainer_state/      trained weights in float32 and the optimizer's state: torch.distributed.checkpoint (DCP)
         progress.json       the step, the flags, the data's fingerprint, counts
 
@@ -27,7 +27,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data.dataset import InputError, first_line
 from data.loader import worker_failure
 from grpo.config import Config
+from grpo.model.card import model_card
 from grpo.model.load import ModelFiles
+from grpo.model.lora import Adapter
 from grpo.ranks import print_rank0, raise_together
 
 STATE, PROGRESS = "trainer_state", "progress.json"
@@ -47,6 +49,11 @@ def trainer_state(model, optimizer) -> dict[str, Tensor]:
             state[f"model.{name}"] = parameter.detach()
             state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     return state
+
+
+def read_evaluations(folder: Path) -> list[dict]:
+    """Return the figures of all evaluations up to a saved model, each with its step."""
+    return json.loads((folder / PROGRESS).read_text())["evaluations"]
 
 
 def load(folder: Path | None, step: int, model, optimizer, schedule) -> None:
@@ -78,25 +85,26 @@ def load(folder: Path | None, step: int, model, optimizer, schedule) -> None:
         ) from error
 
 
-def save(config: Config, name: str, files: ModelFiles, state: dict, progress: dict, is_needed: bool) -> None:
-    """Write a checkpoint, or with an empty `state` the final model, under `output_dir`; collective.
+def save(config: Config, name: str, files: ModelFiles, state: dict, progress: dict, is_needed: bool) -> bool:
+    """Write a checkpoint, or with an empty `state` the final or best model, under `output_dir`; collective.
 
     files: written by rank 0. If writing fails, earlier folders stay as they are, and all ranks raise InputError or, if
-    the checkpoint is not needed, print a line and go on.
+    the checkpoint is not needed, print a line and return False.
     """
     folder = Path(config.output_dir, name)
     unfinished = folder.with_name(f"{name}.unfinished")
 
     def begin() -> None:
         for path in folder.parent.glob("*"):  # left by a run that was killed while saving or removing
-            if re.fullmatch(r"(checkpoint-\d+|final)\.(unfinished|removed)", path.name):
+            if re.fullmatch(r"(checkpoint-\d+|final|best)\.(unfinished|removed)", path.name):
                 delete(path)
         files.write(unfinished)
         (unfinished / PROGRESS).write_text(json.dumps(progress, indent=2))
+        (unfinished / "README.md").write_text(model_card(progress, is_adapter=isinstance(files.model, Adapter)))
 
     def finish() -> None:
         fsync_tree(unfinished)  # a power cut must not leave a name without its contents
-        if folder.exists():  # of the same run, before it was extended
+        if folder.exists():  # of the same run: the best model so far, or the final one before the run was extended
             remove(folder)
         os.rename(unfinished, folder)
         fsync_tree(folder.parent, files=False)
@@ -117,6 +125,8 @@ def save(config: Config, name: str, files: ModelFiles, state: dict, progress: di
         if is_needed:
             raise
         print_rank0(f"{error}: training continues without it")
+        return False
+    return True
 
 
 def on_rank_0(function: Callable[[], None], folder: Path) -> None:

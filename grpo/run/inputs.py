@@ -13,6 +13,7 @@ from grpo.model.load import load_model
 from grpo.model.lora import layers_to_adapt
 from grpo.run.lock import lock_folder
 from grpo.run.resume import ResumeState, find_resume_state
+from reward.extract import extract_number
 from reward.numerical import append_to_log
 
 
@@ -22,29 +23,41 @@ class Inputs:
 
     config: Config  # with all batch sizes filled in
     samples: list[Sample]  # capped
+    heldout: list[Sample]  # capped; empty without --eval_data_path
     tokenizer: object
     model: object  # unsharded, on rank 0; None on the others
     resume: ResumeState
     messages: list[str]  # lines about the samples, for the user
 
 
-def load_inputs(config: Config) -> Inputs:
-    """Load and check what a run needs; raise InputError."""
-    config = resolve_batch_sizes(config, dist.get_world_size())
-    samples, num_cut = cap_all(load_samples(config.data_path, config.image_folder), config.max_videos)
-    messages = []
+def load_capped_samples(path: str, config, messages: list[str]) -> list[Sample]:
+    """Load samples and cap their videos; adds a line to `messages` if videos are left out. Raises InputError."""
+    samples, num_cut = cap_all(load_samples(path, config.image_folder), config.max_videos)
     if num_cut:
-        messages = [f"{num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out"]
+        messages.append(
+            f"{path!r}: {num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out"
+        )
     for sample in samples:
         try:
             check_text(sample.turns)
         except ValueError as error:
             raise InputError(f"sample {sample.id!r}: {error}") from error
+    return samples
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Load and check what a run needs; raise InputError."""
+    config = resolve_batch_sizes(config, dist.get_world_size())
+    messages = []
+    samples = load_capped_samples(config.data_path, config, messages)
+    heldout = load_capped_samples(config.eval_data_path, config, messages) if config.eval_data_path else []
+    if heldout and all(extract_number(sample.answer) is None for sample in heldout):
+        raise InputError(f"--eval_data_path {config.eval_data_path!r}: no answer in it contains a number")
     is_main, output = dist.get_rank() == 0, config.output_dir
     if is_main and os.path.isdir(output):
         lock_folder(output)  # what is in it must not change from here on
     try:
-        resume = find_resume_state(config, samples)
+        resume = find_resume_state(config, samples, heldout)
     except OSError as error:
         raise InputError(f"--output_dir {output!r} cannot be read ({error.strerror}): name another") from error
     tokenizer = load_tokenizer(config.model_id)
@@ -60,4 +73,4 @@ def load_inputs(config: Config) -> Inputs:
         raise InputError(f"--output_dir {output!r} cannot be written: name another folder")
     if is_main:
         lock_folder(output)
-    return Inputs(config, samples, tokenizer, model, resume, messages)
+    return Inputs(config, samples, heldout, tokenizer, model, resume, messages)

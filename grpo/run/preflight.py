@@ -14,7 +14,8 @@ from grpo.config import Config
 from grpo.model.optimizer import init_optimizer_state
 from grpo.ranks import abort_rank, all_gather_object, raise_together
 from grpo.rollout import Rollout
-from grpo.run.tracking import GlobalCounts, peak_memory_gb
+from grpo.run.records import GlobalCounts
+from grpo.run.tracking import peak_memory_gb
 
 NUM_THREADS = 16  # that open videos, which is mostly waiting for disks
 # The wordings of PyTorch on GPU and CPU, and of cuBLAS.

@@ -19,6 +19,7 @@ MAY_CHANGE = """
     output_dir resume_from_checkpoint save_steps save_total_limit logging_steps log_completions dataloader_num_workers
     reward_timeout max_bad_steps on_bad_video data_path image_folder max_steps num_train_epochs demo
     per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing memory_preflight
+    eval_data_path eval_steps eval_on_start per_device_eval_batch_size cuts
 """.split()
 
 
@@ -29,17 +30,20 @@ class ResumeState:
     metadata: dict  # of the run, stored in its checkpoints
     step: int = 0  # steps that are done
     counts: dict[str, int] = field(default_factory=dict)  # of `Tracker`
+    evaluations: list[dict] = field(default_factory=list)  # the figures of those so far, each with its step
+    best_step: int | None = None  # of the model in best/
     folder: Path | None = None  # the checkpoint to resume from
     is_complete: bool = False
     messages: list[str] = field(default_factory=list)  # lines for the user
 
 
-def find_resume_state(config: Config, samples: list[Sample]) -> ResumeState:
+def find_resume_state(config: Config, samples: list[Sample], heldout: list[Sample]) -> ResumeState:
     """Find where the run starts; raise InputError if the flags or samples are not those of the checkpoint."""
     output, wanted = Path(config.output_dir), config.resume_from_checkpoint
     total_steps = count_steps(config, len(samples))
     metadata = {"flags": dataclasses.asdict(config), "total_steps": total_steps, "ranks": dist.get_world_size()}
     metadata |= {"num_samples": len(samples), "data": fingerprint(samples)}
+    metadata["eval_data"] = fingerprint(heldout) if heldout else None
     there = checkpoints(output)
     newest = there[max(there)] if there else None
     # A run resumed from elsewhere and killed before its first checkpoint must not start from nothing.
@@ -100,7 +104,7 @@ def resume_at(folder: Path, config: Config, metadata: dict) -> ResumeState:
         messages.append(
             f"saved by {old['ranks']} ranks, now {metadata['ranks']}: the same run, except for rounding and dropout"
         )
-    return ResumeState(metadata, step, old["counts"], folder, messages=messages)
+    return ResumeState(metadata, step, old["counts"], old["evaluations"], old["best_step"], folder, messages=messages)
 
 
 def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
@@ -108,7 +112,13 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
     try:
         old = json.loads((folder / PROGRESS).read_text())
         flags = old["flags"]
-        old = {key: old[key] for key in ("step", "total_steps", "ranks", "num_samples", "data", "counts")}
+        needed = ("step", "total_steps", "ranks", "num_samples", "data", "counts")
+        # Checkpoints from before there were evaluations lack the last three.
+        old = {key: old[key] for key in needed} | {
+            "eval_data": old.get("eval_data"),
+            "evaluations": old.get("evaluations", []),
+            "best_step": old.get("best_step"),
+        }
         changed = [
             f"--{name} {new!r} was {flags[name]!r}"
             for name, new in metadata["flags"].items()
@@ -127,6 +137,11 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
         raise InputError(
             f"--data_path {config.data_path!r}: {str(folder)!r} was trained on other samples ({old['num_samples']}, "
             f"now {metadata['num_samples']}): give the same ones, or start again in a new --output_dir"
+        )
+    if old["eval_data"] and metadata["eval_data"] and old["eval_data"] != metadata["eval_data"]:
+        raise InputError(
+            f"--eval_data_path {config.eval_data_path!r}: {str(folder)!r} was evaluated on other samples: give the "
+            "same ones, or none, or start again in a new --output_dir"
         )
     return old
 

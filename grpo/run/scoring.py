@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from data.dataset import InputError
+from data.dataset import InputError, Sample
 from data.loader import worker_failure
 from grpo.ranks import printable
 from grpo.rollout import Rollout
@@ -26,15 +26,23 @@ def score(functions: list, rollouts: list[Rollout], step: int, timeout: float) -
     Returns {function name: (B, G)}, nan where a function gives None. Raises InputError that names function and sample.
     """
     B, G = len(rollouts), len(rollouts[0].texts)
-    texts = [text for rollout in rollouts for text in rollout.texts]
     samples = [rollout.prompt.sample for rollout in rollouts for _ in range(G)]
+    texts = [text for rollout in rollouts for text in rollout.texts]
+    rewards = score_texts(functions, samples, texts, step, timeout)
+    return {name: values.float().view(B, G) for name, values in rewards.items()}
+
+
+def score_texts(
+    functions: list, samples: list[Sample], texts: list[str], step: int | None, timeout: float
+) -> dict[str, Tensor]:
+    """Score one text per sample: {function name: (texts,) float64}; see `score`. step: None outside of training."""
     columns = {
         "prompts": [[{"role": role, "content": text} for role, text in sample.turns] for sample in samples],
         "completions": [[{"role": "assistant", "content": text}] for text in texts],
         "assistant": [{"role": "assistant", "content": sample.answer} for sample in samples],
         "sample_id": [sample.id for sample in samples],
     }
-    rewards = {name_of(function): call_reward(function, columns, step, timeout).view(B, G) for function in functions}
+    rewards = {name_of(function): call_reward(function, columns, step, timeout) for function in functions}
     if len(rewards) < len(functions):
         raise InputError(f"the reward functions {', '.join(map(name_of, functions))} must have different names")
     return rewards
@@ -45,12 +53,12 @@ def name_of(function) -> str:
     return function.func.__name__ if isinstance(function, partial) else function.__name__
 
 
-def call_reward(function, columns: dict[str, list], step: int, timeout: float) -> Tensor:
+def call_reward(function, columns: dict[str, list], step: int | None, timeout: float) -> Tensor:
     """Return the rewards of one function, (completions,)."""
     name, fix = f"reward function {name_of(function)}", "fix the function or the sample"
     try:
         with time_limit(timeout):
-            rewards = [float("nan") if reward is None else float(reward) for reward in function(**columns, step=step)]
+            rewards = [float("nan") if reward is None else float(reward) for reward in apply(function, columns, step)]
     except OutOfTime as error:
         raise InputError(
             f"{name} took longer than --reward_timeout {timeout:g} seconds, and too long for sample "
@@ -71,10 +79,15 @@ def call_reward(function, columns: dict[str, list], step: int, timeout: float) -
             f"{name} gave {len(rewards)} rewards for {len(columns['completions'])} "
             f"completions, the first of sample {columns['sample_id'][0]!r}: it must give one each"
         )
-    return torch.tensor(rewards)
+    return torch.tensor(rewards, dtype=torch.float64)
 
 
-def failing_sample(function, columns: dict[str, list], step: int, timeout: float) -> str:
+def apply(function, columns: dict[str, list], step: int | None):
+    """Call a reward function as TRL does; it also learns the step, and whether this is training."""
+    return function(**columns, step=step, is_training=step is not None)
+
+
+def failing_sample(function, columns: dict[str, list], step: int | None, timeout: float) -> str:
     """Name the sample that made a reward function fail or take too long, by giving it one completion at a time.
 
     Worth the second run: it happens once, at the end of a run, and without it the user would have to bisect the step.
@@ -83,7 +96,7 @@ def failing_sample(function, columns: dict[str, list], step: int, timeout: float
     for i, sample_id in enumerate(columns["sample_id"]):
         try:
             with time_limit(share):
-                list(function(**{name: [values[i]] for name, values in columns.items()}, step=step))
+                list(apply(function, {name: [values[i]] for name, values in columns.items()}, step))
         except (Exception, OutOfTime):
             return sample_id
     return columns["sample_id"][0]

@@ -18,7 +18,7 @@ from grpo.model.optimizer import freeze, make_optimizer
 from grpo.ranks import full_tensor, raise_together, start_processes
 from grpo.rollout import SamplingParams, generate
 from grpo.run.inputs import load_inputs
-from grpo.run.tracking import GlobalCounts
+from grpo.run.records import GlobalCounts
 from tests.conftest import Tiny, run_ranks
 
 ADVANTAGES = torch.tensor([[1.0, -0.5, 0.25], [0.7, -0.2, 0.4], [-1.0, 2.0, 0.5], [0.3, 0.1, -0.4]])

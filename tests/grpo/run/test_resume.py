@@ -33,7 +33,7 @@ def tiny(tmp_path_factory):
 def stopped_after(step: int, whole: Path, output: Path, ranks: int = 1) -> Path:
     """What a run leaves that was killed after `step` steps, with curves that reach further than its checkpoint."""
     output.mkdir()
-    for name in ("config.json", "tensorboard", f"checkpoint-{step}"):
+    for name in ("config.json", "tensorboard", "rollouts.jsonl", f"checkpoint-{step}"):
         copy = shutil.copytree if (whole / name).is_dir() else shutil.copy
         copy(whole / name, output / name)
     return output
@@ -67,11 +67,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tiny, tmp_path, r
     assert "checkpoint-2: 2 of 6 steps are done" in printed
     assert "33%|" in printed and " 0%|" not in printed  # the bar begins where the run does
     assert scored(logs[1]) == scored(logs[0], after=2) != []
-    (resumed_weights, resumed_curves), (whole_weights, whole_curves) = result(output), result(whole)
-    assert resumed_weights == whole_weights
-    assert resumed_curves == whole_curves  # each step once, though events of later steps lay there
-    assert [step for step, _ in resumed_curves["loss"]] == [1, 2, 3, 4, 5, 6]
-    assert max(value for _, value in resumed_curves["grad_norm"]) > 0
+    resumed, expected = result(output), result(whole)
+    assert resumed.weights == expected.weights
+    assert resumed.curves == expected.curves  # each step once, though events of later steps lay there
+    assert resumed.rollouts == expected.rollouts != b""
+    assert [step for step, _ in resumed.curves["loss"]] == [1, 2, 3, 4, 5, 6]
+    assert max(value for _, value in resumed.curves["grad_norm"]) > 0
 
 
 def test_completions_show_once_per_step_after_resuming(tiny, tmp_path):
@@ -108,8 +109,8 @@ def test_another_number_of_ranks_goes_on_with_the_same_run(tiny, tmp_path, befor
 def test_a_checkpoint_of_another_folder_is_resumed_by_its_path(tiny, whole, tmp_path):
     more = ["--resume_from_checkpoint", str(whole / "checkpoint-4")]
     assert train.main(run_flags(tiny.folder, tmp_path / "out", *STEPS, *more)) == 0
-    (ours, curves), (theirs, _) = result(tmp_path / "out"), result(whole)
-    assert ours == theirs and [step for step, _ in curves["loss"]] == [5, 6]
+    ours = result(tmp_path / "out")
+    assert ours.weights == result(whole).weights and [step for step, _ in ours.curves["loss"]] == [5, 6]
 
 
 def test_a_moved_data_folder_and_flags_of_no_consequence_may_change(tiny, whole, tmp_path):
@@ -118,7 +119,7 @@ def test_a_moved_data_folder_and_flags_of_no_consequence_may_change(tiny, whole,
     arguments = run_flags(moved, stopped_after(4, whole, tmp_path / "out"), *STEPS, *AUTO, *more)
     arguments[1] = str(tiny.folder / "model")
     assert train.main(arguments) == 0
-    assert result(tmp_path / "out")[0] == result(whole)[0]
+    assert result(tmp_path / "out").weights == result(whole).weights
 
 
 def change_data(folder: Path, how: str) -> None:
@@ -189,8 +190,8 @@ def test_more_steps_extend_a_complete_run_at_the_learning_rate_of_the_longer_one
     assert train.main(run_flags(tiny.folder, output, *longer, *AUTO)) == 0
     assert "of 6 steps so far: the learning rate goes on as in a run of 9" in capfd.readouterr().out
     assert train.main(run_flags(tiny.folder, tmp_path / "nine", *longer)) == 0
-    rates = result(output)[1]["learning_rate"]
-    assert rates[6:] == result(tmp_path / "nine")[1]["learning_rate"][6:] and len(rates) == 9
+    rates = result(output).curves["learning_rate"]
+    assert rates[6:] == result(tmp_path / "nine").curves["learning_rate"][6:] and len(rates) == 9
     assert json.loads((output / "final" / "progress.json").read_text())["step"] == 9
 
 
@@ -202,9 +203,10 @@ def test_the_newest_checkpoints_are_kept_and_half_ones_never_count(tiny, whole, 
     assert set(checkpoints(output)) == {1}
     assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO, "--save_total_limit", "3")) == 0
     assert {path.name for path in output.iterdir()} == {
-        *(".lock", "config.json", "tensorboard", "checkpoint-4", "checkpoint-5", "checkpoint-6", "final")
+        *(".lock", "config.json", "tensorboard", "rollouts.jsonl", "final"),
+        *("checkpoint-4", "checkpoint-5", "checkpoint-6"),
     }
-    assert result(output)[0] == result(whole)[0]
+    assert result(output).weights == result(whole).weights
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
@@ -239,7 +241,7 @@ def test_a_branch_that_was_killed_before_its_first_checkpoint_never_begins_from_
     assert train.main([*arguments, *AUTO]) == 2
     assert f"give {' '.join(branch)}" in capfd.readouterr().err
     assert train.main([*arguments, *branch]) == 0
-    assert result(tmp_path / "out")[0] == result(whole)[0]
+    assert result(tmp_path / "out").weights == result(whole).weights
     assert train.main([*arguments, *branch]) == 2  # now it has its own
     (tmp_path / "out" / "config.json").unlink()
     assert train.main(arguments) == 2  # checkpoints are never written over
@@ -261,7 +263,8 @@ def test_checkpoints_may_be_links_to_another_disk(tiny, whole, tmp_path):
     (output / "checkpoint-4").rename(tmp_path / "elsewhere")
     (output / "checkpoint-4").symlink_to(tmp_path / "elsewhere")
     assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO, "--save_total_limit", "1")) == 0
-    assert {path.name for path in output.iterdir()} == {".lock", "config.json", "tensorboard", "checkpoint-6", "final"}
+    expected = {".lock", "config.json", "tensorboard", "rollouts.jsonl", "checkpoint-6", "final"}
+    assert {path.name for path in output.iterdir()} == expected
     assert checkpoints(tmp_path) == {} and (tmp_path / "elsewhere" / "trainer_state").exists()
     assert result(output) == result(whole)
 

@@ -1,65 +1,54 @@
-"""The numbers behind the curves, text that cannot break its table, and a disk that is full for a while."""
+"""TensorBoard's page: which evaluation is the best, the layout, and a disk that is full for a while."""
 
+import re
 import resource
 import signal
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
-import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from grpo.config import Config
+import train
+from grpo.config import BestModelMetric, Config
 from grpo.ranks import start_processes
-from grpo.run.tracking import GlobalCounts, GroupRecord, StepRecords, Tracker, rollout_metrics, table_cell
+from grpo.run.resume import ResumeState
+from grpo.run.tracking import LAYOUT, Tracker, charts, is_better
 from tests.conftest import run_ranks
-from tests.test_train import curves
-
-NAN = float("nan")
+from tests.test_train import curves, flags
 
 
-def group(rewards, lengths, num_trained, is_stopped) -> GroupRecord:
-    rewards = torch.tensor(rewards)
-    return GroupRecord(
-        rewards, {"f": rewards}, torch.tensor(num_trained), torch.tensor(lengths), torch.tensor(is_stopped)
-    )
+@pytest.mark.parametrize("metric", BestModelMetric.__args__)
+def test_each_figure_knows_which_way_is_better(metric):
+    lower = metric.removeprefix("eval/") in ("mae", "median_error", "rmse", "bias")
+    assert is_better(metric, 1.0, 2.0) == lower and is_better(metric, 2.0, 1.0) == (not lower)
+    assert not is_better(metric, 1.0, 1.0)  # the earlier one stays
 
 
-GROUPS = [
-    group([0.0, 1.0, NAN], [2, 3, 4], [2, 3, 0], [True, True, False]),
-    group([0.5, 0.5, 0.5], [1, 1, 7], [1, 1, 7], [True, True, True]),
-]
+def test_of_a_bias_only_the_size_counts():
+    assert is_better("eval/bias", -1.0, 2.0) and is_better("eval/bias", 1.0, -2.0)
+    assert not is_better("eval/bias", -3.0, 2.0)
 
 
-def test_counts_are_over_what_is_trained():
-    counts = GlobalCounts.of(StepRecords(GROUPS, []))
-    assert (counts.num_tokens, counts.num_completions) == (14, 5)
-    assert counts.reward_std == pytest.approx(0.125**0.5)  # of 0, 1, 0.5, 0.5, 0.5: squares of 0.25 + 0.25, over 4
-    nothing = GlobalCounts.of(StepRecords([], []))
-    assert (nothing.num_tokens, nothing.num_completions, nothing.reward_std) == (1, 1, 0.0)
+def test_the_layout_names_curves_that_a_run_draws(tiny, tmp_path):
+    data = tiny.folder / "data.json"
+    assert train.main(flags(tiny, tmp_path / "out", "--eval_data_path", data, "--max_steps", "1")) == 0
+    drawn = curves(tmp_path / "out")
+    named = [tag for titles in LAYOUT.values() for tags in titles.values() for tag in tags]
+    optional = {"eval/sd_ratio", "eval/ccc", "eval/r2"}  # undefined where all truths or answers are equal
+    assert set(named) - drawn.keys() <= optional
+    patterns = [pattern for titles in charts().values() for _, tags in titles.values() for pattern in tags]
+    assert [[tag for tag in named if re.match(pattern, tag)] for pattern in patterns] == [[tag] for tag in named]
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
 
 
-def test_metrics_are_over_all_groups():
-    metrics = rollout_metrics(GROUPS)
-    assert metrics == pytest.approx(
-        {
-            "reward": 0.5,
-            "reward_std": 0.5**0.5 / 2,
-            "frac_reward_zero_std": 0.5,
-            "completions/mean_length": 3.0,
-            "completions/min_length": 1,
-            "completions/max_length": 7,
-            "completions/clipped_ratio": 1 / 6,
-            "completions/unscored": 1,
-            "rewards/f/mean": 0.5,
-            "rewards/f/std": 0.125**0.5,
-        }
-    )
-    assert rollout_metrics([]) == {}
-
-
-def test_sampled_text_stays_in_its_table_cell():
-    cell = table_cell("a|b\n| --- |`x`<b>\x1b[31m\u202e")
-    assert not set(cell) & set("|`<>\n\x1b\u202e")
+def test_what_cannot_move_is_not_drawn(tiny, tmp_path):
+    for iterations in (1, 2):
+        output = tmp_path / str(iterations)
+        more = ["--num_iterations", str(iterations), "--max_steps", "1"]
+        assert train.main(flags(tiny, output, *more)) == 0
+        assert any(tag.startswith("clip_ratio/") for tag in curves(output)) == (iterations > 1)
 
 
 def write_curve(output: str, log: str) -> None:
@@ -70,7 +59,7 @@ def write_curve(output: str, log: str) -> None:
 def write_nine_steps(output: str) -> None:
     start_processes()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    tracker = Tracker(Config(output_dir=output), 9, 0, {})
+    tracker = Tracker(Config(output_dir=output), 9, ResumeState({}))
     for step in range(1, 10):
         limit = 1000 if 4 <= step <= 6 else -1  # no file may grow beyond so many bytes
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))

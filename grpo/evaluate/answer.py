@@ -1,0 +1,128 @@
+"""Answer held-out samples, on all ranks together: greedily, or with several sampled answers each.
+
+| n | samples | N | answers per sample | K | constant answers |
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch.distributed as dist
+
+from data.dataset import Sample
+from data.loader import BatchItem, PromptDataset, checked, prompt_batches
+from grpo.evaluate.metrics import Answers, Truths, constants
+from grpo.model.load import SpecialTokens, special_tokens
+from grpo.ranks import all_gather_object, raise_together
+from grpo.rollout import SamplingParams, generate, generators
+from grpo.run.records import none_if_nan
+from grpo.run.scoring import score_texts
+from reward.extract import extract_number
+
+
+@dataclass
+class Prediction:
+    """The answers to one sample: a line of predictions.jsonl."""
+
+    id: str
+    truth: str
+    truth_number: float | None
+    answers: list[str]  # N
+    numbers: list[float | None]
+    rewards: list[float | None]  # None where no reward function has a say
+    is_stopped: list[bool]  # False where an answer was cut at the length limit
+    seconds: float  # this sample's share of the time for its batch
+
+
+@dataclass
+class AnswerOptions:
+    """How samples are answered."""
+
+    num_samples: int  # answers per sample (N)
+    temperature: float  # 0: greedy
+    max_completion_length: int  # tokens
+    batch_size: int  # prompts of a rank that are answered together
+    seed: int
+    num_workers: int
+    reward_functions: list
+    reward_timeout: float  # seconds
+
+
+@dataclass
+class Round:
+    """What all ranks have answered since the last round."""
+
+    predictions: list[Prediction]
+    bad_videos: list[str]  # why samples were left out
+
+
+def answer(model, dataset: PromptDataset, indices: list[int], options: AnswerOptions) -> Iterator[Round]:
+    """Answer the samples of a data set at `indices`, and yield what is done after each round of batches; collective.
+
+    model: unsharded. Batches are the same for any number of ranks, and sampling depends only on the seed and the index
+    of the sample, so that the answers are the same, too. Raises InputError, on all ranks.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    tokens = special_tokens(model, dataset.tokenizer, model.device)
+    batches = [indices[i : i + options.batch_size] for i in range(0, len(indices), options.batch_size)]
+    own = ([BatchItem(index, index) for index in batch] for batch in batches[rank::world_size])
+    prompts = iter(prompt_batches(dataset, own, options.num_workers))
+    for _ in range(0, len(batches), world_size):
+        own_round = raise_together(answer_batch, model, dataset.tokenizer, tokens, next(prompts, []), options)
+        rounds = all_gather_object(own_round)
+        yield Round([p for r in rounds for p in r.predictions], [line for r in rounds for line in r.bad_videos])
+
+
+def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: AnswerOptions) -> Round:
+    """Answer the prompts of a batch together; a sample without readable videos is left out."""
+    began, batch = time.perf_counter(), checked(batch)
+    bad_videos = [prompt.bad_video for prompt in batch if prompt.bad_video]
+    prompts = [prompt.to(tokens.device) for prompt in batch if not prompt.is_padding]
+    if not prompts:
+        return Round([], bad_videos)
+    N = options.num_samples
+    params = SamplingParams(N, options.max_completion_length, options.temperature or 1.0)
+    # Steps of training count from 1, so that step 0 draws other numbers than they do.
+    draws = generators(prompts, options.seed, 0, tokens.device) if options.temperature else None
+    rollouts = generate(model, prompts, tokens, params, draws)
+    texts = [text for r in rollouts for text in tokenizer.batch_decode(r.completion_ids, skip_special_tokens=True)]
+    samples = [prompt.sample for prompt in prompts for _ in range(N)]
+    by_function = score_texts(options.reward_functions, samples, texts, None, options.reward_timeout)
+    rewards = [none_if_nan(reward) for reward in sum(by_function.values()).tolist()]
+    seconds = round((time.perf_counter() - began) / len(prompts), 4)
+    predictions = []
+    for b, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True)):
+        answers = texts[b * N :][:N]
+        predictions.append(
+            Prediction(
+                id=prompt.sample.id,
+                truth=prompt.sample.answer,
+                truth_number=extract_number(prompt.sample.answer),
+                answers=answers,
+                numbers=[extract_number(text) for text in answers],
+                rewards=rewards[b * N :][:N],
+                is_stopped=rollout.is_stopped.tolist(),
+                seconds=seconds,
+            )
+        )
+    return Round(predictions, bad_videos)
+
+
+def truths_of(samples: list[Sample], options: AnswerOptions) -> Truths:
+    """Collect what the answers to these n samples, all with a number, are compared with."""
+    numbers = np.array([extract_number(sample.answer) for sample in samples])
+    texts = [f"{constant:g}%" for constant in constants(numbers)]  # K
+    every_pair = samples * len(texts), [text for text in texts for _ in samples]
+    rewards = sum(score_texts(options.reward_functions, *every_pair, None, options.reward_timeout).values())
+    # Where no function has a say there is nothing to gain.
+    return Truths(numbers, rewards.view(len(texts), len(samples)).nan_to_num(0.0).numpy())
+
+
+def answers_of(predictions: list[Prediction]) -> Answers:
+    """Collect the answers of n predictions."""
+    return Answers(
+        numbers=np.array([p.numbers for p in predictions], dtype=float),  # None becomes nan
+        rewards=np.array([p.rewards for p in predictions], dtype=float),
+        is_stopped=np.array([p.is_stopped for p in predictions]),
+    )

@@ -1,0 +1,207 @@
+"""How good the answers are: the figures that clinical papers report, each with a bootstrap interval.
+
+Statistics come from scikit-learn and SciPy. Written here, because neither has them: Lin's concordance (Biometrics 45,
+1989, p. 255) and Bland and Altman's limits of agreement (Lancet 327, 1986, p. 307).
+
+An answer without a number, or with one outside the valid range, counts as the best constant answer (the median of the
+truths) in all figures of error: leaving it out would reward a model for not answering where it is unsure.
+
+| n | samples whose truth has a number | N | answers per sample | R | resamples of the samples |
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr, rankdata
+from sklearn.metrics import mean_absolute_error, median_absolute_error, r2_score, root_mean_squared_error
+
+NUM_RESAMPLES = 1000
+BLOCK = 2_000_000  # values in an array of resamples, for memory
+
+
+@dataclass
+class Truths:
+    """What answers are compared with."""
+
+    numbers: np.ndarray  # (n,)
+    constant_rewards: np.ndarray  # (K, n): the reward of each of K constant answers at each sample
+
+    @property
+    def best_constant(self) -> float:
+        """The constant answer with the least mean absolute error."""
+        return float(np.median(self.numbers))
+
+    def subset(self, indices: list[int]) -> "Truths":
+        """Keep some of the samples."""
+        return Truths(self.numbers[indices], self.constant_rewards[:, indices])
+
+
+@dataclass
+class Answers:
+    """What was answered."""
+
+    numbers: np.ndarray  # (n, N), nan where an answer has no number
+    rewards: np.ndarray  # (n, N), nan where an answer was not scored
+    is_stopped: np.ndarray  # (n, N), False where an answer was cut at the length limit
+
+    def valid_numbers(self, valid_range: list[float]) -> np.ndarray:
+        """Return the numbers, (n, N), with nan in place of those outside the range."""
+        lowest, highest = valid_range
+        is_valid = (self.numbers >= lowest) & (self.numbers <= highest)  # False for nan
+        return np.where(is_valid, self.numbers, np.nan)
+
+
+def constants(truths: np.ndarray) -> list[float]:
+    """Return at most 51 constant answers among which a good one is: quantiles of the truths, (n,)."""
+    return np.unique(np.quantile(truths, np.linspace(0, 1, 51), method="nearest")).tolist()
+
+
+def median_answers(answers: Answers, valid_range: list[float]) -> np.ndarray:
+    """Return the median of each sample's valid numbers, (n, 1); nan where it has none."""
+    numbers = answers.valid_numbers(valid_range)
+    return np.array([[np.median(row[~np.isnan(row)]) if (~np.isnan(row)).any() else np.nan] for row in numbers])
+
+
+def best_answers(truths: np.ndarray, answers: Answers, valid_range: list[float]) -> Answers:
+    """Keep of each sample's answers the one with the least error, which only who knows the truth can do: N = 1."""
+    errors = np.abs(answers.valid_numbers(valid_range) - truths[:, None])  # (n, N)
+    best = np.where(np.isnan(errors), np.inf, errors).argmin(axis=1)[:, None]
+    kept = (np.take_along_axis(values, best, axis=1) for values in vars(answers).values())
+    return Answers(*kept)
+
+
+def figures(
+    truths: Truths,
+    answers: Answers,
+    valid_range: list[float],
+    cuts: list[float],
+    num_resamples: int = 0,
+    seed: int = 0,
+) -> dict[str, dict[str, float | None]]:
+    """Return every figure as {"value", "low", "high"}: the bounds hold 95 % of the figure's values over resamples.
+
+    Resampled are samples, with all their answers. None stands for what is undefined, such as the correlation with a
+    constant; without resamples there are no bounds. A cut with no truth on one side has no figures.
+    """
+    cuts = [cut for cut in cuts if 0 < (truths.numbers < cut).sum() < len(truths.numbers)]
+    everyone = np.arange(len(truths.numbers))[:, None]
+    values = _figures_of(everyone, truths, answers, valid_range, cuts)
+    result = {name: {"value": _finite(value[0])} for name, value in values.items()}
+    if not num_resamples:
+        return result
+    generator = np.random.default_rng(seed)
+    n, N = answers.numbers.shape
+    resamples = generator.integers(n, size=(n, num_resamples))
+    size = max(1, BLOCK // (n * N))
+    blocks = [
+        _figures_of(resamples[:, i : i + size], truths, answers, valid_range, cuts)
+        for i in range(0, num_resamples, size)
+    ]
+    for name in result:
+        spread = np.concatenate([block[name] for block in blocks])
+        spread = spread[np.isfinite(spread)]
+        low, high = np.quantile(spread, [0.025, 0.975]).tolist() if len(spread) else (None, None)
+        result[name] |= {"low": low, "high": high}
+    return result
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _figures_of(
+    index: np.ndarray, truths: Truths, answers: Answers, valid_range: list[float], cuts: list[float]
+) -> dict[str, np.ndarray]:
+    """Compute all figures of R resamples; index: (n, R) samples. Returns (R,) each."""
+    (n, R), N = index.shape, answers.numbers.shape[1]
+
+    def pick(values: np.ndarray) -> np.ndarray:  # (n, N) -> (n·N, R)
+        return values[index].transpose(0, 2, 1).reshape(n * N, R)
+
+    valid = answers.valid_numbers(valid_range)
+    is_parsed = ~np.isnan(answers.numbers)
+    chosen = truths.numbers[index]  # (n, R)
+    predicted = pick(np.where(np.isnan(valid), truths.best_constant, valid))
+    result = {
+        "n": np.full(R, n),
+        "parse_rate": pick(is_parsed).mean(axis=0),
+        "reward": _nanmean(pick(answers.rewards)),
+        **errors(np.repeat(chosen, N, axis=0), predicted, cuts),
+        "distinct_answers": np.array([len(np.unique(column[~np.isnan(column)])) for column in pick(answers.numbers).T]),
+        "out_of_range": pick(is_parsed & np.isnan(valid)).sum(axis=0),
+        "clipped_ratio": 1 - pick(answers.is_stopped).mean(axis=0),
+        "zero_skill_answer": np.median(chosen, axis=0),
+        "zero_skill_mae": np.abs(chosen - np.median(chosen, axis=0)).mean(axis=0),
+    }
+    counts = np.stack([np.bincount(column, minlength=n) for column in index.T])  # (R, n), how often each was drawn
+    result["zero_skill_reward"] = (counts @ truths.constant_rewards.T).max(axis=1) / n
+    return result
+
+
+def errors(truths: np.ndarray, predicted: np.ndarray, cuts: list[float]) -> dict[str, np.ndarray]:
+    """Compare predictions with truths, (n, R) each, column by column. Returns (R,) each, nan where undefined."""
+    difference = predicted - truths
+    bias, spread = difference.mean(axis=0), _std(difference)
+    by_column = {"multioutput": "raw_values"}
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        for category in (ConstantInputWarning, NearConstantInputWarning):
+            warnings.simplefilter("ignore", category)  # the correlation is nan then
+        result = {
+            "mae": mean_absolute_error(truths, predicted, **by_column),
+            "median_error": median_absolute_error(truths, predicted, **by_column),
+            "rmse": root_mean_squared_error(truths, predicted, **by_column),
+            "r2": _r2(truths, predicted),
+            "pearson": pearsonr(truths, predicted, axis=0).statistic if len(truths) > 1 else np.full(len(bias), np.nan),
+            "ccc": concordance(truths, predicted),
+            "bias": bias,
+            "limit_low": bias - 1.96 * spread,
+            "limit_high": bias + 1.96 * spread,
+            "within_5": (np.abs(difference) <= 5).mean(axis=0),
+            "sd_ratio": (predicted - predicted[0]).std(axis=0) / truths.std(axis=0),  # a constant has exactly 0
+        }
+    for cut in cuts:
+        is_below = truths < cut
+        result[f"auc_{cut:g}"] = area_under_curve(is_below, -predicted)
+        result[f"accuracy_{cut:g}"] = (is_below == (predicted < cut)).mean(axis=0)
+    return result
+
+
+def _std(values: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of each column's population, estimated; nan for fewer than two values."""
+    return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1], np.nan)
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each column's values that are not nan; nan if there are none."""
+    count = (~np.isnan(values)).sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, axis=0) / count
+
+
+def _r2(truths: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return the coefficient of determination: 1 less the squared error as a share of the truths' variance."""
+    if len(truths) < 2:
+        return np.full(truths.shape[1], np.nan)
+    return r2_score(truths, predicted, multioutput="raw_values", force_finite=False)
+
+
+def concordance(truths: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return Lin's concordance correlation of each column: 1 only on the identity line, 0 for a constant."""
+    shifted = predicted - predicted[0]  # so that the variance of a constant is exactly 0
+    covariance = ((truths - truths.mean(axis=0)) * (shifted - shifted.mean(axis=0))).mean(axis=0)
+    bias = predicted.mean(axis=0) - truths.mean(axis=0)
+    return 2 * covariance / (truths.var(axis=0) + shifted.var(axis=0) + bias**2)
+
+
+def area_under_curve(is_positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return the area under each column's ROC curve, (n, R) -> (R,); nan if a class is empty.
+
+    From the positives' ranks (Mann and Whitney), for all columns at once: scikit-learn's roc_auc_score, which gives the
+    same, takes a second for a thousand columns.
+    """
+    positives = is_positive.sum(axis=0)
+    ranks = np.where(is_positive, rankdata(scores, axis=0), 0).sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (ranks - positives * (positives + 1) / 2) / (positives * (len(scores) - positives))

@@ -1,0 +1,95 @@
+"""The numbers behind the curves, and the lines and distributions made of a step's completions."""
+
+import pytest
+import torch
+
+from grpo.run.records import (
+    GlobalCounts,
+    GroupRecord,
+    StepRecords,
+    completion_lines,
+    distributions,
+    rollout_metrics,
+)
+
+NAN = float("nan")
+
+
+def group(rewards, lengths, num_trained, is_stopped, texts=("1%", "none", "4%"), position=0) -> GroupRecord:
+    rewards = torch.tensor(rewards)
+    return GroupRecord(
+        position=position,
+        sample_id=f"s{position}",
+        question="EF?",
+        truth="It is 3%.",
+        texts=list(texts),
+        numbers=[1.0, None, 4.0],
+        rewards=rewards,
+        rewards_by_function={"f": rewards},
+        num_trained=torch.tensor(num_trained),
+        lengths=torch.tensor(lengths),
+        is_stopped=torch.tensor(is_stopped),
+        advantages=torch.tensor([0.5, -0.5, 0.0]),
+    )
+
+
+GROUPS = [
+    group([0.0, 1.0, NAN], [2, 3, 4], [2, 3, 0], [True, True, False]),
+    group([0.5, 0.5, 0.5], [1, 1, 7], [1, 1, 7], [True, True, True], position=1),
+]
+
+
+def test_counts_are_over_what_is_trained():
+    counts = GlobalCounts.of(StepRecords(GROUPS, []))
+    assert (counts.num_tokens, counts.num_completions) == (14, 5)
+    assert counts.reward_std == pytest.approx(0.125**0.5)  # of 0, 1, 0.5, 0.5, 0.5: squares of 0.25 + 0.25, over 4
+    nothing = GlobalCounts.of(StepRecords([], []))
+    assert (nothing.num_tokens, nothing.num_completions, nothing.reward_std) == (1, 1, 0.0)
+
+
+def test_metrics_are_over_all_groups():
+    metrics = rollout_metrics(GROUPS)
+    assert metrics == pytest.approx(
+        {
+            "reward": 0.5,
+            "reward_std": 0.5**0.5 / 2,
+            "frac_reward_zero_std": 0.5,
+            "completions/mean_length": 3.0,
+            "completions/min_length": 1,
+            "completions/max_length": 7,
+            "completions/clipped_ratio": 1 / 6,
+            "completions/unscored": 1,
+            "rewards/f/mean": 0.5,
+            "rewards/f/std": 0.125**0.5,
+        }
+    )
+    assert rollout_metrics([]) == {}
+
+
+def test_every_completion_of_a_step_has_a_line():
+    lines = completion_lines(7, GROUPS)
+    assert len(lines) == 6 and [line["sample_id"] for line in lines] == ["s0"] * 3 + ["s1"] * 3
+    assert lines[1] == {
+        "step": 7,
+        "sample_id": "s0",
+        "truth": "It is 3%.",
+        "text": "none",
+        "number": None,
+        "reward": 1.0,
+        "rewards": {"f": 1.0},
+        "advantage": -0.5,
+        "length": 3,
+        "is_stopped": True,
+    }
+    assert lines[2]["reward"] is None and lines[2]["rewards"] == {"f": None}  # JSON has no nan
+
+
+def test_distributions_are_over_what_there_is():
+    found = {name: values.tolist() for name, values in distributions(GROUPS).items()}
+    assert found == {
+        "histograms/reward": [0.0, 1.0, 0.5, 0.5, 0.5],
+        "histograms/advantage": [0.5, -0.5, 0.0] * 2,
+        "histograms/completion_length": [2, 3, 4, 1, 1, 7],
+        "histograms/error": [-2.0, 1.0] * 2,
+    }
+    assert distributions([]) == {}

@@ -1,0 +1,90 @@
+"""What TensorBoard shows of completions and frames: whole for 1 and for 30 videos, and unbroken by any text."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from data.loader import load_prompt
+from data.video import read_frames, resize
+from grpo.run.show import WIDTH, bands, completions_table, contact_sheet, table_cell, video_rows
+from tests.conftest import OPTIONS
+from tests.grpo.run.test_records import GROUPS, group
+from tests.test_train import flags
+
+NAN = float("nan")
+FOREIGN = "a|b\n| --- |`x`<b>\x1b[31m\u202e$x$ 55% \u5c04\u8840 " + "\U0001f600" * 40 + "w" * 3000
+
+
+def test_sampled_text_stays_in_its_table_cell():
+    cell = table_cell(FOREIGN)
+    assert not set(cell) & set("|`<>\n\x1b\u202e")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([0.2, 0.9, 0.1, 0.5], [1, 0, 2]),
+        ([0.5, 0.5, 0.5], [0, 1, 2]),
+        ([NAN, 0.0, 1.0], [2, 1, 0]),
+        ([0.3, 0.7], [1, 0]),
+    ],
+)
+def test_best_middle_and_worst_completion_of_a_group(rewards, expected):
+    assert bands(torch.tensor(rewards)) == expected
+
+
+def test_the_table_shows_several_prompts_with_the_numbers_that_were_read():
+    head, line, *rows = completions_table(GROUPS, num_prompts=2).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert cells[:3] == [
+        ["EF?", "It is 3%.", "none", "none", "1.000", "-0.500"],
+        ["EF?", "It is 3%.", "1%", "1", "0.000", "+0.500"],
+        ["EF?", "It is 3%.", "4%", "4", "nan", "+0.000"],
+    ]
+    assert len(cells) == 6 and len(completions_table(GROUPS, num_prompts=1).splitlines()) == 5
+
+
+def test_a_row_shows_the_frames_that_the_model_saw(tiny):
+    prompt = tiny.prompts[1]  # 3 videos
+    rows = video_rows(prompt)
+    assert [label.split(":")[0] for label, _ in rows] == ["1_0.mp4", "1_1.mp4", "1_2.mp4"]
+    assert "4 frames of 56x56" in rows[0][0]
+    for path, (_, row) in zip(prompt.sample.videos, rows, strict=True):
+        frames = resize(read_frames(path, OPTIONS)[0], 56, 56).permute(0, 2, 3, 1).numpy()  # (T, H, W, 3)
+        drawn = np.asarray(row.resize((4 * 56, 56), Image.Resampling.BOX))  # twice as large on the sheet
+        assert abs(drawn.astype(int) - np.concatenate(list(frames), axis=1)).mean() < 20  # noise, enlarged and reduced
+
+
+@pytest.mark.parametrize("num_videos", [1, 30, 45])
+def test_a_contact_sheet_holds_all_videos_and_any_text(tiny, num_videos):
+    sample = dataclasses.replace(
+        tiny.prompts[0].sample,
+        videos=tiny.prompts[0].sample.videos * num_videos,
+        turns=(("user", "<video>" * num_videos + "EF?"),),
+    )
+    prompt = load_prompt(sample, tiny.tokenizer, 2, OPTIONS)
+    record = dataclasses.replace(
+        group([0.0, 1.0, NAN], [2, 3, 4], [2, 3, 0], [True, True, False]),
+        sample_id=FOREIGN, question=FOREIGN, truth=FOREIGN, texts=[FOREIGN, "", "4%"],
+    )  # fmt: skip
+    sheet = contact_sheet(prompt, record, step=3)
+    assert sheet.dtype == np.uint8 and sheet.shape[1:] == (WIDTH, 3)
+    rows = video_rows(prompt)
+    assert len(rows) == min(num_videos, 41)  # 40 videos, and a line about the others
+    assert sheet.shape[0] > sum(row.height for _, row in rows)
+    assert (sheet[-8:] == 255).all()  # the last line of text fits
+    assert (sheet[-24:-8] < 128).any()
+
+
+def test_a_run_shows_a_contact_sheet_and_histograms(tiny, tmp_path):
+    assert train.main(flags(tiny, tmp_path / "out", "--max_steps", "3", "--logging_steps", "2")) == 0
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert [image.step for image in events.Images("contact_sheet")] == [2]
+    tags = {f"histograms/{name}" for name in ("reward", "advantage", "completion_length")}
+    assert tags <= set(events.Tags()["histograms"])
+    assert len((tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()) == 3 * 8  # all steps, not only logged
