@@ -10,13 +10,16 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from data.loader import rank_batches
-from grpo.run.checkpoint import checkpoints
+from grpo.run.checkpoint import checkpoints, read_evaluations
+from grpo.run.tracking import truncate_events
 from tests.conftest import make_tiny, run_ranks
-from tests.kill_and_resume import kill_and_resume, result, run_flags, start, wait
+from tests.kill_and_resume import evaluating, kill_and_resume, result, run_flags, start, wait
 from tests.test_train import weights
 
 AUTO = ["--resume_from_checkpoint", "auto"]
@@ -340,4 +343,83 @@ def test_a_second_signal_ends_the_program_at_once(tiny, tmp_path):
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 2), (2, 1)])
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, ranks, kills):
     tiny = make_tiny(tmp_path / "tiny", num_videos=(1, 2, 1))
-    assert kill_and_resume(tiny.folder, ranks, kills, signal.SIGKILL, 0, ["--max_steps", "6"])
+    assert kill_and_resume(tiny.folder, ranks, kills, signal.SIGKILL, 0, ["--max_steps", "6", *evaluating(tiny.folder)])
+
+
+def best_by_hand(evaluations: list[dict], metric: str = "eval/mae") -> int:
+    """The step of the lowest value, the earliest of equal ones; an evaluation before the first step does not count."""
+    return min((e for e in evaluations if e["step"] > 0), key=lambda e: (e[metric], e["step"]))["step"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_run_evaluates_at_the_same_steps_and_keeps_the_same_best_model(tiny, tmp_path, ranks):
+    """Stopped by hand after step 3 of 6, where no evaluation is due, and by a signal's checkpoint where one is."""
+    flags = [*STEPS, "--learning_rate", "1e-2", *evaluating(tiny.folder)]
+    whole = tmp_path / "whole"
+    run(ranks, run_flags(tiny.folder, whole, *flags), tmp_path / "log")
+    expected, evaluations = result(whole), read_evaluations(whole / "final")
+    assert [evaluation["step"] for evaluation in evaluations] == [0, 2, 4, 6]
+    assert [step for step, _ in expected.curves["eval/reward"]] == [0, 2, 4, 6]
+    assert json.loads((whole / "best" / "progress.json").read_text())["step"] == best_by_hand(evaluations)
+    assert json.loads((whole / "final" / "progress.json").read_text())["best_step"] == best_by_hand(evaluations)
+    for step in (3, 4):
+        output = stopped_after(step, whole, tmp_path / f"{step}")
+        shutil.copytree(whole / "best", output / "best")
+        if step == 4:  # a signal came before the evaluation
+            path = output / "checkpoint-4" / "progress.json"
+            progress = json.loads(path.read_text())
+            progress["evaluations"], progress["best_step"] = progress["evaluations"][:2], 2
+            path.write_text(json.dumps(progress))
+            truncate_events(output / "tensorboard", 3)
+        run(ranks, run_flags(tiny.folder, output, *flags, *AUTO), tmp_path / "log")
+        assert read_evaluations(output / "final") == evaluations
+        found = result(output)
+        assert found.weights == expected.weights and found.best == expected.best
+        names = [name for name in expected.curves if name.startswith("eval/")]
+        assert names and all(found.curves[name] == expected.curves[name] for name in names)
+
+
+def test_evaluation_changes_nothing_in_training(tiny, whole, tmp_path):
+    assert train.main(run_flags(tiny.folder, tmp_path / "out", *STEPS, *evaluating(tiny.folder))) == 0
+    found, expected = result(tmp_path / "out"), result(whole)
+    assert found.weights == expected.weights and found.rollouts == expected.rollouts
+    assert {name: found.curves[name] for name in expected.curves} == expected.curves
+
+
+def test_a_run_that_is_killed_while_it_saves_the_best_model_has_the_old_or_the_new_one(tiny, tmp_path):
+    """Killed just before the folder gets its name, and again just after the old one was renamed."""
+    flags = [*STEPS, *evaluating(tiny.folder), *AUTO]
+    whole = tmp_path / "whole"
+    run(1, run_flags(tiny.folder, whole, *flags), tmp_path / "log")
+    output = stopped_after(1, whole, tmp_path / "out")
+    shutil.copytree(whole / "best", output / "best.unfinished")
+    shutil.copytree(whole / "best", output / "best.removed")
+    (output / "best.unfinished" / "model.safetensors").write_bytes(b"half")
+    run(1, run_flags(tiny.folder, output, *flags), tmp_path / "log")
+    assert result(output).best == result(whole).best
+    assert not list(output.glob("best.*"))
+
+
+def test_other_held_out_samples_are_refused_and_none_are_fine(tiny, tmp_path, capfd):
+    flags = [*STEPS, *evaluating(tiny.folder)]
+    whole = tmp_path / "whole"
+    assert train.main(run_flags(tiny.folder, whole, *flags)) == 0
+    samples = json.loads((tiny.folder / "data.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(samples[1:]))
+    output = stopped_after(2, whole, tmp_path / "out")
+    assert train.main(run_flags(tiny.folder, output, *flags, *AUTO, "--eval_data_path", tmp_path / "other.json")) == 2
+    assert "was evaluated on other samples" in capfd.readouterr().err
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO)) == 0
+    assert [e["step"] for e in read_evaluations(output / "final")] == [0, 2]
+
+
+@pytest.mark.parametrize("metric", ["eval/reward", "eval/parse_rate"])
+def test_the_best_model_is_that_of_the_metric(tiny, tmp_path, metric):
+    flags = [*STEPS, *evaluating(tiny.folder), "--metric_for_best_model", metric, "--learning_rate", "1e-2"]
+    assert train.main(run_flags(tiny.folder, tmp_path / "out", *flags)) == 0
+    evaluations = read_evaluations(tmp_path / "out" / "final")[1:]
+    best = max(evaluations, key=lambda e: (e[metric], -e["step"]))["step"]
+    assert json.loads((tmp_path / "out" / "best" / "progress.json").read_text())["step"] == best
+    stored = load_file(tmp_path / "out" / "best" / "model.safetensors")
+    at_that_step = load_file(tmp_path / "out" / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(stored[name], at_that_step[name]) for name in at_that_step)

@@ -1,0 +1,322 @@
+"""python -m grpo.evaluate: the same answers and figures on any number of ranks, after any interruption; bad input."""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from grpo.evaluate import __main__ as command
+from grpo.run.checkpoint import read_evaluations
+from reward.numerical import numerical_video_reward
+from tests.conftest import FLAGS, make_tiny, run_ranks
+from tests.test_train import flags
+
+LENGTH = ["--max_completion_length", "4"]
+LORA = "--lora_enable --lora_rank 4 --freeze_vision_tower".split()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Eleven samples, so that batches of two are unequal among two or three ranks; one truth has no number."""
+    tiny = make_tiny(tmp_path_factory.mktemp("tiny") / "tiny", num_videos=(1, 2) * 5 + (1,))
+    samples = json.loads((tiny.folder / "data.json").read_text())
+    samples[4]["conversations"][-1]["value"] = "It cannot be seen."
+    (tiny.folder / "heldout.json").write_text(json.dumps(samples))
+    with torch.no_grad():  # so that some greedy answers have a number
+        tiny.model.lm_head.weight[tiny.tokenizer.convert_tokens_to_ids(list("0123456789"))] *= 2
+    tiny.model.save_pretrained(tiny.folder / "model")
+    return tiny
+
+
+def trained(tiny, output: Path, *more) -> Path:
+    held = ["--eval_data_path", tiny.folder / "heldout.json", "--per_device_eval_batch_size", "2"]
+    assert train.main(flags(tiny, output, *LENGTH, *held, "--max_steps", "2", *more)) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    return trained(tiny, tmp_path_factory.mktemp("run") / "out")
+
+
+def by_hand(tiny, output: Path, *more) -> list[str]:
+    where = ["--model_id", tiny.folder / "model", "--data_path", tiny.folder / "heldout.json", "--output_dir", output]
+    where += ["--image_folder", tiny.folder / "videos", "--per_device_eval_batch_size", "2"]
+    return [str(flag) for flag in [*where, *FLAGS, *LENGTH, *more]]
+
+
+def predictions(output: Path) -> list[dict]:
+    """The lines, without what the clock decides."""
+    lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def metrics(output: Path) -> dict:
+    return json.loads((output / "metrics.json").read_text())
+
+
+def on_a_rank(arguments: list[str], log: str) -> None:
+    with open(f"{log}.{os.environ['RANK']}", "w") as file, redirect_stdout(file), redirect_stderr(file):
+        assert command.main(arguments) == 0
+
+
+def test_a_run_is_evaluated_with_its_own_settings_to_the_last_digit(run, capsys):
+    assert command.main(["--run", str(run)]) == 0
+    found, (in_training,) = metrics(run / "eval"), read_evaluations(run / "final")
+    assert in_training.pop("step") == 2
+    figures = {name.removeprefix("eval/"): value for name, value in in_training.items()}
+    assert {name: found[name]["value"] for name in figures} == figures
+    assert found["n"]["value"] == 10 and found["samples_without_true_number"] == 1 and found["samples"] == 11
+    assert found["settings"]["nframes"] == 4 and found["answers"] == "greedy"
+    printed = capsys.readouterr().out
+    assert f"{figures['mae']:.3f}" in printed and "1 samples not in the figures" in printed
+
+
+def test_a_prediction_holds_the_answer_and_what_was_read_from_it(tiny, tmp_path):
+    assert command.main(by_hand(tiny, tmp_path / "out")) == 0
+    lines = predictions(tmp_path / "out")
+    assert [line["id"] for line in lines] == [f"s{i}" for i in range(11)]
+    for i, line in enumerate(lines):
+        assert line["truth_number"] == (None if i == 4 else 40 + i)
+        (answer,), (reward,) = line["answers"], line["rewards"]
+        messages = [[{"role": "assistant", "content": text}] for text in (answer, line["truth"])]
+        assert numerical_video_reward(messages[:1], messages[1]) == [reward]
+    assert any(line["numbers"] != [None] for line in lines)
+    stored = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["seconds"] > 0 for line in stored)
+
+
+@pytest.mark.parametrize("more", [[], ["--num_samples", "3", "--temperature", "1.0"]], ids=["greedy", "sampled"])
+def test_the_number_of_ranks_changes_nothing(tiny, tmp_path, more):
+    for ranks in (1, 2, 3):
+        run_ranks(on_a_rank, ranks, by_hand(tiny, tmp_path / f"{ranks}", *more), str(tmp_path / "log"))
+    one = predictions(tmp_path / "1")
+    assert len(one) == 11 and len(one[0]["answers"]) == (3 if more else 1)
+    for ranks in ("2", "3"):
+        assert predictions(tmp_path / ranks) == one
+        assert (tmp_path / ranks / "metrics.json").read_bytes() == (tmp_path / "1" / "metrics.json").read_bytes()
+
+
+def interrupt(arguments: list[str]) -> None:
+    """Press Ctrl-C while the third batch is scored."""
+    calls = []
+
+    def interrupted(completions, **columns):
+        calls.append(completions)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return numerical_video_reward(completions, **columns)
+
+    command.REWARD_FUNCTIONS = [interrupted]
+    assert command.main(arguments) == 128 + signal.SIGINT
+
+
+def test_an_interrupted_evaluation_continues_and_answers_nothing_twice(tiny, tmp_path, monkeypatch, capsys):
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    assert command.main(by_hand(tiny, whole)) == 0
+    run_ranks(interrupt, 1, by_hand(tiny, output))
+    assert predictions(output) == predictions(whole)[:4]
+    path = output / "predictions.jsonl"
+    path.write_text(path.read_text() + '{"id": "s4", "tru')  # killed while it wrote
+    seen = []
+
+    def watched(completions, sample_id, **columns):
+        seen.append(sample_id)
+        return numerical_video_reward(completions, **columns)
+
+    monkeypatch.setattr(command, "REWARD_FUNCTIONS", [watched])
+    assert command.main(by_hand(tiny, output)) == 0
+    assert seen[:4] == [["s4", "s5"], ["s6", "s7"], ["s8", "s9"], ["s10"]]
+    assert "4 of 11 samples are answered already" in capsys.readouterr().out
+    assert predictions(output) == predictions(whole) and metrics(output) == metrics(whole)
+    kept = path.read_bytes()
+    assert command.main(by_hand(tiny, output, "--cuts", "44", "--valid_range", "0", "45")) == 0
+    assert path.read_bytes() == kept and "auc_44" in metrics(output)  # other figures of the same answers
+
+
+def test_several_answers_give_single_median_and_best(tiny, tmp_path, capsys):
+    assert command.main(by_hand(tiny, tmp_path / "out", "--num_samples", "4", "--temperature", "1.0")) == 0
+    found = metrics(tmp_path / "out")
+    assert found["answers"] == "single"
+    assert found["best_of_4"]["reward"]["value"] >= found["reward"]["value"]
+    assert found["best_of_4"]["parse_rate"]["value"] >= found["parse_rate"]["value"] > 0
+    lines = [line for line in predictions(tmp_path / "out") if line["truth_number"] is not None]
+    every = [number for line in lines for number in line["numbers"]]
+    assert found["parse_rate"]["value"] == pytest.approx(sum(n is not None for n in every) / 40)
+    constant = statistics.median(line["truth_number"] for line in lines)
+    errors = {"single": [], "median": [], "best": []}
+    for line in lines:
+        truth, valid = line["truth_number"], [n for n in line["numbers"] if n is not None and 0 <= n <= 100]
+        errors["single"].append(statistics.mean(abs(n - truth) for n in valid + [constant] * (4 - len(valid))))
+        errors["median"].append(abs(statistics.median(valid or [constant]) - truth))
+        errors["best"].append(min(abs(n - truth) for n in valid or [constant]))
+    maes = [found["mae"], found["median_of_4"]["mae"], found["best_of_4"]["mae"]]
+    assert [mae["value"] for mae in maes] == pytest.approx([statistics.mean(e) for e in errors.values()])
+    assert "median of 4" in capsys.readouterr().out
+
+
+def test_adapters_are_evaluated_on_their_base(tiny, tmp_path):
+    output = trained(tiny, tmp_path / "lora", *LORA)
+    assert command.main(["--run", str(output)]) == 0
+    by_run = metrics(output / "eval")
+    assert by_run["adapter"] == str(output / "final") and by_run["model_id"] == str(tiny.folder / "model")
+    in_training = read_evaluations(output / "final")[0]
+    assert by_run["mae"]["value"] == pytest.approx(in_training["eval/mae"], rel=1e-6)
+    assert command.main(by_hand(tiny, tmp_path / "hand", "--adapter", output / "final")) == 0
+    assert predictions(tmp_path / "hand") == predictions(output / "eval")
+    model = ["--run", str(output), "--model_id", str(tiny.folder / "model"), "--output_dir", str(tmp_path / "base")]
+    assert command.main(model) == 0  # a model that is named is taken as it is
+    assert metrics(tmp_path / "base")["adapter"] == ""
+
+
+def test_pictures_are_drawn_whatever_the_answers_are(tiny, tmp_path):
+    assert command.main(by_hand(tiny, tmp_path / "out", "--cuts", "45")) == 0
+    names = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert names == {"scatter", "bland_altman", "errors", "roc"}
+    for path in (tmp_path / "out").glob("*.png"):
+        image = Image.open(path)
+        assert image.width >= 500 and len(image.convert("L").getcolors()) > 10
+    assert command.main(by_hand(tiny, tmp_path / "none", "--valid_range", "900", "999")) == 0  # no answer is valid
+    assert metrics(tmp_path / "none")["mae"]["value"] == metrics(tmp_path / "none")["zero_skill_mae"]["value"]
+
+
+def test_unreadable_videos_are_left_out_and_counted(tiny, tmp_path, capsys):
+    videos = shutil.copytree(tiny.folder / "videos", tmp_path / "videos")
+    (videos / "3_0.mp4").write_bytes(b"no video")
+    more = ["--image_folder", str(videos)]
+    assert command.main(by_hand(tiny, tmp_path / "stop", *more)) == 2
+    assert command.main(by_hand(tiny, tmp_path / "out", *more, "--on_bad_video", "skip")) == 0
+    assert metrics(tmp_path / "out")["samples_left_out"] == 1
+    assert "s3" not in [line["id"] for line in predictions(tmp_path / "out")]
+    printed = capsys.readouterr().out
+    assert "left out: sample 's3'" in printed and "1 samples left out, for their videos" in printed
+
+
+def damaged(tiny, tmp_path: Path, name: str) -> list[str]:
+    """Flags with a mistake."""
+    if name == "no number in any truth":
+        samples = json.loads((tiny.folder / "heldout.json").read_text())
+        for sample in samples:
+            sample["conversations"][-1]["value"] = "normal"
+        (tmp_path / "data.json").write_text(json.dumps(samples))
+        return ["--data_path", tmp_path / "data.json"]
+    if name == "an id twice":
+        samples = json.loads((tiny.folder / "heldout.json").read_text())
+        (tmp_path / "data.json").write_text(json.dumps(samples + samples[:1]))
+        return ["--data_path", tmp_path / "data.json"]
+    if name == "no adapter":
+        return ["--adapter", tiny.folder / "model"]
+    return {
+        "a cut that is no number": ["--cuts", "40", "low"],
+        "no such run": ["--run", tmp_path / "nowhere"],
+        "no model": ["--model_id", tmp_path / "nowhere"],
+        "equal answers": ["--num_samples", "4"],
+        "a small temperature": ["--temperature", "0.001"],
+        "an unknown flag": ["--cut", "40"],
+        "a turned range": ["--valid_range", "100", "0"],
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no number in any truth", "no answer in it contains a number"),
+        ("an id twice", "the id 's0' occurs twice"),
+        ("no adapter", "is no adapter folder"),
+        ("a cut that is no number", "--cuts: invalid float value: 'low'"),
+        ("no such run", "is no folder of a run"),
+        ("no model", "its config and tokenizer cannot be read"),
+        ("equal answers", "greedy answers are all equal"),
+        ("a small temperature", "--temperature 0.001"),
+        ("an unknown flag", "did you mean --cuts?"),
+        ("a turned range", "--valid_range 100 0"),
+    ],
+)
+def test_bad_input_gets_one_line_and_nothing_is_written(tiny, tmp_path, capfd, name, words):
+    arguments = by_hand(tiny, tmp_path / "out", *damaged(tiny, tmp_path, name))
+    assert command.main(arguments) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("grpo.evaluate: error: ") and words in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["--model_id", "--data_path", "--output_dir"])
+def test_a_missing_flag_is_named(tiny, tmp_path, capfd, missing):
+    arguments = by_hand(tiny, tmp_path / "out")
+    place = arguments.index(missing)
+    del arguments[place : place + 2]
+    assert command.main(arguments) == 2
+    assert f"{missing} is missing: name it, or a whole run with --run" in capfd.readouterr().err
+
+
+def test_an_adapter_of_another_model_gets_one_line(tiny, tmp_path, capfd):
+    output = trained(tiny, tmp_path / "lora", *LORA)
+    config = json.loads((output / "final" / "adapter_config.json").read_text())
+    (output / "final" / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    capfd.readouterr()
+    assert command.main(by_hand(tiny, tmp_path / "out", "--adapter", output / "final")) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "does not fit the model" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--nframes", "2"], "nframes 2 was 4"),
+        (["--max_videos", "1"], "max_videos 1 was 5"),
+        (["--num_samples", "2", "--temperature", "1"], "num_samples 2 was 1, temperature 1.0 was 0.0"),
+        ("other data", "samples '"),
+        ("other model", "weights '"),
+        ("no settings", "settings.json beside it cannot be read"),
+        ("a damaged line", "line 2 is damaged"),
+    ],
+)
+def test_predictions_of_something_else_are_left_as_they_are(tiny, tmp_path, run, capfd, change, words):
+    output = tmp_path / "out"
+    assert command.main(by_hand(tiny, output)) == 0
+    if change == "other data":
+        change = ["--data_path", tiny.folder / "data.json"]
+    elif change == "other model":
+        change = ["--model_id", run / "final"]
+    elif change == "no settings":
+        change = []
+        (output / "settings.json").unlink()
+    elif change == "a damaged line":
+        change = []
+        lines = (output / "predictions.jsonl").read_text().splitlines(keepends=True)
+        (output / "predictions.jsonl").write_text("".join([lines[0], '{"id": 3}\n', *lines[2:]]))
+    before = {path.name: path.read_bytes() for path in output.glob("[!.]*")}
+    capfd.readouterr()
+    assert command.main(by_hand(tiny, output, *change)) == 2
+    (line,) = [line for line in capfd.readouterr().err.strip().splitlines() if "error" in line]
+    assert words in line and "new --output_dir" in line
+    assert {path.name: path.read_bytes() for path in output.glob("[!.]*")} == before
+
+
+def test_a_run_without_what_is_evaluated_is_told_so(tiny, tmp_path, capfd):
+    output = tmp_path / "out"
+    assert train.main(flags(tiny, output, "--max_steps", "1")) == 0
+    assert command.main(["--run", str(output)]) == 2
+    assert "had no --eval_data_path: name the samples with --data_path" in capfd.readouterr().err
+    shutil.rmtree(output / "final")
+    assert command.main(["--run", str(output), "--data_path", str(tiny.folder / "data.json")]) == 2
+    assert "has no final/ yet: name a checkpoint-N" in capfd.readouterr().err
+    (output / "config.json").write_text("[]")
+    assert command.main(["--run", str(output)]) == 2
+    assert "config.json is damaged" in capfd.readouterr().err
+
+
+def test_flags_beside_a_run_count_more_than_its_own(tiny, run, tmp_path):
+    more = ["--data_path", str(tiny.folder / "data.json"), "--max_videos", "1", "--output_dir", str(tmp_path / "out")]
+    assert command.main(["--run", str(run), *more]) == 0
+    found = metrics(tmp_path / "out")
+    assert found["samples_without_true_number"] == 0 and found["settings"]["max_videos"] == 1
+    assert found["settings"]["nframes"] == 4  # of the run
