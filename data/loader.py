@@ -144,28 +144,32 @@ def rank_batches(
         yield items[rank::world_size]
 
 
-def prompt_batches(dataset: PromptDataset, batches: Iterator[list[BatchItem]], num_workers: int) -> DataLoader:
-    """Return a loader that yields each step's list[Prompt | InputError] in order and decodes some steps ahead."""
+def prompt_batches(
+    dataset: PromptDataset, batches: Iterator[list[BatchItem]], num_workers: int
+) -> Iterator[list[Prompt | InputError]]:
+    """Yield each step's prompts in order; worker processes, forked here, decode some steps ahead.
+
+    Workers must not garbage-collect objects inherited through the fork: destroying a process group would wait forever
+    for threads that a fork does not copy. What is frozen while they fork is never collected in them.
+    """
     atexit.register(kill_workers)
-    gc.collect()  # before the fork; `init_worker` says why
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=list,
-        worker_init_fn=init_worker,
+        worker_init_fn=ignore_signals,
         multiprocessing_context="fork" if num_workers else None,  # children that notice when their rank is killed
     )
-
-
-def init_worker(worker: int) -> None:
-    """Set up a worker process.
-
-    Workers ignore the signals that stop a run, because the run still needs prompts to finish its current step.
-    They must not garbage-collect objects inherited through the fork: destroying a process group would wait forever
-    for threads that a fork does not copy.
-    """
     gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
+
+
+def ignore_signals(worker: int) -> None:
+    """In a worker, ignore the signals that stop a run, because it still needs prompts to finish its current step."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

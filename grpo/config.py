@@ -114,7 +114,7 @@ class Config:
     eval_data_path: str = flag("", "JSON or JSONL file of held-out samples", heading="evaluation")
     eval_steps: int = flag(0, "steps between evaluations; there is always one at the end", demo=50)
     eval_on_start: bool = flag(False, "evaluate before the first step, too", demo=True)
-    per_device_eval_batch_size: int = flag(8, "held-out prompts of a rank that are answered together")
+    per_device_eval_batch_size: int = flag(8, "held-out prompts of a rank that are answered together", demo=16)
     metric_for_best_model: BestModelMetric = flag("eval/mae", "the figure by which best/ is chosen; it knows which way")
     valid_range: list[float] = flag([0.0, 100.0], "lowest and highest possible answer; others count as no number")
     cuts: list[float] = flag([35.0, 40.0, 50.0], "values below which an answer means disease: AUC and accuracy at each")

@@ -67,7 +67,7 @@ def answer(model, dataset: PromptDataset, indices: list[int], options: AnswerOpt
     tokens = special_tokens(model, dataset.tokenizer, model.device)
     batches = [indices[i : i + options.batch_size] for i in range(0, len(indices), options.batch_size)]
     own = ([BatchItem(index, index) for index in batch] for batch in batches[rank::world_size])
-    prompts = iter(prompt_batches(dataset, own, options.num_workers))
+    prompts = prompt_batches(dataset, own, options.num_workers)
     for _ in range(0, len(batches), world_size):
         own_round = raise_together(answer_batch, model, dataset.tokenizer, tokens, next(prompts, []), options)
         rounds = all_gather_object(own_round)

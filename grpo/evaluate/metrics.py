@@ -35,7 +35,7 @@ class Truths:
 
     def subset(self, indices: list[int]) -> "Truths":
         """Keep some of the samples."""
-        return Truths(self.numbers[indices], self.constant_rewards[:, indices])
+        return Truths(self.numbers[indices], np.ascontiguousarray(self.constant_rewards[:, indices]))
 
 
 @dataclass

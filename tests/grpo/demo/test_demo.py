@@ -4,11 +4,13 @@ import contextlib
 import io
 import json
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from data.dataset import InputError
@@ -16,8 +18,7 @@ from data.prompt import load_tokenizer
 from grpo.config import parse_config
 from grpo.demo.demo import choose_folder, load_prompts
 from grpo.demo.synthetic_echo import draw_clip, write_samples
-from grpo.evaluate.heldout import evaluate
-from grpo.export import load_merged
+from grpo.evaluate import __main__ as evaluate
 from grpo.model.load import load_model, special_tokens
 from grpo.ranks import start_processes
 from grpo.rollout import SamplingParams, generate
@@ -55,12 +56,32 @@ def test_adapters_alone_raise_it_too(demo, tmp_path, capsys):
     assert train.main([*flags, "--learning_rate", "1e-3", "--output_dir", str(tmp_path / "lora")]) == 0
     (trained,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained in total")]
     assert float(trained.split("(")[1].split("%")[0]) < 15
-    tokenizer = load_tokenizer(resolved["model_id"])
-    prompts = load_prompts(output / "data" / "heldout.json", tokenizer)
-    model = load_merged(str(tmp_path / "lora" / "final"), resolved["model_id"]).eval()
     before = json.loads((output / "demo_report.json").read_text())["before"]
-    after = evaluate(model, tokenizer, prompts, 16)
-    assert after["reward"] > before["reward"] + 0.1 and after["parse_rate"] == 1.0
+    heldout = ["--data_path", str(output / "data" / "heldout.json")]
+    assert evaluate.main(["--run", str(tmp_path / "lora"), *heldout]) == 0
+    after = json.loads((tmp_path / "lora" / "eval" / "metrics.json").read_text())
+    assert after["reward"]["value"] > before["reward"] + 0.1 and after["parse_rate"]["value"] == 1.0
+
+
+def test_the_report_is_what_evaluating_the_run_gives_to_the_last_digit(demo, capsys):
+    output, _ = demo
+    report = json.loads((output / "demo_report.json").read_text())
+    models = {"after": [], "before": ["--model_id", str(output / "warm_start")]}
+    for when, model in models.items():
+        where = ["--output_dir", str(output / "eval" / when)]
+        assert evaluate.main(["--run", str(output), *model, *where]) == 0
+        found = json.loads((output / "eval" / when / "metrics.json").read_text())
+        assert {name: found[name]["value"] for name in report[when] if name != "step"} == {
+            name: value for name, value in report[when].items() if name != "step"
+        }
+
+
+def test_an_evaluation_costs_what_sampling_costs(demo):
+    """96 samples once each, against 12 steps that sample 8 prompts 8 times each."""
+    output, _ = demo
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    evaluations, rollouts = ([point.value for point in events.Scalars(f"time/{name}")] for name in ("eval", "rollout"))
+    assert min(evaluations) < 1.5 * 12 * statistics.median(rollouts)  # 0.8 on a machine that does nothing else
 
 
 def answers(output: Path, json_path: Path) -> tuple[torch.Tensor, torch.Tensor]:
