@@ -219,6 +219,20 @@ def entry(**changes) -> dict:
         (["--epsilon", "1.5"], ["--epsilon 1.5"]),
         (["--reward_timeout", "1e4"], ["--reward_timeout 10000"]),
         (["--resume_from_checkpoint", ""], ["--resume_from_checkpoint"]),
+        (["--eval_steps", "5"], ["--eval_steps is about held-out samples", "--eval_data_path"]),
+        (["--eval_on_start"], ["--eval_on_start", "--eval_data_path"]),
+        (["--metric_for_best_model", "eval/r2"], ["--metric_for_best_model", "--eval_data_path"]),
+        (["--eval_data_path", "nowhere.json"], ["cannot read 'nowhere.json'"]),
+        (["--eval_data_path", "{held}/twice.json"], ["twice.json", "the id 'a' occurs twice"]),
+        (["--eval_data_path", "{held}/words.json"], ["--eval_data_path", "words.json", "contains a number"]),
+        (["--eval_data_path", "{held}/words.json", "--eval_steps", "-1"], ["--eval_steps -1"]),
+        (["--metric_for_best_model", "mae"], ["invalid choice: 'mae'", "eval/mae"]),
+        (["--cuts", "40", "low"], ["--cuts: invalid float value: 'low'"]),
+        (["--cuts", "40", "inf"], ["--cuts 40 inf"]),
+        (["--cuts", "40", "40"], ["--cuts 40 40"]),
+        (["--valid_range", "100", "0"], ["--valid_range 100 0", "0 100"]),
+        (["--valid_range", "1"], ["--valid_range 1:"]),
+        (["--valid_range", "0", "nan"], ["--valid_range 0 nan"]),
         ("{", ["data.json", "line 1"]),
         ([entry(conversations=[])], ["'a'", "conversations"]),
         ([entry(conversations=[{"from": "human", "value": "EF?"}])], ["'a'", "gpt"]),
@@ -230,7 +244,13 @@ def entry(**changes) -> dict:
 )
 def test_bad_input_gets_one_line_and_exit_code_2_before_training(tiny, run, tmp_path, capfd, change, words):
     if isinstance(change, list) and isinstance(change[0], str):
-        arguments = flags(tiny, tmp_path / "out", *(flag.replace("{run}", str(run)) for flag in change))
+        words_only = entry(conversations=[{"from": "human", "value": "EF?"}, {"from": "gpt", "value": "normal"}])
+        (tmp_path / "words.json").write_text(json.dumps([words_only]))
+        (tmp_path / "twice.json").write_text(json.dumps([words_only, words_only]))
+        places = {"{run}": str(run), "{held}": str(tmp_path)}
+        for place, folder in places.items():
+            change = [flag.replace(place, folder) for flag in change]
+        arguments = flags(tiny, tmp_path / "out", *change)
     else:
         path = tmp_path / "data.json"
         path.write_text(change if isinstance(change, str) else json.dumps(change))

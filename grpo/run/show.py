@@ -14,8 +14,8 @@ from data.video import PATCH_SIZE, unpatchify
 
 WIDTH, MARGIN, LINE = 1200, 8, 16  # of a contact sheet: its width, borders, and the height of a line, in pixels
 TEXT_SIZE = 12
-MAX_FRAMES, MAX_VIDEOS, MAX_COMPLETIONS, MAX_LINES = 16, 40, 16, 3  # shown; a completion has up to 3 lines
-MAX_ROW = 224  # pixels; height of the largest frames
+MAX_FRAMES, MAX_VIDEOS, MAX_COMPLETIONS, MAX_LINES = 16, 60, 16, 3  # shown; a completion has up to 3 lines
+FRAME_SIZES = 48, 224  # pixels: a frame is at least so wide, and at most so high
 
 
 def completions_table(groups: list, num_prompts: int) -> str:
@@ -53,32 +53,37 @@ def one_line(text: str) -> str:
 def contact_sheet(prompt: Prompt, group, step: int) -> np.ndarray:
     """Draw what the model saw of a prompt and what it answered: uint8 (height, 1200, 3).
 
-    A row of frames per video, as they were after the cap, sampling and resizing; below, the completions of the group
+    A strip of frames per video, as they were after the cap, sampling and resizing; below, the completions of the group
     (a `GroupRecord`) with their rewards and advantages.
     """
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf")), TEXT_SIZE)
     columns = int((WIDTH - 2 * MARGIN) / font.getlength("0"))
-    rows = video_rows(prompt)
+    strips = video_strips(prompt)
     head = wrapped(f"step {step}, sample {group.sample_id}, {len(prompt.video_grid_thw)} videos", columns)
     head += wrapped(f"question: {group.question}", columns) + wrapped(f"truth: {group.truth}", columns)
-    tail = [f"{'reward':>8} {'advantage':>9} {'number':>8}  completion"]
+    tail = [f"{'reward':>8} {'advantage':>9} {'number':>12}  completion"]
     for i in range(min(len(group.texts), MAX_COMPLETIONS)):
-        begin = f"{group.rewards[i]:8.3f} {group.advantages[i]:+9.3f} {number_text(group.numbers[i]):>8.8}  "
+        begin = f"{group.rewards[i]:8.3f} {group.advantages[i]:+9.3f} {number_text(group.numbers[i]):>12}  "
         first, *others = wrapped(group.texts[i], columns - len(begin)) or [""]
         tail += [begin + first, *(" " * len(begin) + line for line in others)]
     if len(group.texts) > MAX_COMPLETIONS:
         tail.append(f"… and {len(group.texts) - MAX_COMPLETIONS} more")
 
-    height = 2 * MARGIN + LINE * (len(head) + len(tail)) + sum(LINE + row.height for _, row in rows) + MARGIN
+    num_columns = columns_for(len(strips))
+    rows = [strips[i : i + num_columns] for i in range(0, len(strips), num_columns)]
+    row_heights = [LINE + max(strip.height for _, strip in row) for row in rows]
+    height = 3 * MARGIN + LINE * (len(head) + len(tail)) + sum(row_heights)
     sheet = Image.new("RGB", (WIDTH, height), "white")
     draw, y = ImageDraw.Draw(sheet), MARGIN
     for line in head:
         draw.text((MARGIN, y), line, "black", font)
         y += LINE
-    for label, row in rows:
-        draw.text((MARGIN, y), label[:columns], "#555555", font)
-        sheet.paste(row, (MARGIN, y + LINE))
-        y += LINE + row.height
+    for row, row_height in zip(rows, row_heights, strict=True):
+        for i, (label, strip) in enumerate(row):
+            x = MARGIN + i * (WIDTH - MARGIN) // num_columns
+            draw.text((x, y), label[: columns // num_columns], "#555555", font)
+            sheet.paste(strip, (x, y + LINE))
+        y += row_height
     y += MARGIN
     for line in tail:
         draw.text((MARGIN, y), line, "black", font)
@@ -86,23 +91,35 @@ def contact_sheet(prompt: Prompt, group, step: int) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def video_rows(prompt: Prompt) -> list[tuple[str, Image.Image]]:
-    """Draw the frames of each video of a prompt in a row, with a line about them."""
-    rows = []
-    sizes = prompt.video_grid_thw.prod(dim=1).tolist()
-    videos = list(zip(prompt.sample.videos, prompt.pixel_values_videos.split(sizes), strict=True))
-    for (path, pixels), (t, h, w) in list(zip(videos, prompt.video_grid_thw.tolist(), strict=True))[:MAX_VIDEOS]:
-        shown = np.unique(np.linspace(0, 2 * t - 1, min(2 * t, MAX_FRAMES)).round().astype(int))
+def columns_for(num_videos: int) -> int:
+    """Choose how many videos to put side by side, so that a sheet fits on a screen."""
+    return 1 if num_videos <= 6 else 2 if num_videos <= 16 else 3
+
+
+def video_strips(prompt: Prompt) -> list[tuple[str, Image.Image]]:
+    """Draw the frames of each video of a prompt side by side, with a line about them."""
+    num_columns = columns_for(len(prompt.video_grid_thw))
+    width = (WIDTH - MARGIN) // num_columns - MARGIN
+    strips = []
+    videos = zip(
+        prompt.sample.videos,
+        prompt.pixel_values_videos.split(prompt.video_grid_thw.prod(dim=1).tolist()),
+        prompt.video_grid_thw.tolist(),
+        strict=True,
+    )
+    for path, pixels, (t, h, w) in list(videos)[:MAX_VIDEOS]:
+        num_shown = min(2 * t, MAX_FRAMES, width // FRAME_SIZES[0])
+        shown = np.linspace(0, 2 * t - 1, num_shown).round().astype(int)
         frames = unpatchify(pixels, (t, h, w))[shown].permute(0, 2, 3, 1).numpy()  # (frames, H, W, 3)
-        row = Image.fromarray(np.concatenate(list(frames), axis=1))
-        scale = min((WIDTH - 2 * MARGIN) / row.width, MAX_ROW / row.height, 2.0)
-        row = row.resize((max(1, int(row.width * scale)), max(1, int(row.height * scale))))
-        some = "" if len(shown) == 2 * t else f"{len(shown)} of "
-        label = f"{Path(path).name}: {some}{2 * t} frames of {w * PATCH_SIZE}x{h * PATCH_SIZE}"
-        rows.append((one_line(label), row))
-    if len(videos) > MAX_VIDEOS:
-        rows.append((f"… and {len(videos) - MAX_VIDEOS} more videos", Image.new("RGB", (1, 1), "white")))
-    return rows
+        strip = Image.fromarray(np.concatenate(list(frames), axis=1))
+        scale = min(width / strip.width, FRAME_SIZES[1] / strip.height, 2.0)
+        strip = strip.resize((max(1, int(strip.width * scale)), max(1, int(strip.height * scale))))
+        some = "" if num_shown == 2 * t else f"{num_shown} of "
+        label = f"{some}{2 * t} frames of {w * PATCH_SIZE}x{h * PATCH_SIZE}: {Path(path).name}"
+        strips.append((one_line(label), strip))
+    if len(prompt.video_grid_thw) > MAX_VIDEOS:
+        strips.append((f"… and {len(prompt.video_grid_thw) - MAX_VIDEOS} more", Image.new("RGB", (1, 1), "white")))
+    return strips
 
 
 def wrapped(text: str, columns: int) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.dataset import InputError, load_samples
-from data.loader import BatchItem, PromptDataset, epoch_order, prompt_batches, rank_batches
+from data.loader import BatchItem, PromptDataset, epoch_order, prompt_batches, rank_batches, worker_failure
 from tests.conftest import OPTIONS, make_tiny
 
 
@@ -98,3 +98,22 @@ def test_workers_hand_over_the_prompts_of_each_step_in_order(tiny, num_workers):
             original = tiny.prompts[int(prompt.sample.id[1:])]
             for name in ("prompt_ids", "position_ids", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
                 assert torch.equal(getattr(prompt, name), getattr(original, name)), name
+
+
+def test_news_of_a_dead_worker_is_found_in_any_error_that_code_made_of_it():
+    """PyTorch raises it in the middle of whatever the main thread does."""
+    news = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    for wrap in (lambda e: e, lambda e: SystemError(f"returned a result: {e}"), chained):
+        line = worker_failure(wrap(RuntimeError(news)))
+        assert line.startswith("DataLoader worker (pid 7) is killed by signal: Killed. If memory ran out")
+    assert worker_failure(RuntimeError("DataLoader is fine")) is None and worker_failure(ValueError()) is None
+
+
+def chained(error: Exception) -> Exception:
+    try:
+        try:
+            raise error
+        except RuntimeError as first:
+            raise ValueError("something else") from first
+    except ValueError as second:
+        return second

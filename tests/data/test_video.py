@@ -22,6 +22,7 @@ from data.video import (
     resize,
     smart_resize,
     target_size,
+    unpatchify,
     video_grid,
 )
 from grpo.demo.mp4 import encode_jpeg, write_mp4
@@ -404,3 +405,9 @@ def test_a_missing_file_is_no_bad_video(tmp_path):
 def test_write_mp4_refuses_what_is_no_clip(tmp_path, frames):
     with pytest.raises(ValueError, match="uint8"):
         write_mp4(tmp_path / "clip.mp4", frames, fps=8)
+
+
+def test_frames_come_back_from_their_patches():
+    """What a contact sheet shows is what the model sees: to the level."""
+    frames = torch.randint(0, 256, (6, 3, 56, 84), dtype=torch.uint8)
+    assert torch.equal(unpatchify(*patchify(frames)), frames)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from data.loader import load_prompt
 from data.video import read_frames, resize
-from grpo.run.show import WIDTH, bands, completions_table, contact_sheet, table_cell, video_rows
+from grpo.run.show import WIDTH, bands, completions_table, contact_sheet, table_cell, video_strips
 from tests.conftest import OPTIONS
 from tests.grpo.run.test_records import GROUPS, group
 from tests.test_train import flags
@@ -49,19 +49,18 @@ def test_the_table_shows_several_prompts_with_the_numbers_that_were_read():
     assert len(cells) == 6 and len(completions_table(GROUPS, num_prompts=1).splitlines()) == 5
 
 
-def test_a_row_shows_the_frames_that_the_model_saw(tiny):
+def test_a_strip_shows_the_frames_that_the_model_saw(tiny):
     prompt = tiny.prompts[1]  # 3 videos
-    rows = video_rows(prompt)
-    assert [label.split(":")[0] for label, _ in rows] == ["1_0.mp4", "1_1.mp4", "1_2.mp4"]
-    assert "4 frames of 56x56" in rows[0][0]
-    for path, (_, row) in zip(prompt.sample.videos, rows, strict=True):
+    strips = video_strips(prompt)
+    assert [label for label, _ in strips] == [f"4 frames of 56x56: 1_{i}.mp4" for i in range(3)]
+    for path, (_, strip) in zip(prompt.sample.videos, strips, strict=True):
         frames = resize(read_frames(path, OPTIONS)[0], 56, 56).permute(0, 2, 3, 1).numpy()  # (T, H, W, 3)
-        drawn = np.asarray(row.resize((4 * 56, 56), Image.Resampling.BOX))  # twice as large on the sheet
+        drawn = np.asarray(strip.resize((4 * 56, 56), Image.Resampling.BOX))  # twice as large on the sheet
         assert abs(drawn.astype(int) - np.concatenate(list(frames), axis=1)).mean() < 20  # noise, enlarged and reduced
 
 
-@pytest.mark.parametrize("num_videos", [1, 30, 45])
-def test_a_contact_sheet_holds_all_videos_and_any_text(tiny, num_videos):
+@pytest.mark.parametrize(("num_videos", "columns"), [(1, 1), (8, 2), (30, 3), (65, 3)])
+def test_a_contact_sheet_holds_all_videos_and_any_text(tiny, num_videos, columns):
     sample = dataclasses.replace(
         tiny.prompts[0].sample,
         videos=tiny.prompts[0].sample.videos * num_videos,
@@ -74,9 +73,13 @@ def test_a_contact_sheet_holds_all_videos_and_any_text(tiny, num_videos):
     )  # fmt: skip
     sheet = contact_sheet(prompt, record, step=3)
     assert sheet.dtype == np.uint8 and sheet.shape[1:] == (WIDTH, 3)
-    rows = video_rows(prompt)
-    assert len(rows) == min(num_videos, 41)  # 40 videos, and a line about the others
-    assert sheet.shape[0] > sum(row.height for _, row in rows)
+    strips = video_strips(prompt)
+    assert len(strips) == min(num_videos, 61)  # 60 videos, and a line about the others
+    rows = -(-len(strips) // columns)
+    assert rows * 50 < sheet.shape[0] < 2600
+    is_noise = (sheet.max(axis=2) - sheet.min(axis=2)) > 30  # the clips are coloured, text and paper are not
+    begins = [8 + i * (WIDTH - 8) // columns for i in range(columns)]
+    assert all(is_noise[:, x : x + 100].any() and not is_noise[:, x - 8 : x].any() for x in begins)
     assert (sheet[-8:] == 255).all()  # the last line of text fits
     assert (sheet[-24:-8] < 128).any()
 
