@@ -103,7 +103,7 @@ def reward_phase(rollouts: list[Rollout], tokenizer, config: Config, step: int) 
     advantages = group_advantages(rewards, config.scale_rewards, counts.reward_std)  # (B, G)
     for rollout, row in zip(rollouts, advantages, strict=True):
         rollout.advantages = row.to(device)
-    for group in records.groups:  # of all ranks, for the logs
+    for group in records.groups:  # those of all ranks, for the logs
         group.advantages = group_advantages(group.rewards[None], config.scale_rewards, counts.reward_std)[0]
     return records, counts
 
@@ -201,11 +201,10 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     total_steps = count_steps(config, len(samples))
     optimizer, schedule = make_optimizer(policy, config, total_steps)
     tokens_per_second = policy.config.vision_config.tokens_per_second
-    dataset, heldout_dataset = (
-        PromptDataset(some, tokenizer, tokens_per_second, video_options(config), config.on_bad_video)
-        for some in (samples, inputs.heldout)
-    )
-    heldout = HeldOut(heldout_dataset, REWARD_FUNCTIONS, config) if inputs.heldout else None
+    options = tokenizer, tokens_per_second, video_options(config), config.on_bad_video
+    dataset, heldout = PromptDataset(samples, *options), None
+    if inputs.heldout:
+        heldout = HeldOut(PromptDataset(inputs.heldout, *options), REWARD_FUNCTIONS, config)
     if config.memory_preflight or (config.memory_preflight is None and device.type == "cuda"):
         step_on = partial(trial_step, models, optimizer, tokens, config)
         print_rank0(memory_preflight(dataset, optimizer, config, step_on))
@@ -228,11 +227,10 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
 
     def evaluate(step: int) -> None:
         """Evaluate the policy if it is due; keep it in best/ if none was better."""
-        if not heldout or not tracker.is_evaluation_due(step):
-            return
-        evaluation = heldout.evaluate(models.sampling.sync(policy))
-        if tracker.show_evaluation(step, evaluation) and save("best", step, is_needed=False):
-            tracker.best_step = step
+        if heldout and tracker.is_evaluation_due(step):
+            evaluation = heldout.evaluate(models.sampling.sync(policy))
+            if tracker.show_evaluation(step, evaluation) and save("best", step, is_needed=False):
+                tracker.best_step = step
 
     stop.listen()
     evaluate(resume.step)  # before the first step, or where a signal came first

@@ -1,6 +1,6 @@
 """Turn EchoNet-Dynamic (Ouyang et al., Nature 2020, doi 10.1038/s41586-020-2145-8) into files for this trainer.
 
-    python -m data.echonet --root EchoNet-Dynamic --output data/echonet
+    python -m data.echonet --root EchoNet-Dynamic --output echonet
 
 ROOT holds `FileList.csv`, with a row per video (of its columns FileName, EF and Split are read), and `Videos/*.avi`.
 Written are train.json, val.json and test.json. A video that is listed and missing is named and left out.

@@ -22,28 +22,25 @@ from typing import Literal
 import grpo  # noqa: F401  first of all, since it sets how torch's threads wait
 
 # isort: split
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
-from data.dataset import InputError, Sample, first_line
+from data.dataset import InputError, first_line
 from data.loader import PromptDataset, worker_failure
 from data.prompt import load_tokenizer
 from grpo.config import Config, check_bounds, default_of, flag, parse_flags, video_options
-from grpo.evaluate.answer import AnswerOptions, Prediction, answer, answers_of, truths_of
-from grpo.evaluate.metrics import NUM_RESAMPLES, Answers, best_answers, figures, median_answers
-from grpo.evaluate.pictures import pictures
+from grpo.evaluate.answer import AnswerOptions, Prediction, answer
+from grpo.evaluate.predictions import Predictions
+from grpo.evaluate.report import report
 from grpo.export import base_of, load_merged
 from grpo.model.layers import pack_weights
 from grpo.model.load import load_model
 from grpo.model.sharding import compute_dtype
 from grpo.ranks import abort_rank, broadcast_object, print_rank0, raise_together, start_processes
 from grpo.run.inputs import load_capped_samples
-from grpo.run.lock import lock_folder
 from grpo.run.resume import fingerprint
-from grpo.run.scoring import score_texts
 from reward import REWARD_FUNCTIONS
 from reward.extract import extract_number
 
@@ -164,83 +161,6 @@ def digest_of(model) -> str:
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
 
 
-class Predictions:
-    """predictions.jsonl, and settings.json beside it, which says what its answers are of; written by rank 0."""
-
-    def __init__(self, config: EvaluateConfig, settings: dict, samples: list[Sample]):
-        """Read what is there. Raises InputError if it is of another model, other samples or other flags."""
-        self.path, self.done = Path(config.output_dir, "predictions.jsonl"), {}
-        if dist.get_rank() != 0:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock_folder(config.output_dir)
-            settings_path = self.path.with_name("settings.json")
-            if self.path.exists():
-                self.check(settings_path, settings)
-                self.read({sample.id for sample in samples})
-            else:
-                write_whole(settings_path, json.dumps(settings, indent=2).encode())
-        except OSError as error:
-            raise InputError(
-                f"--output_dir {config.output_dir!r} cannot be written ({error.strerror}): name another folder"
-            ) from error
-
-    def check(self, path: Path, settings: dict) -> None:
-        """Compare the settings with those of the predictions that are there."""
-        try:
-            old = json.loads(path.read_text())
-            changed = [
-                f"{name} {new!r} was {old.get(name)!r}" for name, new in settings.items() if old.get(name) != new
-            ]
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{str(self.path)!r} is there, but {path.name} beside it cannot be read ({first_line(error)}): name a "
-                "new --output_dir"
-            ) from error
-        if changed:
-            raise InputError(f"{str(self.path)!r} is of other settings ({', '.join(changed)}): name a new --output_dir")
-
-    def read(self, ids: set[str]) -> None:
-        """Read the lines; what an interruption has left of a last line is removed."""
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                prediction = Prediction(**json.loads(line))
-                if prediction.id not in ids or prediction.id in self.done:
-                    raise ValueError(f"unexpected id {prediction.id!r}")
-            except (ValueError, TypeError) as error:
-                raise InputError(
-                    f"{str(self.path)!r}, line {number} is damaged ({first_line(error)}): remove the line, or name a "
-                    "new --output_dir"
-                ) from error
-            self.done[prediction.id] = prediction
-        if len(whole) < len(data):
-            os.truncate(self.path, len(whole))
-
-    def append(self, predictions: list[Prediction]) -> None:
-        """Add predictions; raise InputError if the disk is full."""
-        self.done |= {prediction.id: prediction for prediction in predictions}
-        if dist.get_rank() != 0:
-            return
-        lines = "".join(json.dumps(dataclasses.asdict(prediction)) + "\n" for prediction in predictions)
-        try:
-            with open(self.path, "a") as file:
-                file.write(lines)
-        except OSError as error:
-            raise InputError(
-                f"{str(self.path)!r} cannot be written ({error.strerror}): make room; the same command continues"
-            ) from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, which gets its name once it is complete."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
-
-
 def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     """Answer what has no answer yet; write the figures and pictures, and print the figures. Collective."""
     messages = []
@@ -263,11 +183,11 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     settings = {name: getattr(config, name) for name in DECISIVE}
     settings |= {"seed": config.seed} if config.temperature else {}
     settings |= {"samples": fingerprint(samples), "weights": digest_of(model)}
-    predictions = raise_together(Predictions, config, settings, samples)
-    done = broadcast_object(list(predictions.done))
+    predictions = raise_together(Predictions, config.output_dir, settings, samples)
+    done = broadcast_object(set(predictions.done))  # ids
     tokens_per_second = model.config.vision_config.tokens_per_second
     dataset = PromptDataset(samples, tokenizer, tokens_per_second, video_options(config), config.on_bad_video)
-    indices = [i for i, sample in enumerate(samples) if sample.id not in set(done)]
+    indices = [i for i, sample in enumerate(samples) if sample.id not in done]
     if done:
         print_rank0(f"{len(done)} of {len(samples)} samples are answered already")
     bar = tqdm(
@@ -283,7 +203,8 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
             print_rank0(*(f"left out: {line}" for line in answered.bad_videos))
             bar.update(len(answered.predictions))
             bar.set_postfix_str(f"mean error {running_error(predictions.done):.2f}", refresh=False)
-    raise_together(report, config, settings, samples, predictions.done, options)
+    if dist.get_rank() == 0:  # the others have nothing to wait for
+        report(config, settings, samples, predictions.done, options)
 
 
 def running_error(done: dict[str, Prediction]) -> float:
@@ -291,111 +212,6 @@ def running_error(done: dict[str, Prediction]) -> float:
     pairs = [(p.truth_number, number) for p in done.values() for number in p.numbers]
     found = [abs(truth - number) for truth, number in pairs if truth is not None and number is not None]
     return sum(found) / len(found) if found else float("nan")
-
-
-def report(
-    config: EvaluateConfig, settings: dict, samples: list[Sample], done: dict[str, Prediction], options: AnswerOptions
-) -> None:
-    """On rank 0, write metrics.json and the pictures, and print the table; raise InputError."""
-    if dist.get_rank() != 0:
-        return
-    answered = [sample for sample in samples if sample.id in done]
-    used = [sample for sample in answered if done[sample.id].truth_number is not None]
-    if not used:
-        raise InputError(f"--data_path {config.data_path!r}: no sample with a number in its truth could be answered")
-    truths, answers = truths_of(used, options), answers_of([done[sample.id] for sample in used])
-    ways = {"greedy" if not config.temperature else "single": answers}
-    if config.num_samples > 1:
-        medians = median_answers(answers, config.valid_range)
-        ways[f"median of {config.num_samples}"] = Answers(
-            medians, score_numbers(medians, used, options), answers.is_stopped.all(axis=1, keepdims=True)
-        )
-        ways[f"best of {config.num_samples}"] = best_answers(truths.numbers, answers, config.valid_range)
-    found = {way: figures(truths, given, config.valid_range, config.cuts, NUM_RESAMPLES) for way, given in ways.items()}
-    main, *others = found
-    metrics = {
-        "model_id": config.model_id,
-        "adapter": config.adapter,
-        "data_path": config.data_path,
-        "settings": settings,
-        "samples": len(samples),
-        "samples_left_out": len(samples) - len(answered),
-        "samples_without_true_number": len(answered) - len(used),
-        "answers": main,
-        **found[main],
-        **{way.replace(" ", "_"): found[way] for way in others},
-    }
-    drawn = pictures(truths.numbers, answers, found[main], config.valid_range, config.cuts, Path(config.data_path).name)
-    output = Path(config.output_dir)
-    try:
-        write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-        for name, data in drawn.items():
-            write_whole(output / f"{name}.png", data)
-    except OSError as error:
-        raise InputError(
-            f"--output_dir {config.output_dir!r} cannot be written ({error.strerror}): make room; the same command "
-            "continues"
-        ) from error
-    print("\n" + table(found))
-    for name, what in (
-        ("samples_left_out", "left out, for their videos"),
-        ("samples_without_true_number", "not in the figures, since their truth has no number"),
-    ):
-        if metrics[name]:
-            print(f"{metrics[name]} samples {what}")
-    print(f"written to {output}")
-
-
-def score_numbers(numbers: np.ndarray, samples: list[Sample], options: AnswerOptions) -> np.ndarray:
-    """Return the reward of answering each sample with a number, (n, 1) -> (n, 1); nan is an empty answer."""
-    texts = ["" if np.isnan(number) else f"{number:g}%" for number in numbers[:, 0]]
-    rewards = score_texts(options.reward_functions, samples, texts, None, options.reward_timeout)
-    return sum(rewards.values()).numpy()[:, None]
-
-
-LABELS = {
-    "n": "samples",
-    "parse_rate": "share with a number",
-    "reward": "mean reward",
-    "mae": "mean absolute error",
-    "median_error": "median absolute error",
-    "rmse": "root mean squared error",
-    "r2": "R²",
-    "pearson": "Pearson's r",
-    "ccc": "concordance (CCC)",
-    "bias": "bias (predicted - true)",
-    "limit_low": "lower limit of agreement",
-    "limit_high": "upper limit of agreement",
-    "within_5": "share within 5 points",
-    "sd_ratio": "sd of answers / sd of truths",
-    "distinct_answers": "different answers",
-    "out_of_range": "answers out of range",
-    "clipped_ratio": "share cut at the length limit",
-    "zero_skill_answer": "best constant answer",
-    "zero_skill_mae": "... its mean absolute error",
-    "zero_skill_reward": "reward of the best constant",
-}
-
-
-def table(found: dict[str, dict]) -> str:
-    """Write the figures as a table, a column for each way of answering, with the 95 % intervals."""
-    lines = [f"{'':30}" + "".join(f"{way:>12}{'95 % interval':>20}" for way in found)]
-    for name in next(iter(found.values())):
-        kind, _, cut = name.partition("_")
-        label = LABELS.get(name) or f"{'AUC' if kind == 'auc' else kind}, below {cut}"
-        line = f"{label:30}"
-        for figures_of_way in found.values():
-            figure = figures_of_way[name]
-            low, high = figure["low"], figure["high"]
-            interval = "" if low is None or low == high else f"{number(low)} to {number(high)}"
-            line += f"{number(figure['value']):>12}{interval:>20}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def number(value: float | None) -> str:
-    """Write a figure with up to three decimals."""
-    return "undefined" if value is None else f"{value:.0f}" if value == int(value) else f"{value:.3f}"
 
 
 def main(argv: list[str]) -> int:

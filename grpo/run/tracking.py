@@ -20,7 +20,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from data.dataset import InputError
+from data.dataset import InputError, first_line
 from data.loader import Prompt
 from grpo.config import Config
 from grpo.ranks import print_rank0, raise_together
@@ -130,6 +130,11 @@ class Tracker:
             raise InputError(
                 f"--output_dir {self.config.output_dir!r} cannot be written ({error.strerror}): make room, or name "
                 "another folder"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{str(self.output / 'rollouts.jsonl')!r}, or one that follows it, is damaged ({first_line(error)}): "
+                "move it away"
             ) from error
 
     def log(self, step: int, records: StepRecords, metrics: dict[str, float], clock: Clock, prompt: Prompt) -> None:

@@ -1,0 +1,117 @@
+"""What an evaluation leaves: metrics.json, pictures, and a table on the screen."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data.dataset import InputError, Sample
+from grpo.evaluate.answer import AnswerOptions, Prediction, answers_of, truths_of
+from grpo.evaluate.metrics import NUM_RESAMPLES, Answers, best_answers, figures, median_answers
+from grpo.evaluate.pictures import pictures
+from grpo.evaluate.predictions import write_whole
+from grpo.run.scoring import score_texts
+
+
+def report(config, settings: dict, samples: list[Sample], done: dict[str, Prediction], options: AnswerOptions) -> None:
+    """Write metrics.json and the pictures, and print the table. Raise InputError.
+
+    config: the flags of the command; done: the predictions, by id.
+    """
+    answered = [sample for sample in samples if sample.id in done]
+    used = [sample for sample in answered if done[sample.id].truth_number is not None]
+    if not used:
+        raise InputError(f"--data_path {config.data_path!r}: no sample with a number in its truth could be answered")
+    truths, answers = truths_of(used, options), answers_of([done[sample.id] for sample in used])
+    ways = {"greedy" if not config.temperature else "single": answers}
+    if config.num_samples > 1:
+        medians = median_answers(answers, config.valid_range)
+        ways[f"median of {config.num_samples}"] = Answers(
+            medians, score_numbers(medians, used, options), answers.is_stopped.all(axis=1, keepdims=True)
+        )
+        ways[f"best of {config.num_samples}"] = best_answers(truths.numbers, answers, config.valid_range)
+    found = {way: figures(truths, given, config.valid_range, config.cuts, NUM_RESAMPLES) for way, given in ways.items()}
+    main, *others = found
+    metrics = {
+        "model_id": config.model_id,
+        "adapter": config.adapter,
+        "data_path": config.data_path,
+        "settings": settings,
+        "samples": len(samples),
+        "samples_left_out": len(samples) - len(answered),
+        "samples_without_true_number": len(answered) - len(used),
+        "answers": main,
+        **found[main],
+        **{way.replace(" ", "_"): found[way] for way in others},
+    }
+    drawn = pictures(truths.numbers, answers, found[main], config.valid_range, config.cuts, Path(config.data_path).name)
+    output = Path(config.output_dir)
+    try:
+        write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+        for name, data in drawn.items():
+            write_whole(output / f"{name}.png", data)
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {config.output_dir!r} cannot be written ({error.strerror}): make room; the same command "
+            "continues"
+        ) from error
+    print("\n" + table(found))
+    for name, what in (
+        ("samples_left_out", "left out, for their videos"),
+        ("samples_without_true_number", "not in the figures, since their truth has no number"),
+    ):
+        if metrics[name]:
+            print(f"{metrics[name]} samples {what}")
+    print(f"written to {output}")
+
+
+def score_numbers(numbers: np.ndarray, samples: list[Sample], options: AnswerOptions) -> np.ndarray:
+    """Return the reward of answering each sample with a number, (n, 1) -> (n, 1); nan is an empty answer."""
+    texts = ["" if np.isnan(number) else f"{number:g}%" for number in numbers[:, 0]]
+    rewards = score_texts(options.reward_functions, samples, texts, None, options.reward_timeout)
+    return sum(rewards.values()).numpy()[:, None]
+
+
+LABELS = {
+    "n": "samples",
+    "parse_rate": "share with a number",
+    "reward": "mean reward",
+    "mae": "mean absolute error",
+    "median_error": "median absolute error",
+    "rmse": "root mean squared error",
+    "r2": "R²",
+    "pearson": "Pearson's r",
+    "ccc": "concordance (CCC)",
+    "bias": "bias (predicted - true)",
+    "limit_low": "lower limit of agreement",
+    "limit_high": "upper limit of agreement",
+    "within_5": "share within 5 points",
+    "sd_ratio": "sd of answers / sd of truths",
+    "distinct_answers": "different answers",
+    "out_of_range": "answers out of range",
+    "clipped_ratio": "share cut at the length limit",
+    "zero_skill_answer": "best constant answer",
+    "zero_skill_mae": "... its mean absolute error",
+    "zero_skill_reward": "reward of the best constant",
+}
+
+
+def table(found: dict[str, dict]) -> str:
+    """Write the figures as a table, a column for each way of answering, with the 95 % intervals."""
+    lines = [f"{'':30}" + "".join(f"{way:>12}{'95 % interval':>20}" for way in found)]
+    for name in next(iter(found.values())):
+        kind, _, cut = name.partition("_")
+        label = LABELS.get(name) or f"{'AUC' if kind == 'auc' else kind}, below {cut}"
+        line = f"{label:30}"
+        for figures_of_way in found.values():
+            figure = figures_of_way[name]
+            low, high = figure["low"], figure["high"]
+            interval = "" if low is None or low == high else f"{number(low)} to {number(high)}"
+            line += f"{number(figure['value']):>12}{interval:>20}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def number(value: float | None) -> str:
+    """Write a figure with up to three decimals."""
+    return "undefined" if value is None else f"{value:.0f}" if value == int(value) else f"{value:.3f}"
