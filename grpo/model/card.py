@@ -36,7 +36,7 @@ def model_card(progress: dict, is_adapter: bool) -> str:
         + (", as adapters (LoRA)." if is_adapter else "."),
         "",
     ]
-    lines += evaluation_table(progress.get("evaluations", []), step)
+    lines += evaluation_table(progress.get("evaluations", []))
     lines += ["## How to load it", "", "```python", *loading(base, is_adapter), "```", ""]
     lines += [
         "Text after a video continues at the largest position of the video on any axis, plus 1, as in Qwen's own",
@@ -52,12 +52,11 @@ def model_card(progress: dict, is_adapter: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def evaluation_table(evaluations: list[dict], step: int) -> list[str]:
-    """Return the figures of this step's evaluation, else of the last one before it; nothing if there was none."""
-    earlier = [evaluation for evaluation in evaluations if evaluation["step"] <= step]
-    if not earlier:
+def evaluation_table(evaluations: list[dict]) -> list[str]:
+    """Return the figures of the last evaluation before a model was saved; nothing if there was none."""
+    if not evaluations:
         return []
-    last = earlier[-1]
+    last = evaluations[-1]
     lines = [f"## Held-out samples, after step {last['step']}", "", "| greedy answers | |", "|---|---|"]
     lines += [f"| {label} | {last[name]:.3f} |" for name, label in FIGURES.items() if name in last]
     return [*lines, ""]

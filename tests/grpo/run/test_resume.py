@@ -353,7 +353,7 @@ def best_by_hand(evaluations: list[dict], metric: str = "eval/mae") -> int:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_evaluates_at_the_same_steps_and_keeps_the_same_best_model(tiny, tmp_path, ranks):
-    """Stopped by hand after step 3 of 6, where no evaluation is due, and by a signal's checkpoint where one is."""
+    """Resumed after step 2 of 6, where it was evaluated, and after step 4, where a signal came before that."""
     flags = [*STEPS, "--learning_rate", "1e-2", *evaluating(tiny.folder)]
     whole = tmp_path / "whole"
     run(ranks, run_flags(tiny.folder, whole, *flags), tmp_path / "log")
@@ -362,7 +362,7 @@ def test_a_resumed_run_evaluates_at_the_same_steps_and_keeps_the_same_best_model
     assert [step for step, _ in expected.curves["eval/reward"]] == [0, 2, 4, 6]
     assert json.loads((whole / "best" / "progress.json").read_text())["step"] == best_by_hand(evaluations)
     assert json.loads((whole / "final" / "progress.json").read_text())["best_step"] == best_by_hand(evaluations)
-    for step in (3, 4):
+    for step in (2, 4):
         output = stopped_after(step, whole, tmp_path / f"{step}")
         shutil.copytree(whole / "best", output / "best")
         if step == 4:  # a signal came before the evaluation
@@ -384,6 +384,10 @@ def test_evaluation_changes_nothing_in_training(tiny, whole, tmp_path):
     found, expected = result(tmp_path / "out"), result(whole)
     assert found.weights == expected.weights and found.rollouts == expected.rollouts
     assert {name: found.curves[name] for name in expected.curves} == expected.curves
+    for folder in [*checkpoints(tmp_path / "out").values(), tmp_path / "out" / "final"]:
+        shutil.rmtree(folder)  # as if it had been killed before its first checkpoint
+    assert train.main(run_flags(tiny.folder, tmp_path / "out", *STEPS, *evaluating(tiny.folder), *AUTO)) == 0
+    assert result(tmp_path / "out") == found  # the evaluation before the first step is there once
 
 
 def test_a_run_that_is_killed_while_it_saves_the_best_model_has_the_old_or_the_new_one(tiny, tmp_path):
