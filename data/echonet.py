@@ -14,6 +14,7 @@ import os
 import shlex
 import statistics
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,8 @@ def read_list(root: str) -> list[Video]:
             columns = reader.fieldnames or []
             for column in ("FileName", "EF", "Split"):
                 if column not in columns:
-                    raise InputError(f"{path!r} has no column {column!r}, only {', '.join(map(repr, columns))}")
+                    others = ", ".join(map(repr, columns)) or "an empty first line"
+                    raise InputError(f"{path!r} has no column {column!r}, only {others}: name it in the first line")
             videos = [read_row(row, f"{path!r}, line {reader.line_num}") for row in reader]
     except OSError as error:
         raise InputError(f"cannot read {path!r} ({error.strerror}): give the folder that holds it as --root") from error
@@ -62,16 +64,16 @@ def read_row(row: dict, where: str) -> Video:
     """Check a row; every error message begins with `where`."""
     name = (row["FileName"] or "").removesuffix(".avi")
     if not name or Path(name).name != name:
-        raise InputError(f"{where}: the FileName {row['FileName']!r} is no name of a file in Videos/")
+        raise InputError(f"{where}: the FileName {row['FileName']!r} is no name of a file in Videos/: correct it")
     try:
         ejection_fraction = float(row["EF"] or "")
     except ValueError:
         ejection_fraction = math.nan
     if not 0 <= ejection_fraction <= 100:  # false for nan, too
-        raise InputError(f"{where}: the EF {row['EF']!r} of {name!r} is no number between 0 and 100")
+        raise InputError(f"{where}: the EF {row['EF']!r} of {name!r} is no number between 0 and 100: correct it")
     split = (row["Split"] or "").lower()
     if split not in SPLITS:
-        raise InputError(f"{where}: the Split {row['Split']!r} of {name!r} is none of TRAIN, VAL, TEST")
+        raise InputError(f"{where}: the Split {row['Split']!r} of {name!r} is none of TRAIN, VAL, TEST: correct it")
     return Video(name, ejection_fraction, split)
 
 
@@ -81,34 +83,39 @@ def sample_of(video: Video) -> dict:
     return {"id": video.name, "video": [f"{video.name}.avi"], "conversations": turns}
 
 
-def write_all(contents: dict[Path, list[dict]]) -> None:
-    """Write all files or none; raise InputError if one exists or the disk is full."""
-    for path in contents:
-        if os.path.lexists(path):
-            raise InputError(f"{str(path)!r} exists: name another folder as --output")
-    unfinished = {path: path.with_name(f"{path.name}.unfinished") for path in contents}
+def write_all(contents: dict[str, list[dict]], output: str) -> None:
+    """Write files, name -> samples, into a folder, all or none; raise InputError."""
+    moved = []
     try:
-        for path, samples in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished[path].write_text(json.dumps(samples, indent=1) + "\n")
-        for path in contents:
-            os.replace(unfinished[path], path)
+        Path(output).mkdir(parents=True, exist_ok=True)
+        # A folder of their own, so that no file of the user has one of the temporary names.
+        with tempfile.TemporaryDirectory(prefix=".echonet-", dir=output) as unfinished:
+            for name, samples in contents.items():
+                Path(unfinished, name).write_text(json.dumps(samples, indent=1) + "\n")
+            for name in contents:
+                os.replace(Path(unfinished, name), Path(output, name))
+                moved.append(Path(output, name))
     except OSError as error:
-        for path in unfinished.values():
-            path.unlink(missing_ok=True)
-        raise InputError(f"--output cannot be written ({error.strerror}): make room, or name another folder") from error
+        for path in moved:
+            path.unlink()
+        reason = f"cannot be written ({error.strerror}): make room, or name another folder"
+        raise InputError(f"--output {output!r} {reason}") from error
 
 
 def convert(root: str, output: str) -> None:
     """Write the samples of each split, and print what was found; raise InputError."""
     videos, folder = read_list(root), Path(root, "Videos")
-    there = {video.name for video in videos if (folder / f"{video.name}.avi").is_file()}
+    # os.path, since Path.is_file raises where a name is too long.
+    there = {video.name for video in videos if os.path.isfile(folder / f"{video.name}.avi")}
     if not there:
         raise InputError(f"none of the {len(videos)} listed videos is in {str(folder)!r}: give its parent as --root")
     by_split = {split: [video for video in videos if video.split == split] for split in SPLITS}
     found = {split: [video for video in listed if video.name in there] for split, listed in by_split.items()}
+    for path in (Path(output, f"{split}.json") for split in SPLITS):  # an old one of an empty split would mislead, too
+        if os.path.lexists(path):
+            raise InputError(f"{str(path)!r} exists: name another folder as --output")
     paths = {split: Path(output, f"{split}.json") for split in SPLITS if found[split]}
-    write_all({path: [sample_of(video) for video in found[split]] for split, path in paths.items()})
+    write_all({path.name: [sample_of(video) for video in found[split]] for split, path in paths.items()}, output)
     for video in videos:
         if video.name not in there:
             print(f"missing: {str(folder / f'{video.name}.avi')!r}")

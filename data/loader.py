@@ -3,7 +3,6 @@
 | B | prompts on this rank in a step | P | prompt tokens | C | completion tokens | M | videos | S | vision patches |
 """
 
-import atexit
 import dataclasses
 import gc
 import multiprocessing
@@ -11,6 +10,7 @@ import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ def prompt_batches(
     Workers must not garbage-collect objects inherited through the fork: destroying a process group would wait forever
     for threads that a fork does not copy. What is frozen while they fork is never collected in them.
     """
-    atexit.register(kill_workers)
+    Finalize(None, kill_workers, exitpriority=100)  # when this process ends
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -175,7 +175,10 @@ def ignore_signals(worker: int) -> None:
 
 
 def kill_workers() -> None:
-    """Kill the remaining workers when the program exits: Python would send SIGTERM, which they ignore, and hang."""
+    """Kill the remaining workers when this process ends: Python would send SIGTERM, which they ignore, and hang.
+
+    One that never got a batch would not even see that its queue is closed.
+    """
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

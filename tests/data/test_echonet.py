@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
+import resource
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -161,21 +164,71 @@ def test_a_folder_without_any_of_the_videos_is_named(root, tmp_path, capsys):
     assert f"none of the 4 listed videos is in '{root}/Videos'" in capsys.readouterr().err
 
 
-def test_nothing_is_overwritten_and_nothing_is_left_half_written(root, tmp_path, capsys):
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_nothing_is_overwritten_not_even_a_file_of_an_empty_split(root, tmp_path, capsys, split):
+    (root / "Videos" / "0X3A.avi").unlink()  # the only one of TEST
     output = tmp_path / "out"
     output.mkdir()
-    (output / "val.json").write_text("mine")
+    (output / f"{split}.json").write_text("mine")
     assert main(["--root", str(root), "--output", str(output)]) == 2
-    assert f"'{output}/val.json' exists" in capsys.readouterr().err
-    assert [path.name for path in output.iterdir()] == ["val.json"] and (output / "val.json").read_text() == "mine"
-    (output / "val.json").unlink()
-    (output / "val.json.unfinished").symlink_to("/dev/full")  # the disk is full at the second file
-    assert main(["--root", str(root), "--output", str(output)]) == 2
+    assert f"'{output}/{split}.json' exists" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in output.iterdir()} == {f"{split}.json": "mine"}
+
+
+def test_a_second_run_refuses(root, tmp_path, capsys):
+    arguments = ["--root", str(root), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 0 and main(arguments) == 2
+    assert "train.json' exists" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(root, tmp_path):
+    command = [sys.executable, "-m", "data.echonet", "--root", root, "--output", tmp_path / "out"]
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100, -1))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"--output '{tmp_path}/out' cannot be written (File too large)" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_file_that_cannot_be_moved_to_its_name_takes_the_others_back(root, tmp_path, capsys, monkeypatch):
+    replace = os.replace
+
+    def fail_at_val(source, target):
+        if target.name == "val.json":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_at_val)
+    assert main(["--root", str(root), "--output", str(tmp_path / "out")]) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
-    assert list(output.iterdir()) == []
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["", "sub"])
+def test_an_output_that_is_a_file_gets_one_line(root, tmp_path, capsys, below):
+    (tmp_path / "out").write_text("mine")
+    assert main(["--root", str(root), "--output", str(tmp_path / "out" / below)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be written" in line and (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_name_that_is_too_long_or_holds_control_characters_is_a_missing_video(root, tmp_path, capsys):
+    path = root / "FileList.csv"
+    path.write_text(path.read_text() + f"{'A' * 300},50,,,,,,,VAL\n" + '"x\x1b[31m\ny",50,,,,,,,VAL\n')
+    assert main(["--root", str(root), "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("missing: ") == 2 and printed.replace("\n", "").replace("…", "").isprintable()
+
+
+def test_a_list_may_begin_with_a_byte_order_mark_and_hold_only_the_needed_columns(root, tmp_path):
+    (root / "FileList.csv").write_text("\ufeffFileName,EF,Split\n0X1A,50,train\n", encoding="utf-8")
+    assert main(["--root", str(root), "--output", str(tmp_path / "out")]) == 0
+    assert [sample["id"] for sample in samples_of(tmp_path / "out" / "train.json")] == ["0X1A"]
 
 
 def test_flags_are_checked(capsys):
     assert main(["--root", "x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--output" in line and "--help" in line
+    assert main(["--root", "x", "--out", "y"]) == 2  # no abbreviations
+    assert "cannot read" not in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The order of the data, the part of each rank, and samples that cannot be read."""
 
 import dataclasses
+import multiprocessing
 
 import pytest
 import torch
@@ -117,3 +118,19 @@ def chained(error: Exception) -> Exception:
             raise ValueError("something else") from first
     except ValueError as second:
         return second
+
+
+def end_while_workers_wait(dataset) -> None:
+    prompts = prompt_batches(dataset, iter([[BatchItem(0, 0)]]), 3)  # two of the workers never get a batch
+    next(prompts)
+    raise KeyboardInterrupt  # with the iterator still alive in this frame
+
+
+def test_a_process_that_fails_does_not_wait_for_workers_without_work(tiny):
+    dataset = PromptDataset([prompt.sample for prompt in tiny.prompts], tiny.tokenizer, 2, OPTIONS, "error")
+    process = multiprocessing.get_context("forkserver").Process(target=end_while_workers_wait, args=(dataset,))
+    process.start()
+    process.join(30)
+    is_over = not process.is_alive()
+    process.kill()
+    assert is_over
