@@ -16,7 +16,7 @@ from grpo.evaluate.metrics import Answers, Truths, constants
 from grpo.model.load import SpecialTokens, special_tokens
 from grpo.ranks import all_gather_object, raise_together
 from grpo.rollout import SamplingParams, generate, generators
-from grpo.run.records import none_if_nan
+from grpo.run.records import finite_or_none
 from grpo.run.scoring import score_texts
 from reward.extract import extract_number
 
@@ -89,7 +89,7 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
     texts = [text for r in rollouts for text in tokenizer.batch_decode(r.completion_ids, skip_special_tokens=True)]
     samples = [prompt.sample for prompt in prompts for _ in range(N)]
     by_function = score_texts(options.reward_functions, samples, texts, None, options.reward_timeout)
-    rewards = [none_if_nan(reward) for reward in sum(by_function.values()).tolist()]
+    rewards = [finite_or_none(reward) for reward in sum(by_function.values()).tolist()]
     seconds = round((time.perf_counter() - began) / len(prompts), 4)
     predictions = []
     for b, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True)):

@@ -14,7 +14,7 @@ from grpo.config import Config
 from grpo.evaluate.answer import AnswerOptions, answer, answers_of, truths_of
 from grpo.evaluate.metrics import figures
 from grpo.evaluate.pictures import pictures
-from grpo.ranks import print_rank0, raise_together
+from grpo.ranks import broadcast_object, print_rank0, raise_together
 from reward.extract import extract_number
 
 
@@ -62,6 +62,7 @@ class HeldOut:
             raise InputError(f"--eval_data_path {config.eval_data_path!r}: no sample has readable videos")
         truths = self.truths.subset(answered)
         answers = answers_of([predictions[self.ids[i]] for i in answered])
-        found = figures(truths, answers, config.valid_range, config.cuts)
+        # Of rank 0, since all ranks must agree on which model is the best, to the last digit.
+        found = broadcast_object(figures(truths, answers, config.valid_range, config.cuts))
         draw = partial(pictures, truths.numbers, answers, found, config.valid_range, config.cuts, "held-out")
         return Evaluation({name: figure["value"] for name, figure in found.items()}, draw, time.perf_counter() - began)

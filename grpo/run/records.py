@@ -130,9 +130,9 @@ def completion_lines(step: int, groups: list[GroupRecord]) -> list[dict]:
                     "truth": group.truth,
                     "text": text,
                     "number": number,
-                    "reward": none_if_nan(group.rewards[i].item()),
-                    "rewards": {name: none_if_nan(values[i]) for name, values in by_function.items()},
-                    "advantage": group.advantages[i].item(),
+                    "reward": finite_or_none(group.rewards[i].item()),
+                    "rewards": {name: finite_or_none(values[i]) for name, values in by_function.items()},
+                    "advantage": finite_or_none(group.advantages[i].item()),
                     "length": int(group.lengths[i]),
                     "is_stopped": bool(group.is_stopped[i]),
                 }
@@ -140,25 +140,26 @@ def completion_lines(step: int, groups: list[GroupRecord]) -> list[dict]:
     return lines
 
 
-def none_if_nan(value: float) -> float | None:
-    """Return None in place of nan, which JSON does not have."""
-    return None if math.isnan(value) else value
+def finite_or_none(value: float) -> float | None:
+    """Return None in place of nan and infinity, which JSON does not have."""
+    return value if math.isfinite(value) else None
 
 
 def distributions(groups: list[GroupRecord]) -> dict[str, np.ndarray]:
     """Collect what is shown as histograms; errors are those of the completions with a number, in its unit."""
     if not groups:
         return {}
-    rewards = torch.cat([group.rewards for group in groups])
     truths = [extract_number(group.truth) for group in groups]
     pairs = [(truth, number) for group, truth in zip(groups, truths, strict=True) for number in group.numbers]
     values = {
-        "histograms/reward": rewards[~rewards.isnan()].numpy(),
+        "histograms/reward": torch.cat([group.rewards for group in groups]).numpy(),
         "histograms/advantage": torch.cat([group.advantages for group in groups]).numpy(),
         "histograms/completion_length": torch.cat([group.lengths for group in groups]).numpy(),
         "histograms/error": np.array([n - truth for truth, n in pairs if truth is not None and n is not None]),
     }
-    return {name: found for name, found in values.items() if len(found)}
+    # TensorBoard's bins end at 1e20, and it fails where no value is within.
+    finite = {name: np.clip(found[np.isfinite(found)], -1e6, 1e6) for name, found in values.items()}
+    return {name: found for name, found in finite.items() if len(found)}
 
 
 class TokenSums:

@@ -232,7 +232,7 @@ class Tracker:
             print_rank0(f"step {step}: the loss or its gradient is not finite: the weights stay as they are")
 
     def write(self, add: Callable[[SummaryWriter], object], step: int) -> None:
-        """Let `add` write to TensorBoard's files, on rank 0; a full disk costs those points, not the run."""
+        """Let `add` write curves and completions, on rank 0; a full disk costs those of a step, not the run."""
         if not self.is_main:
             return
         folder = self.output / "tensorboard"
@@ -246,7 +246,9 @@ class Tracker:
         except OSError as error:
             self.writer = None  # a writer that failed once stays broken; the next one gets a new file
             if not self.is_full:
-                print_rank0(f"step {step}: the curves cannot be written ({error}): they have a gap from here")
+                print_rank0(
+                    f"step {step}: curves and completions cannot be written ({error}): they have a gap from here"
+                )
             self.is_full = True
 
     def close(self) -> None:

@@ -1,7 +1,10 @@
 """The numbers behind the curves, and the lines and distributions made of a step's completions."""
 
+import json
+
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from grpo.run.records import (
     GlobalCounts,
@@ -93,3 +96,14 @@ def test_distributions_are_over_what_there_is():
         "histograms/error": [-2.0, 1.0] * 2,
     }
     assert distributions([]) == {}
+
+
+def test_values_without_bounds_break_neither_histograms_nor_lines(tmp_path):
+    odd = group([float("inf"), -float("inf"), NAN], [2, 3, 4], [2, 3, 0], [True, True, False])
+    odd.numbers, odd.advantages = [1e100, None, 1e100], torch.tensor([NAN, float("inf"), 0.0])
+    found = distributions([odd])
+    assert found["histograms/error"].tolist() == [1e6, 1e6] and "histograms/reward" not in found
+    with SummaryWriter(str(tmp_path)) as writer:
+        for name, values in found.items():
+            writer.add_histogram(name, values, 1)
+    json.dumps(completion_lines(1, [odd]), allow_nan=False)

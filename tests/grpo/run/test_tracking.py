@@ -73,4 +73,4 @@ def test_a_full_disk_leaves_a_gap_in_the_curves_and_a_line(tmp_path):
     assert curves(tmp_path)["loss"] == [1, 2, 3, 7, 8, 9]
     printed = (tmp_path / "log").read_text()
     (line,) = [line for line in printed.splitlines() if "cannot be written" in line]
-    assert line.startswith("step 4: the curves cannot be written") and "Traceback" not in printed
+    assert line.startswith("step 4: curves and completions cannot be written") and "Traceback" not in printed
