@@ -170,16 +170,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     print_rank0(*messages)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)
-    options = AnswerOptions(
-        num_samples=config.num_samples,
-        temperature=config.temperature,
-        max_completion_length=config.max_completion_length,
-        batch_size=config.per_device_eval_batch_size,
-        seed=config.seed,
-        num_workers=config.dataloader_num_workers,
-        reward_functions=REWARD_FUNCTIONS,
-        reward_timeout=config.reward_timeout,
-    )
+    options = AnswerOptions.of(config, REWARD_FUNCTIONS, config.num_samples, config.temperature)
     settings = {name: getattr(config, name) for name in DECISIVE}
     settings |= {"seed": config.seed} if config.temperature else {}
     settings |= {"samples": fingerprint(samples), "weights": digest_of(model)}

@@ -48,6 +48,20 @@ class AnswerOptions:
     reward_functions: list
     reward_timeout: float  # seconds
 
+    @classmethod
+    def of(cls, config, reward_functions: list, num_samples: int = 1, temperature: float = 0.0) -> "AnswerOptions":
+        """Take the rest from flags: those of training, or of the command."""
+        return cls(
+            num_samples=num_samples,
+            temperature=temperature,
+            max_completion_length=config.max_completion_length,
+            batch_size=config.per_device_eval_batch_size,
+            seed=config.seed,
+            num_workers=config.dataloader_num_workers,
+            reward_functions=reward_functions,
+            reward_timeout=config.reward_timeout,
+        )
+
 
 @dataclass
 class Round:

@@ -33,16 +33,7 @@ class HeldOut:
     def __init__(self, dataset: PromptDataset, reward_functions: list, config: Config):
         """Decode nothing yet, but score the best constant answer. Collective; raises InputError."""
         self.config, self.dataset = config, dataset
-        self.options = AnswerOptions(
-            num_samples=1,
-            temperature=0.0,
-            max_completion_length=config.max_completion_length,
-            batch_size=config.per_device_eval_batch_size,
-            seed=config.seed,
-            num_workers=config.dataloader_num_workers,
-            reward_functions=reward_functions,
-            reward_timeout=config.reward_timeout,
-        )
+        self.options = AnswerOptions.of(config, reward_functions)
         with_number = [sample for sample in dataset.samples if extract_number(sample.answer) is not None]
         self.truths = raise_together(truths_of, with_number, self.options)
         self.ids = [sample.id for sample in with_number]
