@@ -63,7 +63,7 @@ def read_list(root: str) -> list[Video]:
 def read_row(row: dict, where: str) -> Video:
     """Check a row; every error message begins with `where`."""
     name = (row["FileName"] or "").removesuffix(".avi")
-    if not name or Path(name).name != name:
+    if not name or "\\" in name or Path(name).name != name:
         raise InputError(f"{where}: the FileName {row['FileName']!r} is no name of a file in Videos/: correct it")
     try:
         ejection_fraction = float(row["EF"] or "")

@@ -106,7 +106,7 @@ def checked(batch: list[Prompt | InputError]) -> list[Prompt]:
     """Return a step's prompts, or raise the first error among them."""
     for item in batch:
         if isinstance(item, InputError):
-            raise item
+            raise InputError(str(item))  # a new one: its traceback must not keep the batch, and so the workers, alive
     return batch
 
 

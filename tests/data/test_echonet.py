@@ -16,7 +16,7 @@ from PIL import Image
 
 from data.dataset import load_samples
 from data.echonet import main
-from data.video import VideoOptions, open_video, read_frames
+from data.video import VideoOptions, load_video, open_video, read_frames, unpatchify
 from reward.extract import extract_number
 from tests.conftest import ROOT
 
@@ -98,6 +98,22 @@ def test_splits_become_files_whose_videos_and_answers_the_trainer_reads(root, tm
     }
 
 
+def test_the_frames_reach_the_model_as_they_were_drawn(root, tmp_path):
+    assert main(["--root", str(root), "--output", str(tmp_path / "out")]) == 0
+    for number, sample in enumerate(load_samples(str(tmp_path / "out" / "train.json"), str(root / "Videos"))):
+        loaded = load_video(sample.videos[0], VideoOptions(nframes=4, resized_width=56, resized_height=56))
+        frames = unpatchify(loaded.pixel_values, loaded.grid_thw)
+        expected = grey(number)[[0, 2, 5, 7], :56, :56][:, None]
+        assert frames.shape == (4, 3, 56, 56) and abs(frames.numpy().astype(int) - expected).max() <= 2  # JPEG
+        assert loaded.second_per_grid_t == pytest.approx(2 / (4 / 8 * FPS))  # 4 of 8 frames, 2 per step
+
+
+def test_the_table_gives_least_mean_and_most_ejection_fraction(root, tmp_path, capsys):
+    assert main(["--root", str(root), "--output", str(tmp_path / "out")]) == 0
+    table = {words[0]: words[1:] for words in map(str.split, capsys.readouterr().out.splitlines()) if words}
+    assert table["train"] == ["2", "0", "20.0", "37.7", "55.3"]
+
+
 def test_missing_videos_are_named_and_counted(root, tmp_path, capsys):
     for name in ("0X1B", "0X3A"):
         (root / "Videos" / f"{name}.avi").unlink()
@@ -135,6 +151,8 @@ def test_the_commands_it_names_are_the_right_ones(root, tmp_path):
         (ROWS[1], ROWS[1].replace("TRAIN", "all\x1b[31m"), r"the Split 'all\x1b[31m'"),
         (ROWS[1], ROWS[0], "the FileName '0X1A' occurs twice"),
         (ROWS[1], ROWS[1].replace("0X1B", "../0X1B"), "the FileName '../0X1B' is no name"),
+        (ROWS[1], ROWS[1].replace("0X1B", r"x\0X1B"), r"the FileName 'x\\0X1B' is no name"),
+        (ROWS[1], ROWS[1].replace("0X1B", "B" * 200_000), "is not a CSV file (field larger"),
         (ROWS[1], ROWS[1].replace("0X1B", ""), "the FileName '' is no name"),
         ("EF,", "ef,", "has no column 'EF', only 'FileName', 'ef',"),
         (HEAD, "", "has no column 'FileName'"),
