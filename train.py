@@ -228,7 +228,12 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     def evaluate(step: int) -> None:
         """Evaluate the policy if it is due; keep it in best/ if none was better."""
         if heldout and tracker.is_evaluation_due(step):
-            evaluation = heldout.evaluate(models.sampling.sync(policy))
+            try:
+                evaluation = heldout.evaluate(models.sampling.sync(policy))
+            except InputError:  # such as a broken video: what was trained so far is not lost
+                if step > resume.step:
+                    save(f"checkpoint-{step}", step)
+                raise
             if tracker.show_evaluation(step, evaluation) and save("best", step, is_needed=False):
                 tracker.best_step = step
 

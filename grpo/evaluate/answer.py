@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
-from data.dataset import Sample
+from data.dataset import InputError, Sample
 from data.loader import BatchItem, PromptDataset, checked, prompt_batches
 from grpo.evaluate.metrics import Answers, Truths, constants
 from grpo.model.load import SpecialTokens, special_tokens
@@ -99,7 +100,14 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
     params = SamplingParams(N, options.max_completion_length, options.temperature or 1.0)
     # Steps of training count from 1, so that step 0 draws other numbers than they do.
     draws = generators(prompts, options.seed, 0, tokens.device) if options.temperature else None
-    rollouts = generate(model, prompts, tokens, params, draws)
+    try:
+        rollouts = generate(model, prompts, tokens, params, draws)
+    except torch.OutOfMemoryError as error:
+        longest = max(len(prompt.prompt_ids) for prompt in prompts)
+        raise InputError(
+            f"memory ran out while {len(prompts)} prompts of up to {longest} tokens were answered together: lower "
+            "--per_device_eval_batch_size, --max_videos or the size of the frames"
+        ) from error
     texts = [text for r in rollouts for text in tokenizer.batch_decode(r.completion_ids, skip_special_tokens=True)]
     samples = [prompt.sample for prompt in prompts for _ in range(N)]
     by_function = score_texts(options.reward_functions, samples, texts, None, options.reward_timeout)

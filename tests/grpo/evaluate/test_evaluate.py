@@ -320,3 +320,13 @@ def test_flags_beside_a_run_count_more_than_its_own(tiny, run, tmp_path):
     found = metrics(tmp_path / "out")
     assert found["samples_without_true_number"] == 0 and found["settings"]["max_videos"] == 1
     assert found["settings"]["nframes"] == 4  # of the run
+
+
+def test_memory_that_runs_out_is_a_line_with_the_flag_that_helps(tiny, tmp_path, monkeypatch, capfd):
+    def generate(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("grpo.evaluate.answer.generate", generate)
+    assert command.main(by_hand(tiny, tmp_path / "out")) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+    assert "while 2 prompts of up to" in line and "--per_device_eval_batch_size" in line

@@ -427,3 +427,17 @@ def test_the_best_model_is_that_of_the_metric(tiny, tmp_path, metric):
     stored = load_file(tmp_path / "out" / "best" / "model.safetensors")
     at_that_step = load_file(tmp_path / "out" / f"checkpoint-{best}" / "model.safetensors")
     assert all(torch.equal(stored[name], at_that_step[name]) for name in at_that_step)
+
+
+def test_a_broken_held_out_video_costs_no_step(tiny, whole, tmp_path, capfd):
+    """The evaluation at the end fails, after all the training; with the video mended the same command goes on."""
+    sample = json.loads((tiny.folder / "data.json").read_text())[0]
+    (tmp_path / "heldout.json").write_text(json.dumps([sample | {"video": [str(tmp_path / "a.mp4")]}]))
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    flags = ["--max_steps", "6", "--eval_data_path", str(tmp_path / "heldout.json"), *AUTO]
+    assert train.main(run_flags(tiny.folder, tmp_path / "out", *flags)) == 2
+    assert "a.mp4" in capfd.readouterr().err and set(checkpoints(tmp_path / "out")) == {6}
+    shutil.copy(tiny.folder / "videos" / "0_0.mp4", tmp_path / "a.mp4")
+    assert train.main(run_flags(tiny.folder, tmp_path / "out", *flags)) == 0
+    assert [e["step"] for e in read_evaluations(tmp_path / "out" / "final")] == [6]
+    assert result(tmp_path / "out").weights == result(whole).weights
