@@ -185,6 +185,9 @@ def trial_step(models: Models, optimizer, tokens: SpecialTokens, config: Config,
     rollouts = rollout_phase(models.sampling.sync(models.policy), prompts, tokens.without_eos(), config, step=0)
     counts = with_trial_advantages(rollouts)
     update_phase(models, optimizer, rollouts, counts, tokens.suppress_tokens, config)
+    if config.eval_data_path:
+        together = [prompts[0].to(tokens.device)] * config.per_device_eval_batch_size
+        generate(models.sampling.model, together, tokens.without_eos(), SamplingParams(1, config.max_completion_length))
 
 
 def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
@@ -207,7 +210,8 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
         heldout = HeldOut(PromptDataset(inputs.heldout, *options), REWARD_FUNCTIONS, config)
     if config.memory_preflight or (config.memory_preflight is None and device.type == "cuda"):
         step_on = partial(trial_step, models, optimizer, tokens, config)
-        print_rank0(memory_preflight(dataset, optimizer, config, step_on))
+        everyone = PromptDataset(samples + inputs.heldout, *options)
+        print_rank0(memory_preflight(everyone, optimizer, config, step_on))
     checkpoint.load(resume.folder, resume.step, policy, optimizer, schedule)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     batches = rank_batches(
@@ -229,16 +233,22 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
         """Evaluate the policy if it is due; keep it in best/ if none was better."""
         if heldout and tracker.is_evaluation_due(step):
             try:
-                evaluation = heldout.evaluate(models.sampling.sync(policy))
+                evaluation = heldout.evaluate(models.sampling.sync(policy), stop.requested)
             except InputError:  # such as a broken video: what was trained so far is not lost
                 if step > resume.step:
                     save(f"checkpoint-{step}", step)
                 raise
-            if tracker.show_evaluation(step, evaluation) and save("best", step, is_needed=False):
-                tracker.best_step = step
+            if evaluation and tracker.show_evaluation(step, evaluation):
+                before, tracker.best_step = tracker.best_step, step
+                if not save("best", step, is_needed=False):
+                    tracker.best_step = before
 
     stop.listen()
     evaluate(resume.step)  # before the first step, or where a signal came first
+    if stop.requested():
+        tracker.close()
+        print_rank0(f"stopped before step {resume.step + 1}: the same command starts again")
+        return False
     clock = Clock()
     for step, batch in enumerate(prompt_batches(dataset, batches, config.dataloader_num_workers), resume.step + 1):
         prompts = raise_together(checked, batch)

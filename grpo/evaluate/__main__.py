@@ -39,10 +39,9 @@ from grpo.model.layers import pack_weights
 from grpo.model.load import load_model
 from grpo.model.sharding import compute_dtype
 from grpo.ranks import abort_rank, broadcast_object, print_rank0, raise_together, start_processes
-from grpo.run.inputs import load_capped_samples
+from grpo.run.inputs import check_truths, load_capped_samples
 from grpo.run.resume import fingerprint
 from reward import REWARD_FUNCTIONS
-from reward.extract import extract_number
 
 PROG = "python -m grpo.evaluate"
 
@@ -87,8 +86,8 @@ class EvaluateConfig:
 
 # What decides the answers; other flags may differ when an evaluation continues.
 DECISIVE = """
-    num_samples temperature max_completion_length max_videos fps nframes video_resized_width video_resized_height
-    video_min_pixels video_max_pixels
+    num_samples temperature max_completion_length per_device_eval_batch_size max_videos fps nframes
+    video_resized_width video_resized_height video_min_pixels video_max_pixels
 """.split()
 
 
@@ -147,6 +146,8 @@ def load_for_sampling(config: EvaluateConfig, device: torch.device):
     if config.adapter:
         base_of(config.adapter)  # raises InputError if it is no adapter folder
         model = load_merged(config.adapter, config.model_id, dtype)
+    elif os.path.isfile(os.path.join(config.model_id, "adapter_config.json")):
+        raise InputError(f"--model_id {config.model_id!r} holds adapters: give it as --adapter")
     else:
         model = load_model(config.model_id, dtype)
     model.to(device).eval()
@@ -165,8 +166,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     """Answer what has no answer yet; write the figures and pictures, and print the figures. Collective."""
     messages = []
     samples = raise_together(load_capped_samples, config.data_path, config, messages)
-    if all(extract_number(sample.answer) is None for sample in samples):
-        raise InputError(f"--data_path {config.data_path!r}: no answer in it contains a number")
+    check_truths(samples, "--data_path", config.data_path, config.valid_range, messages)
     print_rank0(*messages)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)
@@ -178,7 +178,6 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     done = broadcast_object(set(predictions.done))  # ids
     tokens_per_second = model.config.vision_config.tokens_per_second
     dataset = PromptDataset(samples, tokenizer, tokens_per_second, video_options(config), config.on_bad_video)
-    indices = [i for i, sample in enumerate(samples) if sample.id not in done]
     if done:
         print_rank0(f"{len(done)} of {len(samples)} samples are answered already")
     bar = tqdm(
@@ -189,7 +188,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
         disable=dist.get_rank() != 0,
     )
     with bar:
-        for answered in answer(model, dataset, indices, options):
+        for answered in answer(model, dataset, options, done.__contains__):
             raise_together(predictions.append, answered.predictions)
             print_rank0(*(f"left out: {line}" for line in answered.bad_videos))
             bar.update(len(answered.predictions))

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,15 +72,21 @@ class Round:
     bad_videos: list[str]  # why samples were left out
 
 
-def answer(model, dataset: PromptDataset, indices: list[int], options: AnswerOptions) -> Iterator[Round]:
-    """Answer the samples of a data set at `indices`, and yield what is done after each round of batches; collective.
+def answer(
+    model, dataset: PromptDataset, options: AnswerOptions, is_answered: Callable[[str], bool] = lambda sample_id: False
+) -> Iterator[Round]:
+    """Answer the samples of a data set, and yield what is done after each round of batches; collective.
 
-    model: unsharded. Batches are the same for any number of ranks, and sampling depends only on the seed and the index
-    of the sample, so that the answers are the same, too. Raises InputError, on all ranks.
+    model: unsharded. Batches are the same for any number of ranks, and sampling depends only on the seed and the place
+    of the sample, so that the answers are the same, too. Samples that are answered already, by id, are left out of
+    their batches. Raises InputError, on all ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tokens = special_tokens(model, dataset.tokenizer, model.device)
-    batches = [indices[i : i + options.batch_size] for i in range(0, len(indices), options.batch_size)]
+    everyone = range(len(dataset.samples))
+    batches = [everyone[i : i + options.batch_size] for i in everyone[:: options.batch_size]]
+    batches = [[i for i in batch if not is_answered(dataset.samples[i].id)] for batch in batches]
+    batches = [batch for batch in batches if batch]
     own = ([BatchItem(index, index) for index in batch] for batch in batches[rank::world_size])
     prompts = prompt_batches(dataset, own, options.num_workers)
     for _ in range(0, len(batches), world_size):
@@ -134,11 +140,12 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
 def truths_of(samples: list[Sample], options: AnswerOptions) -> Truths:
     """Collect what the answers to these n samples, all with a number, are compared with."""
     numbers = np.array([extract_number(sample.answer) for sample in samples])
-    texts = [f"{constant:g}%" for constant in constants(numbers)]  # K
-    every_pair = samples * len(texts), [text for text in texts for _ in samples]
-    rewards = sum(score_texts(options.reward_functions, *every_pair, None, options.reward_timeout).values())
-    # Where no function has a say there is nothing to gain.
-    return Truths(numbers, rewards.view(len(texts), len(samples)).nan_to_num(0.0).numpy())
+    rewards = []  # a constant at a time, so that the time limit is that of a step's completions
+    for constant in constants(numbers):
+        texts = [f"{constant:g}%"] * len(samples)
+        by_function = score_texts(options.reward_functions, samples, texts, None, options.reward_timeout)
+        rewards.append(sum(by_function.values()).numpy())
+    return Truths(numbers, np.stack(rewards))
 
 
 def answers_of(predictions: list[Prediction]) -> Answers:

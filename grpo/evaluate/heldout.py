@@ -38,13 +38,17 @@ class HeldOut:
         self.truths = raise_together(truths_of, with_number, self.options)
         self.ids = [sample.id for sample in with_number]
 
-    def evaluate(self, model) -> Evaluation:
-        """Answer all samples; model: unsharded. Collective; raises InputError."""
-        began, config = time.perf_counter(), self.config
-        everyone, predictions = list(range(len(self.dataset.samples))), {}
+    def evaluate(self, model, is_stopped: Callable[[], bool]) -> Evaluation | None:
+        """Answer all samples; None if a signal stops the run meanwhile. Collective; raises InputError.
+
+        model: unsharded. is_stopped: asked after each round of batches; collective.
+        """
+        began, config, predictions = time.perf_counter(), self.config, {}
         is_hidden = None if dist.get_rank() == 0 else True  # None: hidden unless on a terminal
-        with tqdm(total=len(everyone), desc="evaluating", leave=False, disable=is_hidden) as bar:
-            for done in answer(model, self.dataset, everyone, self.options):
+        with tqdm(total=len(self.dataset.samples), desc="evaluating", leave=False, disable=is_hidden) as bar:
+            for done in answer(model, self.dataset, self.options):
+                if is_stopped():
+                    return None
                 predictions |= {prediction.id: prediction for prediction in done.predictions}
                 print_rank0(*(f"left out of the evaluation: {line}" for line in done.bad_videos))
                 bar.update(len(done.predictions))

@@ -18,6 +18,7 @@ from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr
 from sklearn.metrics import mean_absolute_error, median_absolute_error, r2_score, root_mean_squared_error
 
 NUM_RESAMPLES = 1000
+COUNTS = ("n", "distinct_answers")  # have no interval: a resample repeats samples, and so always has fewer
 BLOCK = 2_000_000  # values in an array of resamples, for memory
 
 
@@ -26,7 +27,7 @@ class Truths:
     """What answers are compared with."""
 
     numbers: np.ndarray  # (n,)
-    constant_rewards: np.ndarray  # (K, n): the reward of each of K constant answers at each sample
+    constant_rewards: np.ndarray  # (K, n): of each of K constant answers at each sample, nan where it is not scored
 
     @property
     def best_constant(self) -> float:
@@ -83,7 +84,8 @@ def figures(
     """Return every figure as {"value", "low", "high"}: the bounds hold 95 % of the figure's values over resamples.
 
     Resampled are samples, with all their answers. None stands for what is undefined, such as the correlation with a
-    constant; without resamples there are no bounds. A cut with no truth on one side has no figures.
+    constant, and for the bounds of mere counts; without resamples there are no bounds. A cut with no truth on one side
+    has no figures.
     """
     cuts = [cut for cut in cuts if 0 < (truths.numbers < cut).sum() < len(truths.numbers)]
     everyone = np.arange(len(truths.numbers))[:, None]
@@ -101,7 +103,7 @@ def figures(
     ]
     for name in result:
         spread = np.concatenate([block[name] for block in blocks])
-        spread = spread[np.isfinite(spread)]
+        spread = spread[np.isfinite(spread)] if name not in COUNTS else spread[:0]
         low, high = np.quantile(spread, [0.025, 0.975]).tolist() if len(spread) else (None, None)
         result[name] |= {"low": low, "high": high}
     return result
@@ -136,7 +138,10 @@ def _figures_of(
         "zero_skill_mae": np.abs(chosen - np.median(chosen, axis=0)).mean(axis=0),
     }
     counts = np.stack([np.bincount(column, minlength=n) for column in index.T])  # (R, n), how often each was drawn
-    result["zero_skill_reward"] = (counts @ truths.constant_rewards.T).max(axis=1) / n
+    is_scored = ~np.isnan(truths.constant_rewards)
+    with np.errstate(invalid="ignore"):
+        means = (counts @ np.nan_to_num(truths.constant_rewards).T) / (counts @ is_scored.T)  # (R, K)
+    result["zero_skill_reward"] = np.where(np.isnan(means), -np.inf, means).max(axis=1)  # not finite: undefined
     return result
 
 

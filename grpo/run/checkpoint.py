@@ -96,7 +96,9 @@ def save(config: Config, name: str, files: ModelFiles, state: dict, progress: di
 
     def begin() -> None:
         for path in folder.parent.glob("*"):  # left by a run that was killed while saving or removing
-            if re.fullmatch(r"(checkpoint-\d+|final|best)\.(unfinished|removed)", path.name):
+            if re.fullmatch(r"(final|best)\.removed", path.name) and not path.with_suffix("").exists():
+                os.rename(path, path.with_suffix(""))  # killed before the new one had the name
+            elif re.fullmatch(r"(checkpoint-\d+|final|best)\.(unfinished|removed)", path.name):
                 delete(path)
         files.write(unfinished)
         (unfinished / PROGRESS).write_text(json.dumps(progress, indent=2))
@@ -104,10 +106,13 @@ def save(config: Config, name: str, files: ModelFiles, state: dict, progress: di
 
     def finish() -> None:
         fsync_tree(unfinished)  # a power cut must not leave a name without its contents
+        gone = folder.with_name(f"{name}.removed")
         if folder.exists():  # of the same run: the best model so far, or the final one before the run was extended
-            remove(folder)
+            os.rename(folder, gone)
         os.rename(unfinished, folder)
         fsync_tree(folder.parent, files=False)
+        with suppress(OSError):  # what remains does no harm
+            delete(gone)
         prune(folder.parent, config.save_total_limit)
 
     try:

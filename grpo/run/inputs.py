@@ -45,14 +45,29 @@ def load_capped_samples(path: str, config, messages: list[str]) -> list[Sample]:
     return samples
 
 
+def check_truths(samples: list[Sample], flag: str, path: str, valid_range: list[float], messages: list[str]) -> None:
+    """Raise InputError if no truth has a number; add a line to `messages` if some are outside the range."""
+    numbers = [extract_number(sample.answer) for sample in samples]
+    numbers = [number for number in numbers if number is not None]
+    if not numbers:
+        raise InputError(f"{flag} {path!r}: no answer in it contains a number")
+    outside = [number for number in numbers if not valid_range[0] <= number <= valid_range[1]]
+    if outside:
+        given = " ".join(f"{bound:g}" for bound in valid_range)
+        messages.append(
+            f"{path!r}: {len(outside)} truths, such as {outside[0]:g}, are outside --valid_range {given}, so that no "
+            "answer to them can be right: set it to the range of the truths"
+        )
+
+
 def load_inputs(config: Config) -> Inputs:
     """Load and check what a run needs; raise InputError."""
     config = resolve_batch_sizes(config, dist.get_world_size())
     messages = []
     samples = load_capped_samples(config.data_path, config, messages)
     heldout = load_capped_samples(config.eval_data_path, config, messages) if config.eval_data_path else []
-    if heldout and all(extract_number(sample.answer) is None for sample in heldout):
-        raise InputError(f"--eval_data_path {config.eval_data_path!r}: no answer in it contains a number")
+    if heldout:
+        check_truths(heldout, "--eval_data_path", config.eval_data_path, config.valid_range, messages)
     is_main, output = dist.get_rank() == 0, config.output_dir
     if is_main and os.path.isdir(output):
         lock_folder(output)  # what is in it must not change from here on

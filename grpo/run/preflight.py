@@ -77,7 +77,8 @@ def memory_preflight(
             raise
         line = (
             f"out of memory in a trial step on {what}: lower --max_videos, --nframes or --fps, the video size, "
-            "--num_generations, --max_completion_length or --per_device_train_batch_size, add "
+            "--num_generations, --max_completion_length, --per_device_train_batch_size or "
+            "--per_device_eval_batch_size, add "
             "--gradient_checkpointing true or --lora_enable, or take more GPUs"
         )
         if world_size == 1:

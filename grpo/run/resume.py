@@ -104,7 +104,17 @@ def resume_at(folder: Path, config: Config, metadata: dict) -> ResumeState:
         messages.append(
             f"saved by {old['ranks']} ranks, now {metadata['ranks']}: the same run, except for rounding and dropout"
         )
-    return ResumeState(metadata, step, old["counts"], old["evaluations"], old["best_step"], folder, messages=messages)
+    # In a branch there is no best/ yet, and after a kill it may be of a later step: the next one is kept anyway.
+    best_step = old["best_step"] if step_of(Path(config.output_dir, "best")) == old["best_step"] else None
+    return ResumeState(metadata, step, old["counts"], old["evaluations"], best_step, folder, messages=messages)
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the step of a saved model; None if there is none."""
+    try:
+        return json.loads((folder / PROGRESS).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_progress(folder: Path, config: Config, metadata: dict) -> dict:

@@ -212,6 +212,9 @@ def damaged(tiny, tmp_path: Path, name: str) -> list[str]:
         samples = json.loads((tiny.folder / "heldout.json").read_text())
         (tmp_path / "data.json").write_text(json.dumps(samples + samples[:1]))
         return ["--data_path", tmp_path / "data.json"]
+    if name == "adapters as a model":
+        shutil.copytree(tiny.folder / "model", tmp_path / "adapters")
+        (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
     if name == "no adapter":
         return ["--adapter", tiny.folder / "model"]
     return {
@@ -222,6 +225,7 @@ def damaged(tiny, tmp_path: Path, name: str) -> list[str]:
         "a small temperature": ["--temperature", "0.001"],
         "an unknown flag": ["--cut", "40"],
         "a turned range": ["--valid_range", "100", "0"],
+        "adapters as a model": ["--model_id", tmp_path / "adapters"],
     }[name]
 
 
@@ -238,6 +242,7 @@ def damaged(tiny, tmp_path: Path, name: str) -> list[str]:
         ("a small temperature", "--temperature 0.001"),
         ("an unknown flag", "did you mean --cuts?"),
         ("a turned range", "--valid_range 100 0"),
+        ("adapters as a model", "holds adapters: give it as --adapter"),
     ],
 )
 def test_bad_input_gets_one_line_and_nothing_is_written(tiny, tmp_path, capfd, name, words):
@@ -330,3 +335,9 @@ def test_memory_that_runs_out_is_a_line_with_the_flag_that_helps(tiny, tmp_path,
     assert command.main(by_hand(tiny, tmp_path / "out")) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
     assert "while 2 prompts of up to" in line and "--per_device_eval_batch_size" in line
+
+
+def test_truths_out_of_range_are_pointed_out(tiny, tmp_path, capsys):
+    assert command.main(by_hand(tiny, tmp_path / "out", "--valid_range", "0", "45")) == 0
+    printed = capsys.readouterr().out
+    assert "5 truths, such as 46, are outside --valid_range 0 45" in printed

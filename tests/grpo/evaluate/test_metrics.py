@@ -100,6 +100,7 @@ def test_a_constant_answer_has_no_skill(constant):
     assert found["ccc"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert found["sd_ratio"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert found["pearson"] == {"value": None, "low": None, "high": None}
+    assert found["distinct_answers"] == {"value": 1.0, "low": None, "high": None}
     assert found["auc_40"]["value"] == 0.5 and found["distinct_answers"]["value"] == 1
     json.dumps(found, allow_nan=False)
     if constant == 44.0:  # the median of the truths
@@ -155,6 +156,14 @@ def test_bounds_are_those_of_resampled_samples():
     assert again == found
     other = figures(truths_of(TRUTHS), answers_of(numbers), RANGE, [40.0], num_resamples=200, seed=4)
     assert other["mae"]["value"] == found["mae"]["value"] and other["mae"]["low"] != found["mae"]["low"]
+
+
+def test_the_reward_of_a_constant_is_over_what_is_scored():
+    """As the mean reward is: of the second constant only half is scored."""
+    rewards = [[0.4] * 8, [1.0, NAN] * 4, [NAN] * 8]
+    assert values(figures(truths_of(TRUTHS, rewards), answers_of(PREDICTED), RANGE, CUTS))["zero_skill_reward"] == 1.0
+    nothing = figures(truths_of(TRUTHS, [[NAN] * 8]), answers_of(PREDICTED), RANGE, CUTS, num_resamples=5)
+    assert nothing["zero_skill_reward"] == {"value": None, "low": None, "high": None}
 
 
 def test_few_values_at_a_time_give_the_same_bounds(monkeypatch):

@@ -16,7 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from data.loader import rank_batches
-from grpo.run.checkpoint import checkpoints, read_evaluations
+from grpo.config import Config
+from grpo.model.load import ModelFiles
+from grpo.ranks import start_processes
+from grpo.run.checkpoint import checkpoints, read_evaluations, save
 from grpo.run.tracking import truncate_events
 from tests.conftest import make_tiny, run_ranks
 from tests.kill_and_resume import evaluating, kill_and_resume, result, run_flags, start, wait
@@ -441,3 +444,55 @@ def test_a_broken_held_out_video_costs_no_step(tiny, whole, tmp_path, capfd):
     assert train.main(run_flags(tiny.folder, tmp_path / "out", *flags)) == 0
     assert [e["step"] for e in read_evaluations(tmp_path / "out" / "final")] == [6]
     assert result(tmp_path / "out").weights == result(whole).weights
+
+
+def test_a_branch_gets_a_best_model_of_its_own(tiny, tmp_path):
+    flags = [*STEPS, *evaluating(tiny.folder)]
+    assert train.main(run_flags(tiny.folder, tmp_path / "whole", *flags)) == 0
+    branch = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-4")]
+    assert train.main(run_flags(tiny.folder, tmp_path / "branch", *flags, *branch)) == 0
+    progress = json.loads((tmp_path / "branch" / "best" / "progress.json").read_text())
+    assert progress["step"] == progress["best_step"] == 6
+
+
+def test_a_best_model_that_was_renamed_when_the_run_was_killed_gets_its_name_back(tiny, tmp_path):
+    config = Config(output_dir=str(tmp_path))
+    (tmp_path / "best.removed").mkdir()
+    (tmp_path / "best.removed" / "model").write_text("old")
+    (tmp_path / "best.unfinished").mkdir()
+    run_ranks(save_final, 1, config)
+    assert (tmp_path / "best" / "model").read_text() == "old" and not (tmp_path / "best.unfinished").exists()
+
+
+class Nothing:
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
+
+
+def save_final(config: Config) -> None:
+    start_processes()
+    progress = {"flags": {"model_id": "m"}, "step": 1, "total_steps": 1, "num_samples": 1, "data": ""}
+    tokenizer = Nothing()
+    tokenizer.save_pretrained = lambda folder: None
+    assert save(config, "final", ModelFiles(Nothing(), tokenizer, []), {}, progress, True)
+
+
+def test_a_signal_breaks_an_evaluation_off_and_it_is_done_on_resume(tiny, tmp_path):
+    """The signal comes while the step-0 evaluation of many samples runs."""
+    samples = json.loads((tiny.folder / "data.json").read_text())
+    many = [sample | {"id": f"{sample['id']}-{i}"} for i in range(200) for sample in samples]
+    (tmp_path / "many.json").write_text(json.dumps(many))
+    flags = ["--max_steps", "1", "--eval_data_path", str(tmp_path / "many.json"), "--eval_on_start", *AUTO]
+    flags += ["--per_device_eval_batch_size", "2"]
+    ranks = start(1, run_flags(tiny.folder, tmp_path / "out", *flags), tmp_path / "log")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("tensorboard/*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(ranks[0].pid, signal.SIGTERM)
+    began = time.monotonic()
+    assert wait(ranks) == [0] and time.monotonic() - began < 5
+    assert "stopped before step 1" in (tmp_path / "log").read_text()
+    assert "step 0: held-out" not in (tmp_path / "log").read_text()
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
