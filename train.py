@@ -103,8 +103,7 @@ def reward_phase(rollouts: list[Rollout], tokenizer, config: Config, step: int) 
     advantages = group_advantages(rewards, config.scale_rewards, counts.reward_std)  # (B, G)
     for rollout, row in zip(rollouts, advantages, strict=True):
         rollout.advantages = row.to(device)
-    for group in records.groups:  # those of all ranks, for the logs
-        group.advantages = group_advantages(group.rewards[None], config.scale_rewards, counts.reward_std)[0]
+    records.set_advantages(config.scale_rewards, counts.reward_std)  # those of all ranks, for the logs
     return records, counts
 
 
@@ -232,23 +231,12 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     def evaluate(step: int) -> None:
         """Evaluate the policy if it is due; keep it in best/ if none was better."""
         if heldout and tracker.is_evaluation_due(step):
-            try:
-                evaluation = heldout.evaluate(models.sampling.sync(policy), stop.requested)
-            except InputError:  # such as a broken video: what was trained so far is not lost
-                if step > resume.step:
-                    save(f"checkpoint-{step}", step)
-                raise
-            if evaluation and tracker.show_evaluation(step, evaluation):
-                before, tracker.best_step = tracker.best_step, step
-                if not save("best", step, is_needed=False):
-                    tracker.best_step = before
+            heldout.evaluate_policy(models.sampling.sync(policy), step, tracker, save, stop.requested)
 
     stop.listen()
     evaluate(resume.step)  # before the first step, or where a signal came first
     if stop.requested():
-        tracker.close()
-        print_rank0(f"stopped before step {resume.step + 1}: the same command starts again")
-        return False
+        return tracker.stopped(resume.step)
     clock = Clock()
     for step, batch in enumerate(prompt_batches(dataset, batches, config.dataloader_num_workers), resume.step + 1):
         prompts = raise_together(checked, batch)
@@ -274,9 +262,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
         if is_stopped or (config.save_steps and step % config.save_steps == 0):
             save(f"checkpoint-{step}", step, is_needed=is_stopped)
         if is_stopped:
-            tracker.close()
-            print_rank0(f"stopped after step {step}: the same command with --resume_from_checkpoint auto continues")
-            return False
+            return tracker.stopped(step)
         clock = Clock()  # time spent on logging and saving does not count to the next step
     save("final", total_steps)
     tracker.close()

@@ -15,6 +15,7 @@ from grpo.evaluate.answer import AnswerOptions, answer, answers_of, truths_of
 from grpo.evaluate.metrics import figures
 from grpo.evaluate.pictures import pictures
 from grpo.ranks import broadcast_object, print_rank0, raise_together
+from grpo.run.tracking import Tracker
 from reward.extract import extract_number
 
 
@@ -37,6 +38,24 @@ class HeldOut:
         with_number = [sample for sample in dataset.samples if extract_number(sample.answer) is not None]
         self.truths = raise_together(truths_of, with_number, self.options)
         self.ids = [sample.id for sample in with_number]
+
+    def evaluate_policy(
+        self, model, step: int, tracker: Tracker, save: Callable[..., bool], is_stopped: Callable[[], bool]
+    ) -> None:
+        """Evaluate the policy after a step, show the figures, and save it as best/ if none was better. Collective.
+
+        model: its unsharded copy; save: takes the folder's name, the step, and whether it is needed.
+        """
+        try:
+            evaluation = self.evaluate(model, is_stopped)
+        except InputError:  # such as a broken video: what was trained so far is not lost
+            if step > tracker.start_step:
+                save(f"checkpoint-{step}", step)
+            raise
+        if evaluation and tracker.show_evaluation(step, evaluation):
+            before, tracker.best_step = tracker.best_step, step
+            if not save("best", step, is_needed=False):
+                tracker.best_step = before
 
     def evaluate(self, model, is_stopped: Callable[[], bool]) -> Evaluation | None:
         """Answer all samples; None if a signal stops the run meanwhile. Collective; raises InputError.

@@ -95,6 +95,7 @@ def save(config: Config, name: str, files: ModelFiles, state: dict, progress: di
     unfinished = folder.with_name(f"{name}.unfinished")
 
     def begin() -> None:
+        """Clear away what a killed run has left, and write what rank 0 alone writes."""
         for path in folder.parent.glob("*"):  # left by a run that was killed while saving or removing
             if re.fullmatch(r"(final|best)\.removed", path.name) and not path.with_suffix("").exists():
                 os.rename(path, path.with_suffix(""))  # killed before the new one had the name
@@ -105,6 +106,7 @@ def save(config: Config, name: str, files: ModelFiles, state: dict, progress: di
         (unfinished / "README.md").write_text(model_card(progress, is_adapter=isinstance(files.model, Adapter)))
 
     def finish() -> None:
+        """Give the folder its name, now that it is complete."""
         fsync_tree(unfinished)  # a power cut must not leave a name without its contents
         gone = folder.with_name(f"{name}.removed")
         if folder.exists():  # of the same run: the best model so far, or the final one before the run was extended

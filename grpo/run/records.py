@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.dataset import VIDEO_TAG
-from grpo.loss import has_zero_std
+from grpo.loss import group_advantages, has_zero_std
 from grpo.ranks import all_gather_object
 from grpo.rollout import Rollout
 from reward.extract import extract_number
@@ -34,7 +34,7 @@ class GroupRecord:
     num_trained: Tensor  # (G,) trained tokens
     lengths: Tensor  # (G,) sampled tokens
     is_stopped: Tensor  # (G,)
-    advantages: Tensor | None = None  # (G,), filled in by the training loop
+    advantages: Tensor | None = None  # (G,), filled in by `set_advantages`
 
 
 @dataclass
@@ -43,6 +43,11 @@ class StepRecords:
 
     groups: list[GroupRecord]
     bad_videos: list[str]
+
+    def set_advantages(self, scale_rewards: str, reward_std: float) -> None:
+        """Compute the advantages of all groups, as the training loop does those of its own."""
+        for group in self.groups:
+            group.advantages = group_advantages(group.rewards[None], scale_rewards, reward_std)[0]
 
 
 def gather_records(rollouts: list[Rollout], by_function: dict[str, Tensor]) -> StepRecords:

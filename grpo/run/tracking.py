@@ -99,6 +99,7 @@ class Tracker:
         self.output, self.is_full = Path(config.output_dir), False
         self.counts = {"skipped_samples": 0, "monotonous_in_a_row": 0, "warnings": 0, "bad_steps": 0, "bad_in_a_row": 0}
         self.counts |= resume.counts
+        self.start_step = resume.step
         self.evaluations, self.best_step = list(resume.evaluations), resume.best_step
         # A contact sheet takes a tenth of a second and up to a megabyte: about a hundred per run.
         self.sheet_steps = config.logging_steps * math.ceil(total_steps / (100 * config.logging_steps))
@@ -250,6 +251,12 @@ class Tracker:
                     f"step {step}: curves and completions cannot be written ({error}): they have a gap from here"
                 )
             self.is_full = True
+
+    def stopped(self, step: int) -> bool:
+        """Close everything, say that a signal stopped the run, and return False: it is not complete."""
+        self.close()
+        print_rank0(f"stopped after step {step}: the same command with --resume_from_checkpoint auto continues")
+        return False
 
     def close(self) -> None:
         """Close the bar and the files."""

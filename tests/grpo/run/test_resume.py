@@ -493,6 +493,6 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_done_on_resume(tiny, tmp_pa
     os.kill(ranks[0].pid, signal.SIGTERM)
     began = time.monotonic()
     assert wait(ranks) == [0] and time.monotonic() - began < 15
-    assert "stopped before step 1" in (tmp_path / "log").read_text()
+    assert "stopped after step 0" in (tmp_path / "log").read_text()
     assert "step 0: held-out" not in (tmp_path / "log").read_text()
     assert not list((tmp_path / "out").glob("checkpoint-*"))
