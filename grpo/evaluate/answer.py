@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from data.dataset import InputError, Sample
@@ -17,6 +16,7 @@ from grpo.evaluate.metrics import Answers, Truths, constants
 from grpo.model.load import SpecialTokens, special_tokens
 from grpo.ranks import all_gather_object, raise_together
 from grpo.rollout import SamplingParams, generate, generators
+from grpo.run.preflight import is_out_of_memory
 from grpo.run.records import finite_or_none
 from grpo.run.scoring import score_texts
 from reward.extract import extract_number
@@ -108,7 +108,9 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
     draws = generators(prompts, options.seed, 0, tokens.device) if options.temperature else None
     try:
         rollouts = generate(model, prompts, tokens, params, draws)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         longest = max(len(prompt.prompt_ids) for prompt in prompts)
         raise InputError(
             f"memory ran out while {len(prompts)} prompts of up to {longest} tokens were answered together: lower "

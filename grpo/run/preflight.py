@@ -22,6 +22,11 @@ NUM_THREADS = 16  # that open videos, which is mostly waiting for disks
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Say whether an error of PyTorch means that memory ran out."""
+    return any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 def prompt_length(dataset: PromptDataset, sample: Sample) -> int:
     """Count the prompt tokens of a sample, from the headers of its videos; 0 if one cannot be read."""
     try:
@@ -73,7 +78,7 @@ def memory_preflight(
         init_optimizer_state(optimizer)
         trial_step([prompt] * config.per_device_train_batch_size)
     except RuntimeError as error:
-        if not any(words in str(error) for words in OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         line = (
             f"out of memory in a trial step on {what}: lower --max_videos, --nframes or --fps, the video size, "

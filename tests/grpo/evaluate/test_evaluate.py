@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import statistics
@@ -327,14 +328,20 @@ def test_flags_beside_a_run_count_more_than_its_own(tiny, run, tmp_path):
     assert found["settings"]["nframes"] == 4  # of the run
 
 
-def test_memory_that_runs_out_is_a_line_with_the_flag_that_helps(tiny, tmp_path, monkeypatch, capfd):
-    def generate(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def run_in_little_memory(arguments: list[str], log: str) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, -1))
+    with open(log, "w") as file, redirect_stdout(file), redirect_stderr(file):
+        assert command.main(arguments) == 2
 
-    monkeypatch.setattr("grpo.evaluate.answer.generate", generate)
-    assert command.main(by_hand(tiny, tmp_path / "out")) == 2
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
-    assert "while 2 prompts of up to" in line and "--per_device_eval_batch_size" in line
+
+def test_memory_that_runs_out_is_a_line_with_the_flag_that_helps(tiny, tmp_path):
+    huge = by_hand(
+        tiny, tmp_path / "out", "--max_completion_length", "1000000000"
+    )  # half a terabyte of keys and values
+    run_ranks(run_in_little_memory, 1, huge, str(tmp_path / "log"))
+    printed = (tmp_path / "log").read_text()
+    (line,) = [line for line in printed.splitlines() if "error:" in line]
+    assert "while 2 prompts of up to" in line and "--per_device_eval_batch_size" in line and "Traceback" not in printed
 
 
 def test_truths_out_of_range_are_pointed_out(tiny, tmp_path, capsys):
