@@ -335,9 +335,8 @@ def run_in_little_memory(arguments: list[str], log: str) -> None:
 
 
 def test_memory_that_runs_out_is_a_line_with_the_flag_that_helps(tiny, tmp_path):
-    huge = by_hand(
-        tiny, tmp_path / "out", "--max_completion_length", "1000000000"
-    )  # half a terabyte of keys and values
+    """Half a terabyte of keys and values."""
+    huge = by_hand(tiny, tmp_path / "out", "--max_completion_length", "1000000000")
     run_ranks(run_in_little_memory, 1, huge, str(tmp_path / "log"))
     printed = (tmp_path / "log").read_text()
     (line,) = [line for line in printed.splitlines() if "error:" in line]
