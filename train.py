@@ -6,7 +6,7 @@
 One step, for a batch of prompts:
 
     sample G completions per prompt         grpo/rollout.py         videos encoded once, prompt prefilled once
-    score them                              reward/numerical.py
+    score them                              reward/
     advantage: the reward, normalised       grpo/loss.py            within its group
     log-probabilities of the completions    grpo/logprobs.py        one packed pass per prompt
     clipped loss, backward                  grpo/loss.py            divided by the tokens of all ranks
@@ -16,11 +16,11 @@ Each rank samples the whole groups of its own prompts. Sampling depends only on 
 position in the batch: neither the number of ranks nor what a rank did before changes it.
 """
 
+import math
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import grpo  # noqa: F401  first of all, since it sets how torch's threads wait
@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data.dataset import InputError
-from data.loader import Prompt, PromptDataset, checked, prompt_batches, rank_batches, worker_failure
-from grpo.config import Config, count_steps, parse_config, video_options
+from data.loader import Prompt, checked, prompt_batches, rank_batches, worker_failure
+from grpo.config import Config, parse_config
 from grpo.demo import demo
 from grpo.evaluate.heldout import HeldOut
 from grpo.logprobs import encode_videos
@@ -47,20 +47,25 @@ from grpo.loss import (
     loss_mask,
     weighted_sum,
 )
-from grpo.model.load import ModelFiles, SpecialTokens, processor_files, special_tokens
-from grpo.model.lora import disable_adapters, gather_adapter, without_dropout
-from grpo.model.optimizer import components_table, make_optimizer
-from grpo.model.sharding import Models, build_models
-from grpo.ranks import abort_rank, any_rank, broadcast_object, full_tensor, print_rank0, raise_together, start_processes
+from grpo.model.load import SpecialTokens
+from grpo.model.lora import disable_adapters, without_dropout
+from grpo.model.sharding import Models
+from grpo.ranks import (
+    abort_rank,
+    all_gather_object,
+    any_rank,
+    full_tensor,
+    print_rank0,
+    raise_together,
+    start_processes,
+)
 from grpo.rollout import Rollout, SamplingParams, generate, generators
-from grpo.run import checkpoint
-from grpo.run.inputs import load_inputs
-from grpo.run.preflight import memory_preflight, with_trial_advantages
+from grpo.run.preflight import with_trial_advantages
 from grpo.run.records import GlobalCounts, StepRecords, TokenSums, gather_records, sampling_difference
-from grpo.run.scoring import score
+from grpo.run.scoring import Scorer, score
+from grpo.run.start import start
 from grpo.run.stopping import StopRequest
-from grpo.run.tracking import Clock, Tracker
-from reward import REWARD_FUNCTIONS
+from grpo.run.tracking import Clock
 
 
 def batched(items: list, size: int) -> Iterator[list]:
@@ -70,9 +75,7 @@ def batched(items: list, size: int) -> Iterator[list]:
 
 def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: Config, step: int) -> list[Rollout]:
     """Sample a group for every prompt of this rank. model: unsharded, so that ranks do not wait for each other."""
-    params = SamplingParams(
-        config.num_generations, config.max_completion_length, config.temperature, config.top_p, config.top_k
-    )
+    params = SamplingParams.of(config)
     rollouts = []
     for batch in batched(prompts, config.per_device_train_batch_size):
         on_device = [prompt.to(tokens.device) for prompt in batch]
@@ -86,21 +89,22 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
     return rollouts
 
 
-def reward_phase(rollouts: list[Rollout], tokenizer, config: Config, step: int) -> tuple[StepRecords, GlobalCounts]:
+def reward_phase(
+    rollouts: list[Rollout], tokenizer, scorer: Scorer, config: Config, step: int
+) -> tuple[StepRecords, GlobalCounts]:
     """Score the completions and compute their advantages; return the records and counts of all ranks."""
     device = rollouts[0].logprobs.device
     for rollout in rollouts:
         rollout.texts = tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
-    by_function = raise_together(score, REWARD_FUNCTIONS, rollouts, step, config.reward_timeout)
-    rewards = sum(by_function.values())  # (B, G), nan where a completion was not scored
-    for rollout, row in zip(rollouts, rewards, strict=True):
+    scores = score(scorer, rollouts, step)
+    for rollout, row in zip(rollouts, scores.rewards, strict=True):  # (B, G), nan where not scored
         rollout.rewards = row.to(device)
         rollout.loss_mask = (not rollout.prompt.is_padding) & loss_mask(
-            rollout.completion_mask, rollout.rewards, rollout.is_stopped, config.mask_truncated_completions
+            rollout.completion_mask, rollout.rewards, rollout.is_stopped, config.mask_truncated_completions, config.beta
         )
-    records = gather_records(rollouts, by_function)
+    records = gather_records(rollouts, scores.by_function)
     counts = GlobalCounts.of(records)  # the denominators
-    advantages = group_advantages(rewards, config.scale_rewards, counts.reward_std)  # (B, G)
+    advantages = group_advantages(scores.rewards, config.scale_rewards, counts.reward_std)  # (B, G)
     for rollout, row in zip(rollouts, advantages, strict=True):
         rollout.advantages = row.to(device)
     records.set_advantages(config.scale_rewards, counts.reward_std)  # those of all ranks, for the logs
@@ -112,6 +116,7 @@ def update_phase(
 ) -> dict[str, float]:
     """Update the policy on one batch of rollouts, `num_iterations` times; return the metrics of all ranks."""
     sums, is_bad = TokenSums(suppress_tokens.device), False
+    rollouts = rollouts_to_train(rollouts, config.per_device_train_batch_size)
     for iteration in range(config.num_iterations):
         optimizer.zero_grad()
         for batch in batched(rollouts, config.per_device_train_batch_size):
@@ -145,6 +150,18 @@ def update_phase(
             optimizer.step()
     metrics = sums.means(counts.num_tokens, config.num_iterations) | sampling_difference(rollouts, counts.num_tokens)
     return metrics | {"grad_norm": grad_norm.item(), "bad_steps": float(is_bad)}
+
+
+def rollouts_to_train(rollouts: list[Rollout], batch_size: int) -> list[Rollout]:
+    """Leave out rollouts without trained tokens, but for those that keep the passes of all ranks in step; collective.
+
+    Returns as many as make the same number of passes of `batch_size` on every rank: none if no rank has any to train.
+    """
+    trained = [rollout for rollout in rollouts if rollout.loss_mask.any()]
+    untrained = [rollout for rollout in rollouts if not rollout.loss_mask.any()]
+    passes = max(all_gather_object(math.ceil(len(trained) / batch_size)))
+    missing = (passes - 1) * batch_size + 1 - len(trained)  # until the last pass has a rollout
+    return trained + untrained[: max(0, missing)]
 
 
 def policy_logprobs(
@@ -191,68 +208,41 @@ def trial_step(models: Models, optimizer, tokens: SpecialTokens, config: Config,
 
 def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     """Train; return False if a signal stopped the run. Raises InputError, on all ranks, for what the user can fix."""
-    inputs = raise_together(load_inputs, config)
-    config, samples, tokenizer = inputs.config, inputs.samples, inputs.tokenizer
-    resume = broadcast_object(inputs.resume)
-    if resume.is_complete:
-        print_rank0(*resume.messages)
+    run = start(config, device, trial_step)
+    if run is None:
         return True
-    models = build_models(inputs.model, config, device)
-    inputs.model = None  # free the copy on rank 0
-    policy, tokens = models.policy, special_tokens(models.policy, tokenizer, device)
-    total_steps = count_steps(config, len(samples))
-    optimizer, schedule = make_optimizer(policy, config, total_steps)
-    tokens_per_second = policy.config.vision_config.tokens_per_second
-    options = tokenizer, tokens_per_second, video_options(config), config.on_bad_video
-    dataset, heldout = PromptDataset(samples, *options), None
-    if inputs.heldout:
-        heldout = HeldOut(PromptDataset(inputs.heldout, *options), REWARD_FUNCTIONS, config)
-    if config.memory_preflight or (config.memory_preflight is None and device.type == "cuda"):
-        step_on = partial(trial_step, models, optimizer, tokens, config)
-        everyone = PromptDataset(samples + inputs.heldout, *options)
-        print_rank0(memory_preflight(everyone, optimizer, config, step_on))
-    checkpoint.load(resume.folder, resume.step, policy, optimizer, schedule)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    config, first, rank, world_size = run.config, run.resume.step, dist.get_rank(), dist.get_world_size()
+    models, optimizer, tokens, tracker = run.models, run.optimizer, run.tokens, run.tracker
     batches = rank_batches(
-        len(samples), config.global_batch_size, total_steps, config.seed, rank, world_size, resume.step
+        len(run.dataset.samples), config.global_batch_size, run.total_steps, config.seed, rank, world_size, first
     )
-    print_rank0(f"{len(samples)} samples, {total_steps} steps of {config.global_batch_size} prompts", *inputs.messages)
-    print_rank0(*components_table(policy, config).splitlines(), *resume.messages)
-    tracker = Tracker(config, total_steps, resume)
-    processor = processor_files(config.model_id)
-
-    def save(name: str, step: int, is_needed: bool = True) -> bool:
-        """Write the trained model, or its adapters; a checkpoint also holds what resuming needs."""
-        trained = gather_adapter(policy, config) if config.lora_enable else models.sampling.sync(policy)
-        state = {} if name in ("final", "best") else checkpoint.trainer_state(policy, optimizer)
-        progress = resume.metadata | {"step": step} | tracker.state()
-        return checkpoint.save(config, name, ModelFiles(trained, tokenizer, processor), state, progress, is_needed)
+    heldout = HeldOut(run.heldout, run.scorer, config) if run.heldout else None
 
     def evaluate(step: int) -> None:
         """Evaluate the policy if it is due; keep it in best/ if none was better."""
         if heldout and tracker.is_evaluation_due(step):
-            heldout.evaluate_policy(models.sampling.sync(policy), step, tracker, save, stop.requested)
+            heldout.evaluate_policy(models.sampling.sync(models.policy), step, tracker, run.save, stop.requested)
 
     stop.listen()
-    evaluate(resume.step)  # before the first step, or where a signal came first
+    evaluate(first)  # before the first step, or where a signal came first
     if stop.requested():
-        return tracker.stopped(resume.step)
+        return tracker.stopped(first)
     clock = Clock()
-    for step, batch in enumerate(prompt_batches(dataset, batches, config.dataloader_num_workers), resume.step + 1):
+    for step, batch in enumerate(prompt_batches(run.dataset, batches, config.dataloader_num_workers), first + 1):
         prompts = raise_together(checked, batch)
         clock.lap("data")
 
-        sampling_model = models.sampling.sync(policy)
+        sampling_model = models.sampling.sync(models.policy)
         rollouts = rollout_phase(sampling_model, prompts, tokens, config, step)
         clock.lap("rollout")
 
-        records, counts = reward_phase(rollouts, tokenizer, config, step)
+        records, counts = reward_phase(rollouts, run.tokenizer, run.scorer, config, step)
         clock.lap("reward")
 
         torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # for dropout
         metrics = update_phase(models, optimizer, rollouts, counts, tokens.suppress_tokens, config)
-        metrics["learning_rate"] = schedule.get_last_lr()[0]
-        schedule.step()
+        metrics["learning_rate"] = run.schedule.get_last_lr()[0]
+        run.schedule.step()
         clock.lap("update")
 
         tracker.log(step, records, metrics, clock, prompts[0])
@@ -260,11 +250,11 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
             evaluate(step)
         is_stopped = stop.requested()
         if is_stopped or (config.save_steps and step % config.save_steps == 0):
-            save(f"checkpoint-{step}", step, is_needed=is_stopped)
+            run.save(f"checkpoint-{step}", step, is_needed=is_stopped)
         if is_stopped:
             return tracker.stopped(step)
         clock = Clock()  # time spent on logging and saving does not count to the next step
-    save("final", total_steps)
+    run.save("final", run.total_steps)
     tracker.close()
     print_rank0(f"done: the trained model is in {Path(config.output_dir, 'final')}")
     return True

@@ -4,7 +4,8 @@
 
 Samples that the trainer would refuse are "left out" of the cleaned file, and the exit code is 1. Two problems are only
 reported, and the sample is "kept": an answer without a number, from which nothing is learned, and more videos than
---max_videos. The videos over that cap are checked, too. Nothing is written except the cleaned file.
+--max_videos. The videos over that cap are checked, too. Keys of their own that only few samples have are listed, since
+one may be misspelt, and so is what the best constant answer earns. Nothing is written except the cleaned file.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -25,6 +27,8 @@ from data.prompt import check_text, encode_prompt, load_tokenizer, video_lengths
 from data.video import BadVideo, TooFewFrames, VideoOptions, grid_of, read_frames
 from data.video_cap import cap_videos
 from reward.extract import extract_number
+from reward.functions import ARGUMENTS, RewardError, RewardFunction, check_keys, load_reward_functions, score_answers
+from reward.zero_skill import zero_skill
 
 KEPT = ("no number in the truth", "over --max_videos")
 PROBLEMS = ("malformed sample", "tags and videos differ", "duplicate id", "missing video", "undecodable video")
@@ -101,6 +105,8 @@ def find_problems(
         check_text(sample.turns)
     except ValueError as error:
         problems["malformed sample"] = str(error)
+    if taken := [key for key in sample.extra if key in ARGUMENTS]:
+        problems["malformed sample"] = f"key {taken[0]!r}: reward functions are given something else under this name"
     used = cap_videos(sample, max_videos).videos
     bad = {path: checked[path] for path in sample.videos if isinstance(checked[path], VideoProblem)}
     for path, (problem, reason) in bad.items():
@@ -111,11 +117,38 @@ def find_problems(
         problems["no number in the truth"] = f"{sample.answer!r}: every completion gets the reward 0.5"
     if len(used) < len(sample.videos):
         unused = "".join(f"; not used: {reason}" for path, (_, reason) in bad.items() if path not in used)
-        problems["over --max_videos"] = f"{len(sample.videos)} videos, only the first {len(used)} are used{unused}"
+        problems["over --max_videos"] = f"{len(sample.videos)} videos, only {len(used)} are used{unused}"
     return problems
 
 
-def check(args: argparse.Namespace, options: VideoOptions) -> int:
+def print_rare_keys(samples: list[Sample]) -> None:
+    """List the samples' own keys that fewer than half of them have."""
+    ids = {}
+    for sample in samples:
+        for key in sample.extra:
+            ids.setdefault(key, []).append(sample.id)
+    for key, having in ids.items():
+        if len(having) < len(samples) / 2:
+            shown = ", ".join(map(repr, having[:3])) + ", ..." * (len(having) > 3)
+            print(f"key {key!r}: only {len(having)} of {len(samples)} samples have it ({shown})")
+
+
+def print_zero_skill(samples: list[Sample], functions: list[RewardFunction]) -> None:
+    """Print what the best constant answer earns; raise InputError if a reward function fails."""
+    keys = list(dict.fromkeys(key for sample in samples for key in sample.extra))
+    try:
+        check_keys(functions, [key for key in keys if key not in ARGUMENTS])
+        found = zero_skill(samples, lambda chosen, texts: score_answers(functions, chosen, texts, keys))
+    except RewardError as error:
+        raise InputError(str(error)) from error
+    except Exception as error:
+        traceback.print_exc()  # it is the user's own function
+        raise InputError(f"--reward_funcs: one raised {type(error).__name__} ({first_line(error)}): fix it") from error
+    if found:
+        print(found)
+
+
+def check(args: argparse.Namespace, options: VideoOptions, functions: list[RewardFunction]) -> int:
     """Check the data set, print the report, write the cleaned file if asked; return the exit code."""
     entries = list(read_samples(args.data_path, args.image_folder))
     tokenizer = load_tokenizer(args.model_id) if args.model_id else None
@@ -142,7 +175,10 @@ def check(args: argparse.Namespace, options: VideoOptions) -> int:
         if samples:
             print(f"    {samples[0][1]}")
     if valid:
-        print_sizes([sample for _, sample in valid], checked, args, tokenizer)
+        samples = [sample for _, sample in valid]
+        print_sizes(samples, checked, args, tokenizer)
+        print_rare_keys(samples)
+        print_zero_skill(samples, functions)
     num_left_out = len(entries) - len(valid)
     print(f"{len(entries)} samples, {len(checked)} videos: {len(valid)} valid samples, {num_left_out} left out")
     if args.write_clean and valid:
@@ -193,7 +229,7 @@ def print_sizes(
     print()
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, VideoOptions]:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, VideoOptions, list[RewardFunction]]:
     """Parse the flags; raise InputError if one is wrong."""
     style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
     usage = "python -m data.check --data_path FILE [flags]"
@@ -215,6 +251,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, VideoOptions]:
     pixels = "pixels per frame (%(default)s), where width and height are not given"
     flag("--video_min_pixels", type=int, default=VideoOptions.min_pixels, help=f"least {pixels}")
     flag("--video_max_pixels", type=int, default=VideoOptions.max_pixels, help=f"most {pixels}")
+    flag = partial(parser.add_argument_group("rewards, as in train.py").add_argument, metavar="")
+    one = ["numerical_video_reward"]
+    flag("--reward_funcs", nargs="+", default=one, help="reward functions: names in reward/, or file.py:function")
+    flag("--reward_weights", nargs="+", type=float, default=[], help="weight of each reward function (1 each)")
+    flag("--reward_kwargs", default="", help="JSON object of arguments for the functions that take them")
+    flag("--valid_range", nargs=2, type=float, default=[0.0, 100.0], help="lowest and highest possible answer (0 100)")
     args = parser.parse_args(argv)
     if args.num_workers < 1 or args.max_videos < 0:
         _fail("--num_workers must be at least 1, --max_videos at least 0")
@@ -223,10 +265,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, VideoOptions]:
     if args.write_clean and not os.access(os.path.dirname(args.write_clean) or ".", os.W_OK):
         _fail(f"--write_clean {args.write_clean!r} cannot be written: name another place")
     size = args.video_resized_width, args.video_resized_height
+    rewards = args.reward_funcs, args.reward_weights, args.reward_kwargs, args.valid_range
     try:
-        return args, VideoOptions(args.fps, args.nframes, *size, args.video_min_pixels, args.video_max_pixels)
+        options = VideoOptions(args.fps, args.nframes, *size, args.video_min_pixels, args.video_max_pixels)
+        return args, options, load_reward_functions(*rewards)
     except ValueError as error:
         return _fail(str(error))
+    except RewardError as error:
+        print(error.details, end="", file=sys.stderr)
+        raise InputError(str(error)) from error
 
 
 def _fail(message: str):

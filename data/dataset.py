@@ -5,8 +5,8 @@
                        {"from": "gpt", "value": "55%"}]}
 
 The last turn is the answer, the turns before it are the prompt. Each `<video>` tag in a human turn stands for one
-video, in order; without any tags, all videos come first. Keys other than these three are allowed, unless they look like
-a misspelt one. Every mistake is an InputError of one line, before training starts.
+video, in order; without any tags, all videos come first. Other keys are data for reward functions, unless they look
+like a misspelt one. Every mistake is an InputError of one line, before training starts.
 """
 
 import difflib
@@ -14,9 +14,10 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 VIDEO_TAG, IMAGE_TAG = "<video>", "<image>"
+KEYS = ("id", "video", "conversations")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -45,6 +46,7 @@ class Sample:
     videos: tuple[str, ...]  # M paths, in the order of their tags
     turns: tuple[tuple[str, str], ...]  # (role, text); M tags in all user turns together; the last turn is a user's
     answer: str
+    extra: dict = field(default_factory=dict, hash=False)  # the other keys of its entry, for reward functions
 
 
 def load_samples(data_path: str, image_folder: str = "") -> list[Sample]:
@@ -154,7 +156,8 @@ def _read_sample(entry, where: str, data_path: str, default_id: str, image_folde
             f"{where}: {tags} {VIDEO_TAG} tag(s) in the human turns but {len(videos)} in 'video': "
             "make the numbers equal, or remove all tags"
         )
-    return Sample(sample_id, tuple(_resolve(path, image_folder) for path in videos), tuple(prompt), answer)
+    paths = tuple(_resolve(path, image_folder) for path in videos)
+    return Sample(sample_id, paths, tuple(prompt), answer, {key: entry[key] for key in entry if key not in KEYS})
 
 
 def _check_keys(entry: dict, where: str) -> None:

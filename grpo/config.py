@@ -14,6 +14,7 @@ from data.dataset import InputError
 from data.video import VideoOptions
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
 
+DemoTask = Literal["easy", "hard"]
 BestModelMetric = Literal[
     "eval/mae", "eval/median_error", "eval/rmse", "eval/bias", "eval/r2", "eval/pearson", "eval/ccc", "eval/within_5",
     "eval/reward", "eval/parse_rate",
@@ -42,8 +43,9 @@ class Config:
     image_folder: str = flag("", "folder of the videos whose path in the JSON does not exist as it is")
     output_dir: str = flag("", "new folder for curves, flags, checkpoints and the trained model", demo="output/demo")
     demo: bool = flag(False, "make synthetic beating hearts and a small model, train on them, show before and after")
+    demo_task: DemoTask = flag("easy", "the demo's hearts: a few clear clips, or up to 30 of differing quality")
 
-    max_videos: int = flag(5, "videos kept per sample, a memory setting; 0: all of them", heading="videos")
+    max_videos: int = flag(5, "videos kept per sample, a memory setting; 0: all of them", heading="videos", demo=0)
     fps: float | None = flag(None, "frames per second read from a video (2 if --nframes is not given either)")
     nframes: int | None = flag(None, "frames read from every video (rounded to even), instead of --fps", demo=8)
     video_resized_width: int | None = flag(None, "width of the frames in pixels, rounded to a multiple of 28", demo=56)
@@ -61,16 +63,24 @@ class Config:
     top_p: float = flag(1.0, "sample only from the most probable tokens that make up this probability; 1: from all")
     top_k: int = flag(0, "sample only from this many most probable tokens; 0: from all")
 
+    reward_funcs: list[str] = flag(
+        ["numerical_video_reward"],
+        "reward functions: names in reward/, or file.py:function",
+        heading="rewards (reward/README.md)",
+        demo=["smooth_numerical_reward"],
+    )
+    reward_weights: list[float] = flag([], "weight of each reward function (1 each); 0: only a curve")
+    reward_kwargs: str = flag("", "JSON object of arguments for the functions that take them: '{\"error_scale\": 8}'")
+    reward_timeout: float = flag(600.0, "seconds that a reward function may take for a step's completions")
+    system_prompt: str = flag("", "text, or a file with it, before conversations without a system turn of their own")
+
     loss_type: LossType = flag(
         "dapo", "weight of a token: equal for all, per completion, or by the length limit", heading="objective"
     )
     scale_rewards: ScaleRewards = flag("group", "what advantages are divided by: the group's or batch's std, or none")
     importance_sampling_level: ImportanceSamplingLevel = flag("token", "a ratio per token, or per completion (GSPO)")
     beta: float = flag(0.0, "weight of the KL divergence from the initial policy; 0: no reference model at all")
-    # In the demo the reward reads the first number and ignores what follows: unmasked, completions forget to end.
-    mask_truncated_completions: bool = flag(
-        False, "do not train on completions that were cut at the length limit", demo=True
-    )
+    mask_truncated_completions: bool = flag(False, "do not train on completions that were cut at the length limit")
     epsilon: float = flag(0.05, "lower clipping: below 1 - epsilon, tokens with a negative advantage have no gradient")
     epsilon_high: float = flag(0.1, "upper clipping: the same above 1 + epsilon_high, for a positive advantage")
     num_iterations: int = flag(1, "updates per batch of rollouts")
@@ -128,7 +138,6 @@ class Config:
     save_total_limit: int = flag(0, "checkpoints kept, the newest; 0: all of them")
     resume_from_checkpoint: str = flag("none", "resume from this folder checkpoint-N; auto: the newest in --output_dir")
     max_bad_steps: int = flag(10, "stop after this many steps in a row without a finite loss and gradient")
-    reward_timeout: float = flag(600.0, "seconds that a reward function may take for a step's completions")
     seed: int = flag(0, "seed of the data order and of the sampling")
 
 
@@ -157,15 +166,22 @@ class _HelpFormatter(argparse.HelpFormatter):
         return action.option_strings[-1 if "-h" in action.option_strings else 0] + values
 
 
+def as_typed(value):
+    """Return a value as it is typed on the command line, where a list has no brackets."""
+    if not isinstance(value, list):
+        return value
+    return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
+
+
 def parse_flags(cls: type, argv: list[str], prog: str, defaults: dict | None = None):
     """Read a dataclass of `flag`s from the command line; raise InputError for what it does not understand."""
     sections = {}
     for field in dataclasses.fields(cls):
         heading = field.metadata["heading"] or list(sections)[-1]
         default = default_of(field)
-        shown = " ".join(f"{value:g}" for value in default) if isinstance(default, list) else default
+        shown, demo = as_typed(default), field.metadata["demo"]
         known = [f"default: {shown}"] if shown not in (None, "") and shown is not False else []
-        known += [f"with --demo: {field.metadata['demo']}"] if field.metadata["demo"] is not None else []
+        known += [f"with --demo: {as_typed(demo)}"] if demo is not None else []
         text = field.metadata["help"] + (f" ({'; '.join(known)})" if known else "")
         described = copy.copy(field)
         described.metadata = {"help": text.replace("%", "%%")}
@@ -198,6 +214,8 @@ def _check(config: Config) -> None:
             if getattr(c, name):
                 raise InputError(f"--demo makes its own model and data: leave out --{name}, or --demo")
     else:
+        if c.demo_task != "easy":
+            raise InputError("--demo_task is about the demo: add --demo, or leave it out")
         for name in ("model_id", "data_path", "output_dir"):
             if not getattr(c, name):
                 raise InputError(f"--{name} is missing (or try: python train.py --demo)")

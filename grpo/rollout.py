@@ -28,6 +28,11 @@ class SamplingParams:
     top_p: float = 1.0  # 1: all tokens
     top_k: int = 0  # 0: all tokens
 
+    @classmethod
+    def of(cls, config) -> "SamplingParams":
+        """Take them from the flags of training."""
+        return cls(config.num_generations, config.max_completion_length, config.temperature, config.top_p, config.top_k)
+
 
 @dataclass
 class Rollout:

@@ -1,5 +1,7 @@
-"""Rewards: text in, one number per completion out."""
+"""Rewards: text in, one number per completion out. `--reward_funcs` takes these names, or `file.py:function`."""
 
-from reward.numerical import numerical_video_reward
+from reward.concordance import concordance_reward
+from reward.form import format_reward
+from reward.numerical import numerical_video_reward, smooth_numerical_reward
 
-REWARD_FUNCTIONS = [numerical_video_reward]  # a completion's reward is their sum, in training and in evaluation
+__all__ = ["numerical_video_reward", "smooth_numerical_reward", "concordance_reward", "format_reward"]

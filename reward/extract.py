@@ -1,6 +1,7 @@
 """Extract the number that a text gives as its answer."""
 
 import re
+from collections.abc import Iterator
 
 # A number next to one of these words is a count or a label ("3 videos", "view 2", "4 chamber"), not an answer.
 # Units of measurement are not in the list: "55 mm" is an answer.
@@ -41,7 +42,7 @@ _WINDOW = 48  # characters; longer than any label
 
 _THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _DECIMAL_COMMA = re.compile(r"[0-9]+,[0-9]+")
-_PLAIN = re.compile(r"[0-9]*\.?[0-9]+")
+_PLAIN = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
 _LARGEST = 1e100  # larger numbers are no measurements; up to here, squared errors are finite
 
 _ONE_SPELLING = str.maketrans("０１２３４５６７８９．％\u2212\u2010\u2011", "0123456789.%---")
@@ -50,16 +51,47 @@ _ONE_SPELLING = str.maketrans("０１２３４５６７８９．％\u2212\u2010\
 def extract_number(text: str) -> float | None:
     """Return the number that a text gives as its answer, None if there is none.
 
-    Looks only inside `<answer>…</answer>` if there is one. Returns the first percentage, else the first bare number
-    that is not a count or a label; always finite.
+    Looks only inside `<answer>…</answer>` if there is one, else outside of `<think>` parts. Returns the first
+    percentage, else the first bare number that is not a count or a label; always finite.
     """
-    text = _answer_block(text).translate(_ONE_SPELLING)
-    text = "\n".join(" ".join(line.split()) for line in text.splitlines())
     first_bare = None
+    for values, is_percentage in _runs(_answer_block(text), one_bare=True):
+        if is_percentage:
+            return values[-1]  # of a list "10,20,30%" the last one carries the sign
+        first_bare = values[0]
+    return first_bare
+
+
+def says_two_numbers(text: str) -> bool:
+    """Say whether a text has two different numbers outside its `<think>` parts; counts and labels are none."""
+    said = set()
+    for values, _ in _runs(without_thoughts(text)):
+        said.update(values)
+        if len(said) > 1:
+            return True
+    return False
+
+
+def without_thoughts(text: str) -> str:
+    """Return a text without its `<think>…</think>` parts; one that is not closed reaches to the end."""
+    # Splits and searches, which are linear: one pattern with `.*?` would scan to the end for each unclosed tag.
+    first, *others = re.split("<think>", text, flags=re.IGNORECASE)
+    after = (re.split("</think>", other, maxsplit=1, flags=re.IGNORECASE)[1:] for other in others)
+    return "\n".join([first, *(text for rest in after for text in rest)])
+
+
+def _runs(text: str, one_bare: bool = False) -> Iterator[tuple[list[float], bool]]:
+    """Yield each run of digits that is no count or label: its numbers, and whether they are percentages.
+
+    one_bare: after the first that are none, yield only percentages, which is faster.
+    """
+    has_bare = False
+    text = text.translate(_ONE_SPELLING)
+    text = "\n".join(" ".join(line.split()) for line in text.splitlines())
     for run in _RUN.finditer(text):
         start, end = run.span()
         percent = _PERCENT.match(text, end)
-        if (first_bare is not None and not percent) or _is_no_answer(text, start, end, percent):
+        if (one_bare and has_bare and not percent) or _is_no_answer(text, start, end, percent):
             continue
         values = _values(run.group())
         if not values:
@@ -67,18 +99,16 @@ def extract_number(text: str) -> float | None:
         before = text[max(start - 3, 0) : start]
         if before.endswith("-") and not _HYPHEN.search(before):
             values[0] = -values[0]
-        if percent:
-            return values[-1]  # of a list "10,20,30%" the last one carries the sign
-        first_bare = values[0]
-    return first_bare
+        has_bare = has_bare or not percent
+        yield values, bool(percent)
 
 
 def _answer_block(text: str) -> str:
-    """Return what stands between the first `<answer>` and the next `</answer>`, else the whole text."""
+    """Return what stands between the first `<answer>` and the next `</answer>`, else what is no thought."""
     # Two searches: one pattern with `.*?` would scan to the end of the text again for each unclosed tag.
     opened = re.search("<answer>", text, re.IGNORECASE)
     closed = opened and re.compile("</answer>", re.IGNORECASE).search(text, opened.end())
-    return text[opened.end() : closed.start()] if closed else text
+    return text[opened.end() : closed.start()] if closed else without_thoughts(text)
 
 
 def _is_no_answer(text: str, start: int, end: int, percent: re.Match | None) -> bool:

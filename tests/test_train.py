@@ -17,6 +17,7 @@ import train
 from data.loader import epoch_order
 from grpo.demo.mp4 import write_mp4
 from tests.conftest import FLAGS, make_tiny, run_ranks
+from tests.grpo.rewards import named
 
 TAGS = """
     reward reward_std frac_reward_zero_std rewards/numerical_video_reward/mean rewards/numerical_video_reward/std
@@ -350,16 +351,14 @@ def test_an_unwritable_debug_log_stops_the_run(tiny, tmp_path, capfd, monkeypatc
     assert "nowhere/log' cannot be written" in capfd.readouterr().err
 
 
-def zero_or_one(completions, **kwargs):
-    return [int(len(completion[0]["content"]) > 4) for completion in completions]
-
-
-def test_further_reward_functions_add_up_and_may_give_whole_numbers(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [*train.REWARD_FUNCTIONS, zero_or_one])
-    assert train.main(flags(tiny, tmp_path / "out", "--global_batch_size", "4")) == 0
+def test_several_reward_functions_add_up_with_their_weights_and_may_give_whole_numbers(tiny, tmp_path):
+    more = [*named("zero_or_one", "by_length"), "numerical_video_reward", "--reward_weights", "2", "0", "-0.5"]
+    assert train.main(flags(tiny, tmp_path / "out", "--global_batch_size", "4", *more)) == 0
     found = curves(tmp_path / "out")
-    parts = [found[f"rewards/{name}/mean"][0] for name in ("numerical_video_reward", "zero_or_one")]
-    assert parts[1] > 0 and found["reward"][0] == pytest.approx(sum(parts))
+    names = ("zero_or_one", "by_length", "numerical_video_reward")
+    whole, curve, original = (found[f"rewards/{name}/mean"][0] for name in names)
+    assert whole > 0 and curve > 0 and original > 0
+    assert found["reward"][0] == pytest.approx(2 * whole - 0.5 * original)  # a weight of 0 makes a curve
 
 
 def test_gradient_checkpointing_recomputes_every_layer(tiny, tmp_path, monkeypatch):

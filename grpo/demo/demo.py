@@ -1,41 +1,44 @@
 """`python train.py --demo`: everything a run needs, made on the spot, and what the run achieved.
 
 Draws beating hearts (`synthetic_echo.py`), builds a Qwen2.5-VL of the real class with a million parameters and its own
-tokenizer, and gives it a short supervised warm start on biased labels (too high): it then answers in the right form,
+tokenizer, and gives it a short supervised warm start on careless answers: it then answers in the right form,
 and badly. Then the ordinary loop runs on these folders, so that everything it gains is learned from rewards only.
 """
 
 import dataclasses
 import json
+import shlex
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from tqdm import tqdm
-from transformers import Qwen2_5_VLForConditionalGeneration, get_cosine_schedule_with_warmup
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from data.dataset import InputError, load_samples
-from data.loader import Prompt, load_prompt
-from data.video import VideoOptions
+from data.loader import PromptDataset
+from data.prompt import load_tokenizer
 from grpo.config import DEMO_DEFAULTS, Config, default_of
-from grpo.demo.synthetic_echo import ANSWER, NUM_FRAMES, QUESTION, SIZE, write_samples
+from grpo.demo.supervised import VIDEO_OPTIONS, SupervisedConfig, fit, load_prompts
+from grpo.demo.synthetic_echo import ANSWER, QUESTION, write_samples
 from grpo.demo.tiny_tokenizer import build_tokenizer
+from grpo.evaluate.answer import AnswerOptions, Prediction, answer, answers_of, truths_of
+from grpo.evaluate.metrics import figures
+from grpo.evaluate.report import number
 from grpo.model.layers import use_our_layers
+from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND, TextSize, VisionSize, random_model
 from grpo.ranks import broadcast_object, raise_together
-from grpo.run.checkpoint import read_evaluations
 from grpo.run.lock import lock_folder
-from reward.extract import extract_number
+from grpo.run.scoring import load_scorer
 
-NUM_TRAIN, NUM_HELDOUT = 640, 96
-WARM_START_STEPS, WARM_START_BATCH, WARM_START_RATE = 350, 8, 1e-3
-LABEL_BIAS, LABEL_NOISE = 12.0, 8.0  # points: how much too high the biased labels are, and their standard deviation
+NUM_TRAIN, NUM_HELDOUT = 640, 192
+NUM_FITTED = 192  # training samples on which the report fits a line
+WARM_START_STEPS = 400
 INIT_RANGE = 0.06  # standard deviation of the initial weights; with 0.02, learning starts late in such small layers
 # Words of the chat format, so that the tokenizer learns each as one token.
 CHAT_WORDS = "system\nYou are a helpful assistant.\nuser\nassistant\n" * 2
-VIDEO_OPTIONS = VideoOptions(nframes=NUM_FRAMES, resized_width=SIZE, resized_height=SIZE)
 
 
 def build_model(tokenizer, seed: int, hidden_size: int = 128, layers: int = 4) -> Qwen2_5_VLForConditionalGeneration:
@@ -51,50 +54,14 @@ def build_model(tokenizer, seed: int, hidden_size: int = 128, layers: int = 4) -
     return use_our_layers(random_model(text, vision, ids, rope_theta=1e4, initializer_range=INIT_RANGE))
 
 
-def supervised_loss(model, prompts: list[Prompt], answer_ids: list[Tensor]) -> Tensor:
-    """Mean cross-entropy of the answers; padding is on the right, where causal attention never looks."""
-    rows, positions, labels = [], [], []
-    for prompt, answer in zip(prompts, answer_ids, strict=True):
-        rows.append(torch.cat([prompt.prompt_ids, answer]))
-        positions.append(torch.cat([prompt.position_ids, prompt.completion_positions(len(answer))], dim=1).T)
-        labels.append(torch.cat([torch.full_like(prompt.prompt_ids, -100), answer]))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return model(
-        input_ids=pad(rows, batch_first=True),
-        position_ids=pad(positions, batch_first=True).permute(2, 0, 1),  # (3, N, L)
-        pixel_values_videos=torch.cat([prompt.pixel_values_videos for prompt in prompts]),
-        video_grid_thw=torch.cat([prompt.video_grid_thw for prompt in prompts]),
-        labels=pad(labels, batch_first=True, padding_value=-100),
-        use_cache=False,
-    ).loss
-
-
-def write_warm_start(folder: Path, prompts: list[Prompt], tokenizer, seed: int) -> None:
-    """Train a new model on biased labels and save it as a model folder."""
+def write_warm_start(folder: Path, train_json: Path, tokenizer, seed: int) -> None:
+    """Train a new model on careless answers and save it as a model folder."""
     model = build_model(tokenizer, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START_RATE, weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 20, WARM_START_STEPS)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(WARM_START_STEPS), desc="warm start", leave=False, disable=None):
-        batch = [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:WARM_START_BATCH]]
-        answers = []
-        for prompt in batch:
-            bias = LABEL_BIAS + LABEL_NOISE * torch.randn((), generator=generator).item()
-            label = round(min(max(extract_number(prompt.sample.answer) + bias, 5), 95))
-            answers.append(torch.tensor(tokenizer.encode(ANSWER.format(label)) + [tokenizer.eos_token_id]))
-        optimizer.zero_grad()
-        supervised_loss(model, batch, answers).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    prompts = load_prompts(train_json, tokenizer)
+    careless = [prompt.sample.extra["careless_answer"] for prompt in prompts]
+    fit(model, prompts, careless, tokenizer, SupervisedConfig(steps=WARM_START_STEPS, seed=seed))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def load_prompts(json_path: Path, tokenizer) -> list[Prompt]:
-    """Decode all samples of a JSON of synthetic hearts."""
-    samples = load_samples(str(json_path), str(json_path.parent / "videos"))
-    return [load_prompt(sample, tokenizer, TOKENS_PER_SECOND, VIDEO_OPTIONS) for sample in samples]
 
 
 def prepare(config: Config) -> Config:
@@ -107,10 +74,13 @@ def prepare(config: Config) -> Config:
     data, model_folder = output / "data", output / "warm_start"
     if dist.get_rank() == 0 and not has_begun(output):
         print(f"Drawing {NUM_TRAIN + NUM_HELDOUT} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
-        train_json = write_samples(data, "train", NUM_TRAIN, config.seed)
-        write_samples(data, "heldout", NUM_HELDOUT, config.seed)
+        train_json = write_samples(data, "train", NUM_TRAIN, config.seed, config.demo_task)
+        write_samples(data, "heldout", NUM_HELDOUT, config.seed, config.demo_task)
+        clear = train_json
+        if config.demo_task == "hard":  # the model has seen clear clips only
+            clear = write_samples(data, "clear", NUM_TRAIN, config.seed)
         tokenizer = build_tokenizer([QUESTION, ANSWER.format(0), CHAT_WORDS])
-        write_warm_start(model_folder, load_prompts(train_json, tokenizer), tokenizer, config.seed)
+        write_warm_start(model_folder, clear, tokenizer, config.seed)
     dist.barrier()
     config = dataclasses.replace(
         config,
@@ -121,7 +91,9 @@ def prepare(config: Config) -> Config:
         image_folder=str(data / "videos"),
     )
     if dist.get_rank() == 0:
-        print(f"The same run by hand:\n  {command(config)}\nIts curves:\n  tensorboard --logdir {output}")
+        again = dataclasses.replace(config, output_dir="output/again")
+        command = ["python", "train.py", *as_flags(again)]
+        print(f"The same run by hand:\n  {shlex.join(command)}\nIts curves:\n  tensorboard --logdir {output}")
     return config
 
 
@@ -169,34 +141,68 @@ def has_begun(output: Path) -> bool:
     return (output / "config.json").exists()
 
 
-def command(config: Config) -> str:
-    """Return a command line with the flags that differ from their defaults."""
-    flags = [
-        f"--{field.name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) != default_of(field) and field.name != "output_dir"
-    ]
-    return " ".join(["python train.py", *flags, "--output_dir output/again"])
+def as_flags(config: Config) -> list[str]:
+    """Return the flags that differ from their defaults, as they are typed."""
+    flags = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != default_of(field):
+            flags += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
 
 
 def report(config: Config, began: float) -> None:
-    """Print the first and the last evaluation on held-out hearts, and write `demo_report.json`. Collective."""
-    if dist.get_rank() == 0:
-        evaluations = read_evaluations(Path(config.output_dir, "final"))
-        rows = {} if evaluations[0]["step"] else {"before": evaluations[0]}  # without --eval_on_start there is none
-        rows["after"] = evaluations[-1]
-        rows = {when: {name.removeprefix("eval/"): value for name, value in row.items()} for when, row in rows.items()}
-        print(f"\n{NUM_HELDOUT} held-out samples, greedy answers:")
-        print(f"{'':14} reward   error (points)   parsable      R²     CCC   sd ratio")
-        for when, row in rows.items():
-            r2, ccc, spread = (row.get(name, float("nan")) for name in ("r2", "ccc", "sd_ratio"))
-            print(
-                f"{when:14} {row['reward']:6.3f} {row['mae']:16.2f} {row['parse_rate']:10.0%}"
-                f" {r2:7.2f} {ccc:7.2f} {spread:10.2f}"
+    """Print how good the answers were before and are after, and write `demo_report.json`. Collective.
+
+    Beside each model's error stands the one after the best straight line through its answers, fitted on training
+    samples: what a constant or a scale would repair, that one need not learn.
+    """
+    output = Path(config.output_dir)
+    samples = {
+        name: load_samples(str(output / f"data/{name}.json"), config.image_folder) for name in ("train", "heldout")
+    }
+    scorer = load_scorer(config, samples["train"] + samples["heldout"])
+    options, rows = AnswerOptions.of(config, scorer), {}
+    tokenizer = load_tokenizer(config.model_id)
+    for when, folder in {"before": config.model_id, "after": output / "final"}.items():
+        model = load_model(str(folder)).eval()
+        answers = {
+            name: answer_all(
+                model, PromptDataset(some[:NUM_FITTED], tokenizer, TOKENS_PER_SECOND, VIDEO_OPTIONS, "error"), options
             )
-        print(f"{'best constant':14} {row['zero_skill_reward']:6.3f} {row['zero_skill_mae']:16.2f}")
+            for name, some in samples.items()
+        }
+        truths = truths_of(samples["heldout"], options)
+        rows[when] = {
+            name: figure["value"]
+            for name, figure in figures(truths, answers_of(answers["heldout"]), config.valid_range, config.cuts).items()
+        }
+        rows[when]["line_mae"] = error_of_line(answers["train"], answers["heldout"])
+    if dist.get_rank() == 0:
+        print(f"\n{NUM_HELDOUT} held-out samples, greedy answers; errors in points:")
+        print(f"{'':14} reward   error   after the best line    bias   correlation   cut")
+        for when, row in rows.items():
+            print(
+                f"{when:14} {row['reward']:6.3f} {row['mae']:7.2f} {row['line_mae']:21.2f} {row['bias']:+7.2f}"
+                f" {number(row['pearson']):>13} {row['clipped_ratio']:5.0%}"
+            )
+        print(f"{'best constant':14} {row['zero_skill_reward']:6.3f} {row['zero_skill_mae']:7.2f}")
         rows["seconds"] = round(time.time() - began, 1)
         path = Path(config.output_dir, "demo_report.json")
         path.write_text(json.dumps(rows, indent=2) + "\n")
         print(f"{rows['seconds']:.0f} seconds in all; written to {path}")
     dist.barrier()
+
+
+def answer_all(model, dataset: PromptDataset, options: AnswerOptions) -> list[Prediction]:
+    """Answer all samples of a data set greedily, in their order; collective."""
+    found = {p.id: p for done in answer(model, dataset, options) for p in done.predictions}
+    return [found[sample.id] for sample in dataset.samples]
+
+
+def error_of_line(fitted: list[Prediction], judged: list[Prediction]) -> float:
+    """Fit truth = a + b · answer on some predictions, and return the line's mean error on others."""
+    x, y = np.array([(p.numbers[0], p.truth_number) for p in fitted if p.numbers[0] is not None], dtype=float).T
+    line = np.polynomial.Polynomial.fit(x, y, 1)
+    pairs = [(p.numbers[0], p.truth_number) for p in judged if p.numbers[0] is not None]
+    return float(np.mean([abs(line(x) - y) for x, y in pairs]))

@@ -1,16 +1,27 @@
 """Beating hearts with a known ejection fraction: the demo's data, and that of the tests.
 
 The left ventricle is an ellipse whose short axis shrinks and grows with the beat. Its volume is proportional to
-length · width², so that EF = 1 - V_min / V_max gives width_min = width_max · sqrt(1 - EF). Size, position, tilt,
-brightness, heart rate, phase and speckle vary from clip to clip, independently of the EF, as do file names, ids, the
-question and the number of clips: only the motion shows the answer.
+length · width², so that EF = 1 - V_min / V_max gives width_min = width_max · sqrt(1 - EF). Size and rate vary from
+heart to heart, position, tilt, brightness, phase and speckle from clip to clip, all independently of the EF, as do file
+names, ids, the question and the number of clips: only the motion shows the answer.
+
+Two tasks:
+
+    easy   2 or 3 clear clips; ejection fractions uniform from 20 to 80
+    hard   1 to 30 clips, mostly few, of which most are noisy and show less of the motion than there is;
+           ejection fractions as in a clinic: most from 50 to 70, few below 35
+
+Beside the answer each sample has a careless one, read by someone whom size and rate mislead: large hearts are
+overestimated, fast ones underestimated. No constant and no straight line through the careless answers repairs them.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from grpo.config import DemoTask
 from grpo.demo.mp4 import write_mp4
 
 QUESTION = "What is the ejection fraction in these videos?"
@@ -18,19 +29,55 @@ ANSWER = "The ejection fraction is {}%."
 SIZE = 56  # pixels, square
 NUM_FRAMES = 8
 FPS = 8
+# How many points a careless reader is off, at the most, by the size of a heart and by its rate; the standard deviation
+# of what remains.
+ERROR_OF_SIZE, ERROR_OF_RATE, LABEL_NOISE = 14.0, 10.0, 5.0
 
 
-def draw_clip(ejection_fraction: float, rng: np.random.Generator) -> np.ndarray:
+@dataclass
+class Heart:
+    """What all clips of a heart have in common."""
+
+    ejection_fraction: int  # percent
+    size: float  # -1: the smallest, 1: the largest
+    rate: float  # -1: the slowest, 1: the fastest
+
+    def careless_label(self, rng: np.random.Generator) -> int:
+        """Read the ejection fraction as someone whom size and rate mislead."""
+        error = ERROR_OF_SIZE * self.size - ERROR_OF_RATE * self.rate + LABEL_NOISE * rng.normal()
+        return round(min(max(self.ejection_fraction + error, 5), 95))
+
+
+def draw_heart(task: DemoTask, rng: np.random.Generator) -> Heart:
+    """Draw a heart from the distribution of a task."""
+    ejection_fraction = rng.integers(20, 81)
+    if task == "hard":
+        is_healthy = rng.uniform() < 0.8
+        ejection_fraction = round(min(max(rng.normal(60, 6) if is_healthy else rng.uniform(15, 55), 15), 80))
+    return Heart(int(ejection_fraction), *rng.uniform(-1, 1, size=2))
+
+
+def draw_clarities(task: DemoTask, rng: np.random.Generator) -> list[float]:
+    """Draw how clear each clip of a heart is, from 0 to 1; the length of the list is the number of clips."""
+    if task == "easy":
+        return [1.0] * rng.integers(2, 4)
+    clarities = [1.0 if rng.uniform() < 0.3 else rng.uniform(0, 0.5) for _ in range(int(31 ** rng.uniform() ** 3))]
+    clarities[rng.integers(len(clarities))] = 1.0  # at least one shows the beat well
+    return clarities
+
+
+def draw_clip(heart: Heart, clarity: float, rng: np.random.Generator) -> np.ndarray:
     """Draw one view of a heart over about one beat: (8, 56, 56, 3) uint8, grey.
 
-    ejection_fraction: in percent.
+    clarity: 1 shows the whole motion; less shows less of it, in less contrast and more speckle.
     """
-    phase, rate = rng.uniform(0, 1), rng.uniform(0.9, 1.1)  # beats at the first frame, beats per second
+    phase, rate = rng.uniform(0, 1), 1.05 + 0.25 * heart.rate  # beats at the first frame, beats per second
     beat = phase + rate * np.arange(NUM_FRAMES) / FPS
     contraction = 0.5 - 0.5 * np.cos(2 * np.pi * beat)  # (T,), 0: filled, 1: emptied
-    width_max = rng.uniform(12.0, 14.0)
-    width = width_max * (1 - contraction * (1 - np.sqrt(1 - ejection_fraction / 100)))  # (T,) half axis, pixels
-    length = rng.uniform(18.0, 23.0)
+    shortening = (0.3 + 0.7 * clarity) * (1 - np.sqrt(1 - heart.ejection_fraction / 100))
+    width_max = 13 + 1.5 * heart.size + rng.uniform(-0.25, 0.25)
+    width = width_max * (1 - contraction * shortening)  # (T,) half axis, pixels
+    length = 20.5 + 2 * heart.size + rng.uniform(-1, 1)
     centre_y, centre_x = SIZE / 2 + rng.uniform(-2, 2, size=2)
     tilt = rng.uniform(-0.2, 0.2)
 
@@ -41,36 +88,36 @@ def draw_clip(ejection_fraction: float, rng: np.random.Generator) -> np.ndarray:
     radius = np.sqrt((across / width[:, None, None]) ** 2 + (along / length) ** 2)  # (T, H, W)
     cavity = 1 / (1 + np.exp((radius - 1) * width[:, None, None] * 1.5))
     wall = np.exp(-(((radius - 1.15) * width[:, None, None] / 3) ** 2))
+    contrast = 0.4 + 0.6 * clarity
     tissue, bright = rng.uniform(0.35, 0.5), rng.uniform(0.3, 0.45)
-    image = tissue * (1 - cavity) + bright * wall
-    image = image * rng.gamma(30, 1 / 30, size=image.shape) + rng.normal(0, 0.02, size=image.shape)
+    image = tissue * (1 - contrast * cavity) + contrast * bright * wall
+    looks = 4 + 26 * clarity  # of the speckle: its variance is 1 / looks
+    image = image * rng.gamma(looks, 1 / looks, size=image.shape) + rng.normal(0, 0.02, size=image.shape)
     grey = (np.clip(image, 0, 1) * 255).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=3)
 
 
-def write_samples(folder: str | Path, name: str, num_samples: int, seed: int, clips: tuple[int, int] = (2, 3)) -> Path:
-    """Write `name`.json and its videos; return the path of the JSON.
-
-    clips: fewest and most clips of a sample. Ejection fractions are whole percents, uniform from 20 to 80.
-    """
+def write_samples(folder: str | Path, name: str, num_samples: int, seed: int, task: DemoTask = "easy") -> Path:
+    """Write `name`.json and its videos; return the path of the JSON. "careless_answer" is a key of each sample."""
     folder = Path(folder)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, *name.encode()])
     samples = []
     for number in range(num_samples):
-        ejection_fraction = int(rng.integers(20, 81))
+        heart = draw_heart(task, rng)
         videos = []
-        for clip in range(rng.integers(clips[0], clips[1] + 1)):
+        for clip, clarity in enumerate(draw_clarities(task, rng)):
             videos.append(f"{name}_{number:04d}_{clip}.mp4")
-            write_mp4(folder / "videos" / videos[-1], draw_clip(ejection_fraction, rng), FPS)
+            write_mp4(folder / "videos" / videos[-1], draw_clip(heart, clarity, rng), FPS)
         samples.append(
             {
                 "id": f"{name}_{number:04d}",
                 "video": videos,
                 "conversations": [
                     {"from": "human", "value": "<video>\n" * len(videos) + QUESTION},
-                    {"from": "gpt", "value": ANSWER.format(ejection_fraction)},
+                    {"from": "gpt", "value": ANSWER.format(heart.ejection_fraction)},
                 ],
+                "careless_answer": ANSWER.format(heart.careless_label(rng)),
             }
         )
     path = folder / f"{name}.json"

@@ -41,7 +41,7 @@ from grpo.model.sharding import compute_dtype
 from grpo.ranks import abort_rank, broadcast_object, print_rank0, raise_together, start_processes
 from grpo.run.inputs import check_truths, load_capped_samples
 from grpo.run.resume import fingerprint
-from reward import REWARD_FUNCTIONS
+from grpo.run.scoring import load_scorer
 
 PROG = "python -m grpo.evaluate"
 
@@ -68,7 +68,12 @@ class EvaluateConfig:
     max_completion_length: int = shared("max_completion_length")
     per_device_eval_batch_size: int = shared("per_device_eval_batch_size")
     seed: int = shared("seed")
+
+    reward_funcs: list[str] = shared("reward_funcs", heading="rewards")
+    reward_weights: list[float] = shared("reward_weights")
+    reward_kwargs: str = shared("reward_kwargs")
     reward_timeout: float = shared("reward_timeout")
+    system_prompt: str = shared("system_prompt")
 
     valid_range: list[float] = shared("valid_range", heading="figures")
     cuts: list[float] = shared("cuts")
@@ -170,9 +175,11 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     print_rank0(*messages)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)
-    options = AnswerOptions.of(config, REWARD_FUNCTIONS, config.num_samples, config.temperature)
+    scorer = raise_together(load_scorer, config, samples)
+    options = AnswerOptions.of(config, scorer, config.num_samples, config.temperature)
     settings = {name: getattr(config, name) for name in DECISIVE}
     settings |= {"seed": config.seed} if config.temperature else {}
+    settings["rewards"] = [[f.name, f.weight, f.options, f.digest] for f in scorer.functions]
     settings |= {"samples": fingerprint(samples), "weights": digest_of(model)}
     predictions = raise_together(Predictions, config.output_dir, settings, samples)
     done = broadcast_object(set(predictions.done))  # ids

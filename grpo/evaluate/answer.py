@@ -6,20 +6,22 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch.distributed as dist
 
 from data.dataset import InputError, Sample
 from data.loader import BatchItem, PromptDataset, checked, prompt_batches
-from grpo.evaluate.metrics import Answers, Truths, constants
+from grpo.evaluate.metrics import Answers, Truths
 from grpo.model.load import SpecialTokens, special_tokens
 from grpo.ranks import all_gather_object, raise_together
 from grpo.rollout import SamplingParams, generate, generators
 from grpo.run.preflight import is_out_of_memory
 from grpo.run.records import finite_or_none
-from grpo.run.scoring import score_texts
+from grpo.run.scoring import Scorer, sampled_columns, score_texts
 from reward.extract import extract_number
+from reward.zero_skill import constant_rewards
 
 
 @dataclass
@@ -46,11 +48,10 @@ class AnswerOptions:
     batch_size: int  # prompts of a rank that are answered together
     seed: int
     num_workers: int
-    reward_functions: list
-    reward_timeout: float  # seconds
+    scorer: Scorer
 
     @classmethod
-    def of(cls, config, reward_functions: list, num_samples: int = 1, temperature: float = 0.0) -> "AnswerOptions":
+    def of(cls, config, scorer: Scorer, num_samples: int = 1, temperature: float = 0.0) -> "AnswerOptions":
         """Take the rest from flags: those of training, or of the command."""
         return cls(
             num_samples=num_samples,
@@ -59,8 +60,7 @@ class AnswerOptions:
             batch_size=config.per_device_eval_batch_size,
             seed=config.seed,
             num_workers=config.dataloader_num_workers,
-            reward_functions=reward_functions,
-            reward_timeout=config.reward_timeout,
+            scorer=scorer,
         )
 
 
@@ -118,8 +118,8 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
         ) from error
     texts = [text for r in rollouts for text in tokenizer.batch_decode(r.completion_ids, skip_special_tokens=True)]
     samples = [prompt.sample for prompt in prompts for _ in range(N)]
-    by_function = score_texts(options.reward_functions, samples, texts, None, options.reward_timeout)
-    rewards = [finite_or_none(reward) for reward in sum(by_function.values()).tolist()]
+    scored = score_texts(options.scorer, samples, texts, sampled_columns(rollouts))
+    rewards = [finite_or_none(reward) for reward in scored.tolist()]
     seconds = round((time.perf_counter() - began) / len(prompts), 4)
     predictions = []
     for b, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True)):
@@ -142,12 +142,7 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
 def truths_of(samples: list[Sample], options: AnswerOptions) -> Truths:
     """Collect what the answers to these n samples, all with a number, are compared with."""
     numbers = np.array([extract_number(sample.answer) for sample in samples])
-    rewards = []  # a constant at a time, so that the time limit is that of a step's completions
-    for constant in constants(numbers):
-        texts = [f"{constant:g}%"] * len(samples)
-        by_function = score_texts(options.reward_functions, samples, texts, None, options.reward_timeout)
-        rewards.append(sum(by_function.values()).numpy())
-    return Truths(numbers, np.stack(rewards))
+    return Truths(numbers, constant_rewards(samples, numbers, partial(score_texts, options.scorer)))
 
 
 def answers_of(predictions: list[Prediction]) -> Answers:

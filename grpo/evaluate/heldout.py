@@ -15,6 +15,7 @@ from grpo.evaluate.answer import AnswerOptions, answer, answers_of, truths_of
 from grpo.evaluate.metrics import figures
 from grpo.evaluate.pictures import pictures
 from grpo.ranks import broadcast_object, print_rank0, raise_together
+from grpo.run.scoring import Scorer
 from grpo.run.tracking import Tracker
 from reward.extract import extract_number
 
@@ -31,10 +32,10 @@ class Evaluation:
 class HeldOut:
     """Held-out samples, and how they are answered: greedily."""
 
-    def __init__(self, dataset: PromptDataset, reward_functions: list, config: Config):
+    def __init__(self, dataset: PromptDataset, scorer: Scorer, config: Config):
         """Decode nothing yet, but score the best constant answer. Collective; raises InputError."""
         self.config, self.dataset = config, dataset
-        self.options = AnswerOptions.of(config, reward_functions)
+        self.options = AnswerOptions.of(config, scorer)
         with_number = [sample for sample in dataset.samples if extract_number(sample.answer) is not None]
         self.truths = raise_together(truths_of, with_number, self.options)
         self.ids = [sample.id for sample in with_number]

@@ -27,7 +27,9 @@ class Truths:
     """What answers are compared with."""
 
     numbers: np.ndarray  # (n,)
-    constant_rewards: np.ndarray  # (K, n): of each of K constant answers at each sample, nan where it is not scored
+    constant_rewards: (
+        np.ndarray
+    )  # (K, n): of each of K constant answers (`reward.zero_skill`) at each sample, nan where it is not scored
 
     @property
     def best_constant(self) -> float:
@@ -52,11 +54,6 @@ class Answers:
         lowest, highest = valid_range
         is_valid = (self.numbers >= lowest) & (self.numbers <= highest)  # False for nan
         return np.where(is_valid, self.numbers, np.nan)
-
-
-def constants(truths: np.ndarray) -> list[float]:
-    """Return at most 51 constant answers among which a good one is: quantiles of the truths, (n,)."""
-    return np.unique(np.quantile(truths, np.linspace(0, 1, 51), method="nearest")).tolist()
 
 
 def median_answers(answers: Answers, valid_range: list[float]) -> np.ndarray:
@@ -170,6 +167,8 @@ def errors(truths: np.ndarray, predicted: np.ndarray, cuts: list[float]) -> dict
         is_below = truths < cut
         result[f"auc_{cut:g}"] = area_under_curve(is_below, -predicted)
         result[f"accuracy_{cut:g}"] = (is_below == (predicted < cut)).mean(axis=0)
+        with np.errstate(invalid="ignore"):  # nan without such truths
+            result[f"mae_{cut:g}"] = (np.abs(difference) * is_below).sum(axis=0) / is_below.sum(axis=0)
     return result
 
 

@@ -68,8 +68,7 @@ def report(config, settings: dict, samples: list[Sample], done: dict[str, Predic
 def score_numbers(numbers: np.ndarray, samples: list[Sample], options: AnswerOptions) -> np.ndarray:
     """Return the reward of answering each sample with a number, (n, 1) -> (n, 1); nan is an empty answer."""
     texts = ["" if np.isnan(number) else f"{number:g}%" for number in numbers[:, 0]]
-    rewards = score_texts(options.reward_functions, samples, texts, None, options.reward_timeout)
-    return sum(rewards.values()).numpy()[:, None]
+    return score_texts(options.scorer, samples, texts)[:, None]
 
 
 LABELS = {
@@ -96,12 +95,15 @@ LABELS = {
 }
 
 
+OF_CUTS = {"auc": "AUC", "accuracy": "accuracy", "mae": "mean absolute error"}
+
+
 def table(found: dict[str, dict]) -> str:
     """Write the figures as a table, a column for each way of answering, with the 95 % intervals."""
     lines = [f"{'':30}" + "".join(f"{way:>12}{'95 % interval':>20}" for way in found)]
     for name in next(iter(found.values())):
         kind, _, cut = name.partition("_")
-        label = LABELS.get(name) or f"{'AUC' if kind == 'auc' else kind}, below {cut}"
+        label = LABELS.get(name) or (f"{OF_CUTS[kind]}, below {cut}" if kind in OF_CUTS else name)
         line = f"{label:30}"
         for figures_of_way in found.values():
             figure = figures_of_way[name]

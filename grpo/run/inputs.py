@@ -1,11 +1,13 @@
 """Load and check everything that a run needs, before anything is trained or written."""
 
+import dataclasses
+import math
 import os
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from data.dataset import InputError, Sample, load_samples
+from data.dataset import InputError, Sample, first_line, load_samples
 from data.prompt import check_text, load_tokenizer
 from data.video_cap import cap_all
 from grpo.config import Config, resolve_batch_sizes
@@ -13,6 +15,7 @@ from grpo.model.load import load_model
 from grpo.model.lora import layers_to_adapt
 from grpo.run.lock import lock_folder
 from grpo.run.resume import ResumeState, find_resume_state
+from grpo.run.scoring import Scorer, load_scorer, zero_skill_of
 from reward.extract import extract_number
 from reward.numerical import append_to_log
 
@@ -24,6 +27,8 @@ class Inputs:
     config: Config  # with all batch sizes filled in
     samples: list[Sample]  # capped
     heldout: list[Sample]  # capped; empty without --eval_data_path
+    scorer: Scorer
+    zero_skill_reward: float | None  # the best mean reward of a constant answer to the samples
     tokenizer: object
     model: object  # unsharded, on rank 0; None on the others
     resume: ResumeState
@@ -31,8 +36,17 @@ class Inputs:
 
 
 def load_capped_samples(path: str, config, messages: list[str]) -> list[Sample]:
-    """Load samples and cap their videos; adds a line to `messages` if videos are left out. Raises InputError."""
+    """Load samples, cap their videos, and put the system prompt before their conversations; raises InputError.
+
+    Adds a line to `messages` if videos are left out.
+    """
     samples, num_cut = cap_all(load_samples(path, config.image_folder), config.max_videos)
+    if config.system_prompt:
+        turn = ("system", read_system_prompt(config.system_prompt))
+        samples = [
+            sample if "system" in dict(sample.turns) else dataclasses.replace(sample, turns=(turn, *sample.turns))
+            for sample in samples
+        ]
     if num_cut:
         messages.append(
             f"{path!r}: {num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out"
@@ -43,6 +57,20 @@ def load_capped_samples(path: str, config, messages: list[str]) -> list[Sample]:
         except ValueError as error:
             raise InputError(f"sample {sample.id!r}: {error}") from error
     return samples
+
+
+def read_system_prompt(value: str) -> str:
+    """Return the text of --system_prompt, which is the text itself or the name of its file; raise InputError."""
+    if not os.path.isfile(value):
+        return value
+    try:
+        with open(value, encoding="utf-8-sig") as file:
+            text = file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--system_prompt {value!r} cannot be read ({first_line(error)}): correct the file") from error
+    if not text:
+        raise InputError(f"--system_prompt {value!r} is an empty file: write the prompt into it, or leave out the flag")
+    return text
 
 
 def check_truths(samples: list[Sample], flag: str, path: str, valid_range: list[float], messages: list[str]) -> None:
@@ -68,11 +96,14 @@ def load_inputs(config: Config) -> Inputs:
     heldout = load_capped_samples(config.eval_data_path, config, messages) if config.eval_data_path else []
     if heldout:
         check_truths(heldout, "--eval_data_path", config.eval_data_path, config.valid_range, messages)
+    scorer = load_scorer(config, samples + heldout)
+    zero_skill = zero_skill_of(scorer, samples)
+    messages += [str(zero_skill)] if zero_skill else []
     is_main, output = dist.get_rank() == 0, config.output_dir
     if is_main and os.path.isdir(output):
         lock_folder(output)  # what is in it must not change from here on
     try:
-        resume = find_resume_state(config, samples, heldout)
+        resume = find_resume_state(config, samples, heldout, scorer)
     except OSError as error:
         raise InputError(f"--output_dir {output!r} cannot be read ({error.strerror}): name another") from error
     tokenizer = load_tokenizer(config.model_id)
@@ -88,4 +119,5 @@ def load_inputs(config: Config) -> Inputs:
         raise InputError(f"--output_dir {output!r} cannot be written: name another folder")
     if is_main:
         lock_folder(output)
-    return Inputs(config, samples, heldout, tokenizer, model, resume, messages)
+    constant = zero_skill.reward if zero_skill and math.isfinite(zero_skill.reward) else None
+    return Inputs(config, samples, heldout, scorer, constant, tokenizer, model, resume, messages)

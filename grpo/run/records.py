@@ -191,8 +191,10 @@ class TokenSums:
 def sampling_difference(rollouts: list[Rollout], num_tokens: int) -> dict[str, float]:
     """Compare the log-probabilities recorded while sampling with the trainer's, for the same weights; collective.
 
-    Returns mean and maximum of the absolute difference over the trained tokens of all ranks.
+    Returns mean and maximum of the absolute difference over the trained tokens of all ranks; nothing if there are none.
     """
+    if not rollouts:
+        return {}
     differences = [(r.logprobs - r.old_logprobs).abs() * r.loss_mask for r in rollouts]  # (G, C) each
     total = torch.stack([difference.sum() for difference in differences]).sum()
     largest = torch.stack([difference.max() for difference in differences]).max()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from data.dataset import InputError, Sample, first_line
 from grpo.config import Config, count_steps
 from grpo.run.checkpoint import PROGRESS, checkpoints
+from grpo.run.scoring import Scorer
 
 # Flags that a resumed run may change. The data may lie elsewhere but must be the same. How a step's work is split does
 # not change results. With another number of steps the learning rate continues as in a run of the new length.
@@ -37,13 +38,14 @@ class ResumeState:
     messages: list[str] = field(default_factory=list)  # lines for the user
 
 
-def find_resume_state(config: Config, samples: list[Sample], heldout: list[Sample]) -> ResumeState:
+def find_resume_state(config: Config, samples: list[Sample], heldout: list[Sample], scorer: Scorer) -> ResumeState:
     """Find where the run starts; raise InputError if the flags or samples are not those of the checkpoint."""
     output, wanted = Path(config.output_dir), config.resume_from_checkpoint
     total_steps = count_steps(config, len(samples))
     metadata = {"flags": dataclasses.asdict(config), "total_steps": total_steps, "ranks": dist.get_world_size()}
     metadata |= {"num_samples": len(samples), "data": fingerprint(samples)}
     metadata["eval_data"] = fingerprint(heldout) if heldout else None
+    metadata["rewards"] = {function.name: function.digest for function in scorer.functions}
     there = checkpoints(output)
     newest = there[max(there)] if there else None
     # A run resumed from elsewhere and killed before its first checkpoint must not start from nothing.
@@ -123,11 +125,12 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
         old = json.loads((folder / PROGRESS).read_text())
         flags = old["flags"]
         needed = ("step", "total_steps", "ranks", "num_samples", "data", "counts")
-        # Checkpoints from before there were evaluations lack the last three.
+        # Older checkpoints lack the last four.
         old = {key: old[key] for key in needed} | {
             "eval_data": old.get("eval_data"),
             "evaluations": old.get("evaluations", []),
             "best_step": old.get("best_step"),
+            "rewards": old.get("rewards", {}),
         }
         changed = [
             f"--{name} {new!r} was {flags[name]!r}"
@@ -148,6 +151,11 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
             f"--data_path {config.data_path!r}: {str(folder)!r} was trained on other samples ({old['num_samples']}, "
             f"now {metadata['num_samples']}): give the same ones, or start again in a new --output_dir"
         )
+    if edited := [name for name, new in metadata["rewards"].items() if old["rewards"].get(name, new) != new]:
+        raise InputError(
+            f"--reward_funcs: the file of {edited[0]} is not the one that {str(folder)!r} was trained with: restore "
+            "it, or start again in a new --output_dir"
+        )
     if old["eval_data"] and metadata["eval_data"] and old["eval_data"] != metadata["eval_data"]:
         raise InputError(
             f"--eval_data_path {config.eval_data_path!r}: {str(folder)!r} was evaluated on other samples: give the "
@@ -162,6 +170,8 @@ def is_same(name: str, new, old) -> bool:
 
 
 def fingerprint(samples: list[Sample]) -> str:
-    """Return a digest of the samples' texts and video names, without the folders of the videos."""
-    texts = [[s.id, s.turns, s.answer, [Path(video).name for video in s.videos]] for s in samples]
+    """Return a digest of the samples' texts, video names and own data, without the folders of the videos."""
+    texts = [
+        [s.id, s.turns, s.answer, [Path(video).name for video in s.videos], *filter(None, [s.extra])] for s in samples
+    ]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

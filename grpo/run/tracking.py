@@ -68,7 +68,7 @@ def summary(figures: dict[str, float]) -> str:
 # Of TensorBoard's tab "Custom Scalars": what to look at first, several curves in a chart.
 LAYOUT = {
     "first": {
-        "reward": ["reward", "eval/reward", "eval/zero_skill_reward"],
+        "reward": ["reward", "zero_skill_reward", "eval/reward", "eval/zero_skill_reward"],
         "error on held-out samples": ["eval/mae", "eval/zero_skill_mae"],
         "completion length": ["completions/mean_length", "completions/max_length"],
         "entropy": ["entropy"],
@@ -93,8 +93,12 @@ def charts() -> dict:
 class Tracker:
     """The records of a run in `output_dir`, written by rank 0: flags, TensorBoard's files, completions, the bar."""
 
-    def __init__(self, config: Config, total_steps: int, resume: ResumeState):
-        """Continue where `resume` says; what a resumed run wrote later is removed."""
+    def __init__(self, config: Config, total_steps: int, resume: ResumeState, zero_skill_reward: float | None):
+        """Continue where `resume` says; what a resumed run wrote later is removed.
+
+        zero_skill_reward: the best mean reward of a constant answer to the training samples, drawn beside the reward.
+        """
+        self.zero_skill_reward = zero_skill_reward
         self.config, self.is_main, self.writer = config, dist.get_rank() == 0, None
         self.output, self.is_full = Path(config.output_dir), False
         self.counts = {"skipped_samples": 0, "monotonous_in_a_row": 0, "warnings": 0, "bad_steps": 0, "bad_in_a_row": 0}
@@ -152,6 +156,8 @@ class Tracker:
         metrics["run/peak_memory_gb"] = peak_memory_gb()
         metrics["run/skipped_samples"] = self.counts["skipped_samples"]
         metrics["run/bad_steps"] = self.counts["bad_steps"]
+        if self.zero_skill_reward is not None:
+            metrics["zero_skill_reward"] = self.zero_skill_reward
         reward = metrics.get("reward", float("nan"))
         self.bar.set_postfix_str(f"reward {reward:.3f}, {seconds:.2f} s/step", refresh=False)
         self.bar.update()

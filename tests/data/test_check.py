@@ -122,7 +122,7 @@ def test_a_bad_video_beyond_the_cap_is_kept_since_the_trainer_does_not_open_it_b
     entries = [entry("bad", ["a.mp4", "d.mp4"]), entry("gone", ["a.mp4", "gone.mp4"])]
     code, text, table = run(folder, capsys, entries, "--max_videos", "1", "--write_clean", str(folder / "clean.json"))
     assert code == 1 and table["undecodable video"][0] == 0 and table["missing video"] == (1, "left out", "'gone'")
-    assert re.search(r"^    2 videos, only the first 1 are used; not used: '.*/d\.mp4' is not a", text, re.MULTILINE)
+    assert re.search(r"^    2 videos, only 1 are used; not used: '.*/d\.mp4' is not a", text, re.MULTILINE)
     assert [sample.id for sample in load_samples(str(folder / "clean.json"), str(folder / "videos"))] == ["bad"]
 
 
@@ -216,7 +216,7 @@ def test_a_file_that_is_no_json_is_one_line_and_exit_code_2(folder, capsys):
 
 def test_the_flags_about_videos_are_those_of_the_trainer():
     names = "max_videos fps nframes video_resized_width video_resized_height video_min_pixels video_max_pixels".split()
-    arguments, options = parse(["--data_path", "x"])
+    arguments, options, functions = parse(["--data_path", "x"])
     assert {name: getattr(arguments, name) for name in names} == {name: getattr(Config(), name) for name in names}
     assert options == video_options(Config())
     given = {"fps": 3.0, "video_min_pixels": 28 * 28, "video_max_pixels": 9 * 28 * 28}

@@ -58,9 +58,17 @@ def test_trained_tokens_are_those_of_scored_completions_and_on_demand_of_uncut_o
     mask = torch.tensor([[True, True], [True, False], [True, True]])
     rewards, is_stopped = torch.tensor([0.5, NAN, 0.0]), torch.tensor([True, True, False])
     expected = torch.tensor([[True, True], [False, False], [True, True]])
-    assert torch.equal(loss_mask(mask, rewards, is_stopped, False), expected)
+    assert torch.equal(loss_mask(mask, rewards, is_stopped, False, beta=0.0), expected)
     expected[2] = False
-    assert torch.equal(loss_mask(mask, rewards, is_stopped, True), expected)
+    assert torch.equal(loss_mask(mask, rewards, is_stopped, True, beta=0.0), expected)
+
+
+@pytest.mark.parametrize("rewards", [[0.5, 0.5, 0.5], [0.5, NAN, 0.5], [NAN, NAN, 0.5]], ids=str)
+def test_a_group_of_equal_rewards_is_trained_only_for_its_kl(rewards):
+    mask, is_stopped = torch.ones(3, 2, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+    rewards = torch.tensor(rewards)
+    assert not loss_mask(mask, rewards, is_stopped, False, beta=0.0).any()
+    assert torch.equal(loss_mask(mask, rewards, is_stopped, False, beta=0.1), mask & ~rewards.isnan()[:, None])
 
 
 def clip(ratio, advantage):

@@ -8,6 +8,7 @@ import torch
 import train
 from grpo.logprobs import sampling_logprobs
 from grpo.rollout import filter_top_k_top_p
+from tests.grpo.rewards import named
 from tests.test_train import curves, flags, run_main, weights
 
 
@@ -16,38 +17,9 @@ def run(tiny, output, *more, code=0) -> dict[str, list[float]]:
     return curves(output) if code == 0 else {}
 
 
-def by_length(completions, **kwargs):
-    return [len(completion[0]["content"]) / 10 for completion in completions]
-
-
-def constant(completions, **kwargs):
-    return [0.3] * len(completions)
-
-
-def constant_but_for_s2(completions, sample_id, **kwargs):
-    lengths = by_length(completions)
-    return [length if name == "s2" else 0.3 for name, length in zip(sample_id, lengths, strict=True)]
-
-
-def half_missing(completions, **kwargs):
-    rewards = by_length(completions)
-    return [None if i % 4 == 0 else float("nan") if i % 4 == 1 else reward for i, reward in enumerate(rewards)]
-
-
-def too_few(completions, **kwargs):
-    return [1.0]
-
-
-def raising(completions, sample_id, **kwargs):
-    if "s3" in sample_id:
-        raise KeyError("no such hospital")
-    return [0.0] * len(completions)
-
-
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
-def test_equal_rewards_in_every_group_train_nothing(tiny, tmp_path, monkeypatch, loss_type):
-    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [constant])
-    found = run(tiny, tmp_path / "out", "--loss_type", loss_type)
+def test_equal_rewards_in_every_group_train_nothing(tiny, tmp_path, loss_type):
+    found = run(tiny, tmp_path / "out", "--loss_type", loss_type, *named("constant"))
     assert found["grad_norm"] == [0.0] and found["frac_reward_zero_std"] == [1.0]
     assert torch.equal(weights(tiny.folder / "model"), weights(tmp_path / "out" / "final"))
 
@@ -61,8 +33,7 @@ def test_of_several_groups_only_those_with_different_rewards_contribute(tiny, tm
         return update_phase(models, optimizer, rollouts, *more)
 
     monkeypatch.setattr(train, "update_phase", spy)
-    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [constant_but_for_s2])
-    found = run(tiny, tmp_path / "out")
+    found = run(tiny, tmp_path / "out", *named("constant_but_for_s2"))
     assert found["grad_norm"][0] > 0 and found["frac_reward_zero_std"] == [0.75]
     assert {name: bool((advantages != 0).any()) for name, advantages in seen} == {
         "s0": False,
@@ -72,53 +43,56 @@ def test_of_several_groups_only_those_with_different_rewards_contribute(tiny, tm
     }
 
 
-def test_completions_without_a_reward_are_left_out_and_counted(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [half_missing])
-    found = run(tiny, tmp_path / "out")
+def test_completions_without_a_reward_are_left_out_and_counted(tiny, tmp_path):
+    found = run(tiny, tmp_path / "out", *named("half_missing"))
     assert found["completions/unscored"] == [16]
     assert 0 < found["grad_norm"][0] < float("inf") and found["reward"][0] > 0
     assert not weights(tmp_path / "out" / "final").isnan().any()
 
 
-def test_a_run_without_any_reward_trains_nothing(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [lambda completions, **kwargs: [None] * len(completions)])
-    found = run(tiny, tmp_path / "out")
+def test_a_run_without_any_reward_trains_nothing(tiny, tmp_path):
+    found = run(tiny, tmp_path / "out", *named("never"))
     assert found["grad_norm"] == [0.0] and found["completions/unscored"] == [32]
 
 
-@pytest.mark.parametrize(("function", "words"), [(raising, ["raising", "KeyError", "'s3'"]), (too_few, ["1 rewards"])])
-def test_a_reward_function_that_fails_stops_the_run_with_its_name(tiny, tmp_path, monkeypatch, capfd, function, words):
-    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [function])
-    run(tiny, tmp_path / "out", code=2)
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("raising", ["KeyError", "'s3'"]),
+        ("too_few", ["1 rewards"]),
+        ("infinite", ["inf", "'s3'"]),
+        ("raising_on_the_whole_step", ["ValueError", "the step that begins with sample 's"]),
+    ],
+)
+def test_a_reward_function_that_fails_stops_the_run_with_its_name(tiny, tmp_path, capfd, function, words):
+    run(tiny, tmp_path / "out", *named(function), code=2)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: error")]
-    assert all(word in line for word in [function.__name__, *words])
+    assert all(word in line for word in [function, *words])
 
 
 MASKED = {"plain": [], "masked": ["--mask_truncated_completions"]}
 
 
-def test_cut_completions_are_trained_unless_they_are_masked(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [by_length])
+def test_cut_completions_are_trained_unless_they_are_masked(tiny, tmp_path):
     short = "--max_completion_length", "1", "--seed", "1"  # with which none stops so early
-    plain, masked = (run(tiny, tmp_path / name, *short, *more) for name, more in MASKED.items())
+    plain, masked = (run(tiny, tmp_path / name, *short, *more, *named("by_length")) for name, more in MASKED.items())
     assert plain["completions/clipped_ratio"] == masked["completions/clipped_ratio"] == [1.0]
     assert plain["grad_norm"][0] > 0 and masked["grad_norm"] == [0.0]
 
 
-def test_the_kl_is_zero_at_first_and_positive_afterwards(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [by_length])
-    found = run(tiny, tmp_path / "out", "--beta", "0.1", "--num_train_epochs", "3", "--learning_rate", "1e-2")
+def test_the_kl_is_zero_at_first_and_positive_afterwards(tiny, tmp_path):
+    three = ["--num_train_epochs", "3", "--learning_rate", "1e-2", *named("by_length")]
+    found = run(tiny, tmp_path / "out", "--beta", "0.1", *three)
     assert found["kl"][0] == 0.0 and min(found["kl"][1:]) > 0
-    free = run(tiny, tmp_path / "free", "--num_train_epochs", "3", "--learning_rate", "1e-2")
+    free = run(tiny, tmp_path / "free", *three)
     assert "kl" not in free  # there is no reference model
     assert not torch.equal(weights(tmp_path / "out" / "final"), weights(tmp_path / "free" / "final"))
 
 
-def test_a_large_beta_holds_the_policy_back(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [by_length])
-    kls = []
+def test_a_large_beta_holds_the_policy_back(tiny, tmp_path):
+    kls, more = [], ["--num_train_epochs", "6", "--learning_rate", "3e-3", *named("by_length")]
     for beta in ("0.001", "10"):
-        found = run(tiny, tmp_path / beta, "--beta", beta, "--num_train_epochs", "6", "--learning_rate", "3e-3")
+        found = run(tiny, tmp_path / beta, "--beta", beta, *more)
         kls.append(found["kl"][-1])
     assert kls[1] < 0.5 * kls[0]
 
@@ -174,9 +148,9 @@ def test_logprobs_and_entropy_of_bfloat16_hidden_states_agree_with_float64():
     assert (entropy - exact_entropy).abs().max() < 1e-3
 
 
-def test_a_run_of_equal_rewards_is_pointed_out_once(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [constant])
-    run(tiny, tmp_path / "out", "--max_steps", "45", "--max_completion_length", "1", "--num_generations", "2")
+def test_a_run_of_equal_rewards_is_pointed_out_once(tiny, tmp_path, capsys):
+    more = ["--max_steps", "45", "--max_completion_length", "1", "--num_generations", "2"]
+    run(tiny, tmp_path / "out", *more, *named("constant"))
     assert capsys.readouterr().out.count("equal rewards") == 1
 
 
@@ -208,17 +182,15 @@ def test_prompts_and_completions_stay_aligned(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more", [["--freeze_merger"], []], ids=["its own reference", "a frozen copy"])
 @pytest.mark.parametrize("dropout", ["0", "0.5"])
-def test_with_adapters_the_kl_is_that_from_the_base(tiny, tmp_path, monkeypatch, more, dropout):
-    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [by_length])
+def test_with_adapters_the_kl_is_that_from_the_base(tiny, tmp_path, more, dropout):
     more = [*ADAPTERS, *more, "--lora_dropout", dropout, "--beta", "0.1", "--num_train_epochs", "3"]
-    found = run(tiny, tmp_path / "out", *more)
+    found = run(tiny, tmp_path / "out", *more, *named("by_length"))
     assert found["kl"][0] == pytest.approx(0.0, abs=1e-9) and min(found["kl"][1:]) > 1e-5
     assert min(found["grad_norm"]) > 0  # gradients flow after the adapters were off
 
 
-def test_old_logprobs_of_several_iterations_are_without_dropout(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "REWARD_FUNCTIONS", [by_length])
-    more = [*ADAPTERS, "--freeze_merger", "--lora_dropout", "0.5", "--num_train_epochs", "3"]
+def test_old_logprobs_of_several_iterations_are_without_dropout(tiny, tmp_path):
+    more = [*ADAPTERS, "--freeze_merger", "--lora_dropout", "0.5", "--num_train_epochs", "3", *named("by_length")]
     once = run(tiny, tmp_path / "once", *more)["sampling/sampling_logp_difference/max"]
     twice = run(tiny, tmp_path / "twice", *more, "--num_iterations", "2")["sampling/sampling_logp_difference/max"]
     assert max(once) > 1e-3 and max(twice) < 1e-4

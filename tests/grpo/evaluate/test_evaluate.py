@@ -18,6 +18,7 @@ from grpo.evaluate import __main__ as command
 from grpo.run.checkpoint import read_evaluations
 from reward.numerical import numerical_video_reward
 from tests.conftest import FLAGS, make_tiny, run_ranks
+from tests.grpo.rewards import named
 from tests.test_train import flags
 
 LENGTH = ["--max_completion_length", "4"]
@@ -107,39 +108,25 @@ def test_the_number_of_ranks_changes_nothing(tiny, tmp_path, more):
 
 
 def interrupt(arguments: list[str]) -> None:
-    """Press Ctrl-C while the third batch is scored."""
-    calls = []
-
-    def interrupted(completions, **columns):
-        calls.append(completions)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return numerical_video_reward(completions, **columns)
-
-    command.REWARD_FUNCTIONS = [interrupted]
+    os.environ["INTERRUPT"] = "1"
     assert command.main(arguments) == 128 + signal.SIGINT
 
 
 def test_an_interrupted_evaluation_continues_and_answers_nothing_twice(tiny, tmp_path, monkeypatch, capsys):
-    whole, output = tmp_path / "whole", tmp_path / "out"
-    assert command.main(by_hand(tiny, whole)) == 0
-    run_ranks(interrupt, 1, by_hand(tiny, output))
+    whole, output, watched = tmp_path / "whole", tmp_path / "out", named("watched")
+    monkeypatch.setenv("WATCHED", str(tmp_path / "calls"))
+    assert command.main(by_hand(tiny, whole, *watched)) == 0
+    run_ranks(interrupt, 1, by_hand(tiny, output, *watched))
     assert predictions(output) == predictions(whole)[:4]
     path = output / "predictions.jsonl"
     path.write_text(path.read_text() + '{"id": "s4", "tru')  # killed while it wrote
-    seen = []
-
-    def watched(completions, sample_id, **columns):
-        seen.append(sample_id)
-        return numerical_video_reward(completions, **columns)
-
-    monkeypatch.setattr(command, "REWARD_FUNCTIONS", [watched])
-    assert command.main(by_hand(tiny, output)) == 0
-    assert seen[:4] == [["s4", "s5"], ["s6", "s7"], ["s8", "s9"], ["s10"]]
+    (tmp_path / "calls").unlink()
+    assert command.main(by_hand(tiny, output, *watched)) == 0
+    assert (tmp_path / "calls").read_text().splitlines()[:4] == ["s4 s5", "s6 s7", "s8 s9", "s10"]
     assert "4 of 11 samples are answered already" in capsys.readouterr().out
     assert predictions(output) == predictions(whole) and metrics(output) == metrics(whole)
     kept = path.read_bytes()
-    assert command.main(by_hand(tiny, output, "--cuts", "44", "--valid_range", "0", "45")) == 0
+    assert command.main(by_hand(tiny, output, *watched, "--cuts", "44", "--valid_range", "0", "45")) == 0
     assert path.read_bytes() == kept and "auc_44" in metrics(output)  # other figures of the same answers
 
 

@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import linregress
 from sklearn.metrics import accuracy_score, mean_squared_error, r2_score, roc_auc_score
 
-from grpo.evaluate.metrics import Answers, Truths, best_answers, constants, figures, median_answers
+from grpo.evaluate.metrics import Answers, Truths, best_answers, figures, median_answers
+from reward.zero_skill import constants
 
 RANGE, CUTS = [0.0, 100.0], [35.0, 40.0, 50.0]
 TRUTHS = [20.0, 33.5, 38.0, 41.0, 47.0, 52.0, 60.0, 71.0]
@@ -70,6 +71,9 @@ def test_every_figure_equals_one_computed_otherwise():
         is_below, called = [t < cut for t in TRUTHS], [p < cut for p in PREDICTED]
         expected[f"auc_{cut:g}"] = roc_auc_score(is_below, [-p for p in PREDICTED])
         expected[f"accuracy_{cut:g}"] = accuracy_score(is_below, called)
+        expected[f"mae_{cut:g}"] = statistics.mean(
+            abs(t - p) for t, p in zip(TRUTHS, PREDICTED, strict=True) if t < cut
+        )
     assert found == pytest.approx(expected, abs=1e-9)
 
 

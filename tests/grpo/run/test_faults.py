@@ -7,20 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 import train
-from data.dataset import InputError
 from data.loader import epoch_order
 from grpo.ranks import printable
 from grpo.run.checkpoint import checkpoints
-from grpo.run.scoring import score
 from tests.conftest import ROOT, children_of, make_tiny, run_ranks
 from tests.grpo.run.faulty_rewards import main
 from tests.kill_and_resume import run_flags
@@ -89,7 +85,7 @@ def state(folder: Path) -> dict:
 @pytest.mark.parametrize(("ranks", "faulty"), [(1, 0), (2, 1)])
 def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tiny, tmp_path, ranks, faulty):
     arguments = run_flags(tiny.folder, tmp_path / "out", *STEPS, "--scale_rewards", "none")
-    printed = run_with("infinite", faulty, ranks, arguments, tmp_path)
+    printed = run_with("huge", faulty, ranks, arguments, tmp_path)
     assert printed.count("is not finite") == 2
     states = [state(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
     assert any(name.endswith(".exp_avg") for name in states[0])
@@ -103,11 +99,11 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tiny, tmp_path
 def test_too_many_bad_steps_in_a_row_stop_all_ranks_with_advice_also_over_a_resume(tiny, tmp_path):
     more = [*STEPS, "--max_bad_steps", "2", "--resume_from_checkpoint", "auto"]
     arguments = run_flags(tiny.folder, tmp_path / "out", *more)
-    printed = run_with("infinite", 1, 2, arguments, tmp_path, code=2)
+    printed = run_with("huge", 1, 2, arguments, tmp_path, code=2)
     (line,) = [line for line in printed.splitlines() if line.startswith("train.py: error: ")]
     assert "step 3" in line and "--max_bad_steps 2" in line and "--learning_rate" in line
     assert set(checkpoints(tmp_path / "out")) == {1, 2}  # that of step 2 knows of one
-    printed = run_with("infinite", 1, 2, arguments, tmp_path, code=2)
+    printed = run_with("huge", 1, 2, arguments, tmp_path, code=2)
     assert "checkpoint-2: 2 of 4 steps are done" in printed and "--max_bad_steps 2" in printed
 
 
@@ -184,14 +180,3 @@ def test_what_is_left_out_is_said_in_one_line(tiny, tmp_path, capfd):
 def test_printable_text_is_left_alone_and_all_else_becomes_visible():
     assert printable("Größe 45 % | 心臓 \\n") == "Größe 45 % | 心臓 \\n"
     assert printable("a\nb\r\x1b[0m\u2028\u202e\x00\x85\ud800") == "a\\nb\\r\\x1b[0m\\u2028\\u202e\\x00\\x85\\ud800"
-
-
-def test_reward_functions_are_told_apart_by_name(tiny):
-    def points(completions, number, **columns):
-        return [number] * len(completions)
-
-    rollouts = [SimpleNamespace(prompt=tiny.prompts[0], texts=["55%", "60%"])]
-    two = partial(points, number=2)
-    assert score([two], rollouts, 1, 9.0)["points"].tolist() == [[2, 2]]
-    with pytest.raises(InputError, match="points, points must have different names"):
-        score([two, partial(points, number=3)], rollouts, 1, 9.0)

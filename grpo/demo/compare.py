@@ -1,0 +1,280 @@
+"""Compare rewards, and GRPO with supervised training on the labels it is rewarded by: `reward/RESULTS.md`.
+
+    python -m grpo.demo.compare
+
+For each of the demo's tasks and each seed: the same hearts and the same warm start; GRPO with each reward and each
+--scale_rewards; supervised training on the true answers, as long as GRPO took and until it has converged. Then the
+demo's own settings, and supervised training, on seeds that nothing was chosen on. All answers are greedy and judged by
+`python -m grpo.evaluate` on held-out hearts.
+
+Runs go side by side, each on one core. The same command continues where it was interrupted.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.dataset import InputError
+from grpo.config import DEMO_DEFAULTS, Config, DemoTask, flag, parse_flags
+from grpo.demo.demo import NUM_HELDOUT, as_flags
+from grpo.loss import ScaleRewards
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "reward" / "RESULTS.md"
+BY_HAND = "## What did not work"  # from this heading on, the results are written by hand and kept
+
+REWARDS = {
+    "original": ["--reward_funcs", "numerical_video_reward"],
+    "smooth": ["--reward_funcs", "smooth_numerical_reward"],
+    "smooth + 0.5 concordance": [
+        *["--reward_funcs", "smooth_numerical_reward", "concordance_reward", "--reward_weights", "1", "0.5"]
+    ],
+}
+SCALES = ScaleRewards.__args__
+FIGURES = {
+    "mae": ("MAE", 2),
+    "median_error": ("median error", 2),
+    "r2": ("R²", 3),
+    "ccc": ("CCC", 3),
+    "sd_ratio": ("sd(answer) / sd(truth)", 2),
+    "mae_40": ("MAE, truth below 40", 2),
+    "clipped_ratio": ("share cut", 3),
+    "out_of_range": ("outside 0–100", 1),
+    "distinct_answers": ("distinct answers", 1),
+}
+
+
+@dataclass
+class CompareConfig:
+    """The flags."""
+
+    output_dir: str = flag("output/compare", "folder for all runs; an interrupted comparison continues", heading="runs")
+    tasks: list[str] = flag(["easy", "hard"], "tasks of the demo")
+    seeds: list[int] = flag([0, 1, 2], "seeds on which all rows are compared")
+    new_seeds: list[int] = flag([10, 11, 12], "seeds for the demo's own settings and supervised training alone")
+    steps: int = flag(1000, "steps of GRPO")
+    supervised_steps: int = flag(1500, "steps of supervised training until it has converged")
+    jobs: int = flag(os.cpu_count(), "runs side by side, each on one core")
+
+
+@dataclass
+class Run:
+    """One trained model."""
+
+    task: DemoTask
+    seed: int
+    row: str  # of the table
+    flags: list[str]  # of train.py; none: supervised, or not trained
+    steps: int = 0
+
+    def folder(self, config: CompareConfig) -> Path:
+        """Where it is written."""
+        return Path(config.output_dir, self.task, f"seed-{self.seed}", self.row.replace(" ", "_"))
+
+
+def grpo_runs(config: CompareConfig) -> list[Run]:
+    """List the runs of GRPO: every row on the seeds, the demo's own settings on the new ones."""
+    rows = {
+        f"GRPO, {name}, {scale}": [*flags, "--scale_rewards", scale]
+        for name, flags in REWARDS.items()
+        for scale in SCALES
+    }
+    runs = [
+        Run(t, s, row, flags, config.steps) for t in config.tasks for s in config.seeds for row, flags in rows.items()
+    ]
+    own = own_row()
+    return runs + [Run(t, s, own, rows[own], config.steps) for t in config.tasks for s in config.new_seeds]
+
+
+def own_row() -> str:
+    """Name the row of the demo's own settings."""
+    (name,) = (name for name, flags in REWARDS.items() if flags[1:] == DEMO_DEFAULTS["reward_funcs"])
+    return f"GRPO, {name}, {DEMO_DEFAULTS.get('scale_rewards', Config.scale_rewards)}"
+
+
+def call(arguments: list[str], log: Path) -> float:
+    """Run a command on one core; return the CPU seconds it took. Raises InputError if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise InputError(f"{' '.join(arguments[:3])} … failed: {log} says why")
+    return usage.ru_utime + usage.ru_stime
+
+
+def where(start: Path) -> list[str]:
+    """Return the flags of a model's and samples' place."""
+    return ["--image_folder", str(start / "data" / "videos"), "--data_path", str(start / "data" / "train.json")]
+
+
+def prepare(task: DemoTask, seed: int, config: CompareConfig) -> None:
+    """Draw the hearts and train the warm start, as the demo does."""
+    start = Path(config.output_dir, task, f"seed-{seed}", "start").absolute()
+    if not (start / "demo_report.json").exists():
+        shutil.rmtree(start, ignore_errors=True)
+        flags = f"--demo --demo_task {task} --seed {seed} --max_steps 1 --eval_steps 0 --eval_on_start false".split()
+        call(["train.py", *flags, "--output_dir", str(start)], start.with_name("start.log"))
+
+
+def train_and_evaluate(run: Run, config: CompareConfig) -> None:
+    """Train a model unless it is there, and evaluate it."""
+    folder = run.folder(config).absolute()
+    if (folder / "eval" / "metrics.json").exists():
+        return
+    start, log = folder.with_name("start"), folder.with_name(f"{folder.name}.log")
+    base = parse_flags(Config, [], "", DEMO_DEFAULTS)
+    data = {"data_path": str(start / "data" / "train.json"), "image_folder": str(start / "data" / "videos")}
+    common = dataclasses.replace(base, **data, seed=run.seed, model_id=str(start / "warm_start"))
+    if run.flags:
+        whole = dataclasses.replace(common, output_dir=str(folder), max_steps=run.steps, save_steps=200)
+        whole = dataclasses.replace(whole, eval_steps=0, eval_on_start=False, per_device_eval_batch_size=8)
+        flags = [*as_flags(whole), "--save_total_limit", "1", "--resume_from_checkpoint", "auto", *run.flags]
+        add_seconds(folder, call(["train.py", *flags], log))
+        model = folder / "final"
+    elif run.steps:
+        model = folder / "model"
+        shutil.rmtree(model, ignore_errors=True)
+        flags = ["--model_id", common.model_id, *where(start), "--output_dir", str(model), "--steps", str(run.steps)]
+        call(["-m", "grpo.demo.supervised", *flags, "--seed", str(run.seed)], log)
+    else:
+        model = start / "warm_start"
+    names = "image_folder max_videos nframes video_resized_width video_resized_height max_completion_length"
+    flags = [part for name in names.split() for part in (f"--{name}", str(getattr(common, name)))]
+    flags += ["--model_id", str(model), "--data_path", str(start / "data" / "heldout.json")]
+    call(["-m", "grpo.evaluate", *flags, "--output_dir", str(folder / "eval")], log)
+
+
+def add_seconds(folder: Path, seconds: float) -> None:
+    """Add the CPU seconds of a run, or of a part of it after an interruption, to seconds.json."""
+    path = folder / "seconds.json"
+    before = json.loads(path.read_text())["cpu_seconds"] if path.exists() else 0.0
+    path.write_text(json.dumps({"cpu_seconds": before + seconds}))
+
+
+def seconds_of(run: Run, config: CompareConfig) -> float:
+    """Return the CPU seconds that a run was trained for."""
+    folder = run.folder(config)
+    return json.loads((folder / ("" if run.flags else "model") / "seconds.json").read_text())["cpu_seconds"]
+
+
+def compare(config: CompareConfig) -> list[Run]:
+    """Do all runs that are not done; return them."""
+    places = [(task, seed) for task in config.tasks for seed in [*config.seeds, *config.new_seeds]]
+    grpo = grpo_runs(config)
+    untrained = [Run(task, seed, "before", []) for task, seed in places]
+    converged = [Run(t, s, "supervised, converged", [], config.supervised_steps) for t, s in places]
+    same_time = [Run(t, s, "supervised, same time", []) for t, s in places]
+    with ThreadPoolExecutor(config.jobs) as pool, tqdm(total=len(grpo) + 4 * len(places), unit="run") as bar:
+
+        def do_all(function, arguments: list[tuple]) -> None:
+            for _ in pool.map(lambda one: function(*one, config), arguments):
+                bar.update()
+
+        do_all(prepare, places)
+        do_all(train_and_evaluate, [(run,) for run in untrained + converged])
+        do_all(train_and_evaluate, [(run,) for run in grpo])
+        for run, whole in zip(same_time, converged, strict=True):
+            (own,) = (g for g in grpo if (g.task, g.seed, g.row) == (run.task, run.seed, own_row()))
+            per_step = seconds_of(whole, config) / whole.steps
+            run.steps = max(1, round(seconds_of(own, config) / per_step))
+        do_all(train_and_evaluate, [(run,) for run in same_time])
+    return [*untrained, *grpo, *same_time, *converged]
+
+
+def figures_of(run: Run, config: CompareConfig) -> dict[str, float]:
+    """Return the figures of a run on held-out samples."""
+    metrics = json.loads((run.folder(config) / "eval" / "metrics.json").read_text())
+    return {name: metrics[name]["value"] for name in FIGURES}
+
+
+def table(runs: list[Run], config: CompareConfig) -> list[str]:
+    """Write a table of mean and standard deviation over seeds, a row per kind of run."""
+    seeds = sorted({run.seed for run in runs})
+    lines = ["| | " + " | ".join(title for title, _ in FIGURES.values()) + " |", "|---" * (len(FIGURES) + 1) + "|"]
+    for row in dict.fromkeys(run.row for run in runs):
+        found = [figures_of(run, config) for run in runs if run.row == row]
+        assert len(found) == len(seeds)
+        cells = []
+        for name, (_, digits) in FIGURES.items():
+            values = [figures[name] for figures in found]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def by_seed(runs: list[Run], config: CompareConfig) -> list[str]:
+    """Write a table of the mean error by seed: the demo's own settings beside supervised training."""
+    rows = ["before", own_row(), "supervised, same time", "supervised, converged"]
+    seeds = [*config.seeds, *config.new_seeds]
+    lines = ["| MAE | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|---" * (len(seeds) + 1) + "|"]
+    for row in rows:
+        found = {run.seed: figures_of(run, config) for run in runs if run.row == row}
+        lines.append(f"| {row} | " + " | ".join(f"{found[seed]['mae']:.2f}" for seed in seeds) + " |")
+    return lines
+
+
+def write_results(runs: list[Run], config: CompareConfig, argv: list[str]) -> None:
+    """Write reward/RESULTS.md; what was written by hand in it stays."""
+    command = " ".join(["python -m grpo.demo.compare", *argv])
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    lines = [
+        "# Which reward teaches best",
+        "",
+        f"`{command}`, {time.strftime('%Y-%m-%d')}, on {machine}; each run on one core.",
+        "",
+        f"GRPO: {config.steps} steps of the demo's settings; its rows are reward, then `--scale_rewards`. Supervised:",
+        "cross-entropy on the true answers, from the same warm start, for as much CPU time as the demo's own settings",
+        f"took ({own_row()}), and for {config.supervised_steps} steps, after which it knows the training answers by",
+        f"heart. Greedy answers on {NUM_HELDOUT} held-out hearts; errors in points; mean ± standard deviation.",
+        "",
+    ]
+    for task in config.tasks:
+        own = [run for run in runs if run.task == task]
+        lines += [f"## {task}: seeds {', '.join(map(str, config.seeds))}", ""]
+        lines += [*table([run for run in own if run.seed in config.seeds], config), ""]
+        lines += [f"Mean error by seed; nothing was chosen on seeds {', '.join(map(str, config.new_seeds))}:", ""]
+        lines += [*by_seed(own, config), ""]
+    old = RESULTS.read_text() if RESULTS.exists() else ""
+    kept = old[old.index(BY_HAND) :] if BY_HAND in old else f"{BY_HAND}\n"
+    RESULTS.write_text("\n".join(lines) + "\n" + kept)
+
+
+def main(argv: list[str]) -> int:
+    """Compare; return 2, after one line, for what the user can fix."""
+    try:
+        config = parse_flags(CompareConfig, argv, "python -m grpo.demo.compare")
+        if unknown := set(config.tasks) - set(DemoTask.__args__):
+            raise InputError(f"--tasks {sorted(unknown)[0]!r}: take {' or '.join(DemoTask.__args__)}")
+        if min(config.steps, config.supervised_steps, config.jobs) < 1 or not config.seeds:
+            raise InputError("--steps, --supervised_steps and --jobs must be at least 1, and --seeds name a seed")
+        if set(config.seeds) & set(config.new_seeds):
+            raise InputError("--new_seeds must be other seeds than --seeds")
+        write_results(compare(config), config, argv)
+    except InputError as error:
+        print(f"grpo.demo.compare: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        return 130
+    print(f"written to {RESULTS}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

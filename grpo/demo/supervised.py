@@ -1,0 +1,112 @@
+"""Supervised fine-tuning of the demo's model: its warm start, and what GRPO is compared with.
+
+    python -m grpo.demo.supervised --model_id output/demo/warm_start --data_path output/demo/data/train.json \\
+        --image_folder output/demo/data/videos --output_dir output/supervised --steps 1500
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpo  # noqa: F401  first of all, since it sets how torch's threads wait
+
+# isort: split
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from data.dataset import InputError, load_samples
+from data.loader import Prompt, load_prompt
+from data.prompt import load_tokenizer
+from data.video import VideoOptions
+from grpo.config import flag, parse_flags
+from grpo.demo.synthetic_echo import NUM_FRAMES, SIZE
+from grpo.model.load import load_model
+from grpo.model.random_model import TOKENS_PER_SECOND
+
+BATCH, WARMUP_STEPS, WEIGHT_DECAY = 8, 20, 0.01
+VIDEO_OPTIONS = VideoOptions(nframes=NUM_FRAMES, resized_width=SIZE, resized_height=SIZE)
+
+
+@dataclass
+class SupervisedConfig:
+    """The flags."""
+
+    model_id: str = flag("", "folder of the demo's model", heading="what")
+    data_path: str = flag("", "JSON file of samples")
+    image_folder: str = flag("", "folder of the videos")
+    output_dir: str = flag("", "folder for the trained model and seconds.json")
+    steps: int = flag(1500, f"steps of {BATCH} samples")
+    learning_rate: float = flag(1e-3, "peak learning rate")
+    seed: int = flag(0, "seed of the order of the samples")
+
+
+def supervised_loss(model, prompts: list[Prompt], answer_ids: list[Tensor]) -> Tensor:
+    """Mean cross-entropy of the answers; padding is on the right, where causal attention never looks."""
+    rows, positions, labels = [], [], []
+    for prompt, answer in zip(prompts, answer_ids, strict=True):
+        rows.append(torch.cat([prompt.prompt_ids, answer]))
+        positions.append(torch.cat([prompt.position_ids, prompt.completion_positions(len(answer))], dim=1).T)
+        labels.append(torch.cat([torch.full_like(prompt.prompt_ids, -100), answer]))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return model(
+        input_ids=pad(rows, batch_first=True),
+        position_ids=pad(positions, batch_first=True).permute(2, 0, 1),  # (3, N, L)
+        pixel_values_videos=torch.cat([prompt.pixel_values_videos for prompt in prompts]),
+        video_grid_thw=torch.cat([prompt.video_grid_thw for prompt in prompts]),
+        labels=pad(labels, batch_first=True, padding_value=-100),
+        use_cache=False,
+    ).loss
+
+
+def load_prompts(json_path: Path, tokenizer, image_folder: Path | None = None) -> list[Prompt]:
+    """Decode all samples of a JSON of synthetic hearts."""
+    samples = load_samples(str(json_path), str(image_folder or json_path.parent / "videos"))
+    return [load_prompt(sample, tokenizer, TOKENS_PER_SECOND, VIDEO_OPTIONS) for sample in samples]
+
+
+def fit(model, prompts: list[Prompt], answers: list[str], tokenizer, config: SupervisedConfig) -> None:
+    """Train on an answer per prompt, in the flags' number of steps; every epoch in an order of its own."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=WEIGHT_DECAY)
+    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, config.steps)
+    answer_ids = [torch.tensor(tokenizer.encode(answer) + [tokenizer.eos_token_id]) for answer in answers]
+    generator, left = torch.Generator().manual_seed(config.seed), []
+    for _ in tqdm(range(config.steps), desc="supervised", leave=False, disable=None):
+        if len(left) < BATCH:
+            left = torch.randperm(len(prompts), generator=generator).tolist()
+        batch, left = left[:BATCH], left[BATCH:]
+        optimizer.zero_grad()
+        supervised_loss(model, [prompts[i] for i in batch], [answer_ids[i] for i in batch]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def main(argv: list[str]) -> int:
+    """Train on the true answers; return 2, after one line, for what the user can fix."""
+    try:
+        config = parse_flags(SupervisedConfig, argv, "python -m grpo.demo.supervised")
+        if config.steps < 1 or not 0 < config.learning_rate < 1:
+            raise InputError("--steps must be at least 1, and --learning_rate between 0 and 1")
+        if not config.output_dir or os.path.exists(config.output_dir):
+            raise InputError(f"--output_dir {config.output_dir!r}: name a new folder")
+        model, tokenizer = load_model(config.model_id), load_tokenizer(config.model_id)
+        prompts = load_prompts(Path(config.data_path), tokenizer, Path(config.image_folder))
+    except InputError as error:
+        print(f"grpo.demo.supervised: error: {error}", file=sys.stderr)
+        return 2
+    began = time.process_time()
+    fit(model, prompts, [prompt.sample.answer for prompt in prompts], tokenizer, config)
+    seconds = time.process_time() - began
+    model.save_pretrained(config.output_dir)
+    tokenizer.save_pretrained(config.output_dir)
+    Path(config.output_dir, "seconds.json").write_text(json.dumps({"cpu_seconds": seconds}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,298 @@
+"""See a reward before training with it: where it is flat, and how many groups of answers it cannot tell apart.
+
+    python -m reward.explore --truths train.json --reward_funcs smooth_numerical_reward --output reward.png
+
+The picture shows each reward against the error, at five truths, and the share of groups whose rewards are all equal, so
+that they teach nothing. The table has the same in numbers: the absolute errors over which the reward does not change,
+and that share for policies that answer
+
+    truth + bias + spread * normal      rounded to a whole percent, clipped to --valid_range
+
+The share is computed, not drawn: the sum over rewards r of P(reward = r) ^ num_generations, averaged over the truths.
+Rewards are compared as float32, as the trainer does. A function is given truths and answers as "55%", and no other keys
+of the samples: one that judges something else than the number, or a whole step, cannot be drawn.
+
+--truths takes a file of samples as train.py does (JSON or JSONL; the last turn holds the answer), a JSON list of
+numbers or answers, or a text with one number or answer a line. Entries without a number are left out. Without the flag,
+the shares are those of the five truths of the picture: a first look, since they depend on the data.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import sys
+import traceback
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.special import ndtr
+
+from reward.extract import extract_number
+from reward.functions import (
+    ARGUMENTS,
+    RewardError,
+    RewardFunction,
+    call_reward_function,
+    columns_of,
+    load_reward_functions,
+)
+
+PLACES = np.array([0.20, 0.35, 0.50, 0.65, 0.80])  # of the truths that are drawn, in the valid range
+NUM_STEPS = 1000  # of the curves, over the valid range: 0.1 points, if it is 0 to 100
+BIASES, SPREADS = np.array([0, 5, 10, 20]), np.array([1, 3, 6, 12])  # of the policies, in points
+WHOLE = np.arange(-80, 101)  # whole answers around a truth: others have a probability below 1e-10
+MOST_TRUTHS = 500  # of more in the file, an even choice; the shares are good to half a percent
+LINES = [("-", "black", 1.6), ("--", "#1f4e79", 1.6), ("-", "#e3a08f", 3), ("-.", "#5dade2", 1.6), (":", "#f0932b", 2)]
+
+Curve = tuple[np.ndarray, np.ndarray]  # errors (n,) in points, in even steps, and the rewards (n,) there
+
+
+@dataclass
+class OneNumber:
+    """What `columns_of` reads of a sample, for one of which only the true number is known."""
+
+    id: str
+    answer: str
+    turns: tuple = (("user", "What is the value?"),)
+    extra: dict = field(default_factory=dict)
+
+
+def explore(
+    function: RewardFunction, shown: np.ndarray, truths: np.ndarray, args: argparse.Namespace
+) -> tuple[list[Curve], np.ndarray]:
+    """Return the curves at the truths shown, (5,), and the share of groups of equal rewards over truths (n,).
+
+    The share is (biases, spreads). Raises RewardError if the reward cannot be drawn.
+    """
+    where = f"--reward_funcs {function.name}"
+    if function.is_whole_step:
+        raise RewardError(f"{where}: it judges all answers of a step together, which cannot be drawn: leave it out")
+    try:
+        inspect.signature(function.call).bind(**dict.fromkeys(ARGUMENTS), **function.options)
+    except TypeError as error:
+        raise RewardError(f"{where}: it cannot be drawn, since it needs more ({error}): leave it out") from error
+    curves = [curve(function, truth, args.valid_range) for truth in shown]
+    values = np.unique(np.concatenate([rewards for _, rewards in curves]))
+    if len(values) == 1:
+        raise RewardError(
+            f"{where}: it gives {'None' if np.isnan(values[0]) else f'{values[0]:g}'} for every number, "
+            "so it judges something else, or nothing, and cannot be drawn: leave it out"
+        )
+    places = np.linspace(0, len(truths) - 1, min(len(truths), MOST_TRUTHS)).round().astype(int)
+    distinct, counts = np.unique(np.sort(truths)[places], return_counts=True)  # (T,)
+    rows = zip(distinct, *policies(distinct, args.valid_range), strict=True)
+    shares = [equal_share(rewards_of(function, truth, a), p, args.num_generations) for truth, a, p in rows]
+    return curves, np.average(shares, axis=0, weights=counts)
+
+
+def rewards_of(function: RewardFunction, truth: float, answers: np.ndarray) -> np.ndarray:
+    """Return the rewards of answers (A,) to one truth, as float32; nan where the function has no say."""
+    distinct, place = np.unique(answers, return_inverse=True)
+    texts = [f"{plain(number)}%" for number in distinct]
+    samples = [OneNumber(f"truth {plain(truth)}, answer {text}", f"{plain(truth)}%") for text in texts]
+    sampled = {"completion_ids": [[] for _ in texts], "is_stopped": [True] * len(texts), "group": [0] * len(texts)}
+    try:
+        rewards = call_reward_function(function, columns_of(samples, texts, [], **sampled), None)
+    except RewardError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        message = f"--reward_funcs {function.name}: it raised {what}, at the truth {plain(truth)}: correct it"
+        raise RewardError(message, traceback.format_exc()) from error
+    return np.array(rewards, dtype=np.float32)[place]
+
+
+def plain(number: float) -> str:
+    """Write a number to a millionth, without an exponent."""
+    return f"{number:.6f}".rstrip("0").removesuffix(".")
+
+
+def curve(function: RewardFunction, truth: float, valid_range: list[float]) -> Curve:
+    """Return the errors that predictions in the valid range can have, and their rewards."""
+    low, high = valid_range
+    errors = (np.arange(-NUM_STEPS, NUM_STEPS + 1) * (high - low) / NUM_STEPS).round(9)
+    predictions = (truth + errors).round(9)
+    inside = (low <= predictions) & (predictions <= high)
+    return errors[inside], rewards_of(function, truth, predictions[inside])
+
+
+def flat_parts(rewards: np.ndarray) -> np.ndarray:
+    """Return the first and the last index of each part of rewards (n,) that is the same throughout: (parts, 2)."""
+    before, after = rewards[:-1], rewards[1:]
+    same = (before == after) | (np.isnan(before) & np.isnan(after))
+    return np.flatnonzero(np.diff(np.concatenate([[0], same, [0]]))).reshape(-1, 2)
+
+
+def describe_flat(errors: np.ndarray, rewards: np.ndarray) -> str:
+    """Write the absolute errors over which rewards (n,) do not change, such as "0 to 6.9, above 12".
+
+    The sides of the truth are told apart if they differ, as far as the valid range has both.
+    """
+
+    def describe(side: np.ndarray) -> str:
+        last, unit = len(side) - 1, errors[1] - errors[0]
+        parts = [(f"{a * unit:g}", f"{b * unit:g}" if b < last else "") for a, b in flat_parts(side)]
+        texts = [f"{a} to {b}" if b else f"above {a}" if a != "0" else "everywhere" for a, b in parts]
+        return ", ".join(texts) or "nowhere"
+
+    low, high = rewards[errors <= 0][::-1], rewards[errors >= 0]  # both from the truth outwards
+    both = min(len(low), len(high))
+    if describe(low[:both]) == describe(high[:both]):
+        return describe(max(low, high, key=len))
+    return f"answers too low: {describe(low)}; too high: {describe(high)}"
+
+
+def policies(truths: np.ndarray, valid_range: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the policies answer to truths (T,): numbers (T, A), probabilities (T, A, biases, spreads).
+
+    Answers that are clipped to the same number stand there one by one.
+    """
+    whole = truths.round()[:, None] + WHOLE  # (T, A)
+    bounds = np.concatenate([whole - 0.5, whole[:, -1:] + 0.5], axis=1) - truths[:, None]  # (T, A + 1)
+    below = ndtr((bounds[:, :, None, None] - BIASES[:, None]) / SPREADS)  # (T, A + 1, biases, spreads)
+    return whole.clip(*valid_range), np.diff(below, axis=1)
+
+
+def equal_share(rewards: np.ndarray, probabilities: np.ndarray, num_generations: int) -> np.ndarray:
+    """Return the probability that all rewards of a group are equal: (…).
+
+    rewards: (A,) of the possible answers; probabilities: (A, …). As in the trainer, a completion without a say (nan)
+    does not count in its group, and a group without any teaches nothing, either.
+    """
+    unscored = np.isnan(rewards)
+    none = probabilities[unscored].sum(axis=0)
+    of_value = [probabilities[rewards == value].sum(axis=0) for value in np.unique(rewards[~unscored])]
+    n = num_generations
+    return none**n + sum((none + probability) ** n - none**n for probability in of_value)
+
+
+def table(found: dict, shown: np.ndarray, num_generations: int) -> str:
+    """Write the flat parts and the shares of each reward."""
+    lines = []
+    for name, (curves, equal) in found.items():
+        lines += ["", f"{name} does not change at absolute errors (points)"]
+        lines += [f"    truth {truth:<12g}{describe_flat(*xy)}" for truth, xy in zip(shown, curves, strict=True)]
+        lines.append(f"groups of {num_generations} with equal rewards")
+        lines.append(" " * 18 + "".join(f"{f'spread {spread}':>11}" for spread in SPREADS))
+        for bias, row in zip(BIASES, equal, strict=True):
+            lines.append(f"    bias {bias:<9}" + "".join(f"{share:>11.0%}" for share in row))
+    return "\n".join(lines)
+
+
+def draw(found: dict, shown: np.ndarray, num_generations: int, whose: str) -> Figure:
+    """Draw a row per reward function: its curves, and the shares of equal groups; whose: truths those are of."""
+    figure = Figure(figsize=(11, 4.2 * len(found)), dpi=110, layout="constrained")
+    rows = figure.subplots(len(found), 2, width_ratios=[1.7, 1], squeeze=False)
+    for (name, (curves, equal)), (left, right) in zip(found.items(), rows, strict=True):
+        band = dict(color="#607d8b", alpha=0.2, linewidth=9, solid_capstyle="butt", zorder=1)
+        for truth, (errors, rewards), (style, color, width) in zip(shown, curves, LINES, strict=True):
+            for ends in flat_parts(rewards):
+                left.plot(errors[ends], rewards[ends], **band)
+            left.plot(errors, rewards, style, color=color, linewidth=width, label=f"truth {truth:g}")
+        left.plot([], [], **band, label="flat (darker:\nat more truths)")
+        left.set(title=name, xlabel="prediction - truth (points)", ylabel="reward")
+        left.legend(fontsize=9, frameon=False)
+        left.spines[["top", "right"]].set_visible(False)
+        right.imshow(equal, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (i, j), share in np.ndenumerate(equal):
+            right.text(j, i, f"{share:.0%}", ha="center", va="center", color="white" if share > 0.6 else "black")
+        right.set_xticks(range(len(SPREADS)), SPREADS)
+        right.set_yticks(range(len(BIASES)), BIASES)
+        right.set(xlabel="spread of the answers (points)", ylabel="bias of the answers (points)")
+        right.set_title(f"groups of {num_generations} with equal rewards\n({whose})", fontsize=10)
+    return figure
+
+
+def read_truths(path: str) -> tuple[np.ndarray, int]:
+    """Return the numbers (n,) that a file's answers have, and how many have none; raise RewardError."""
+    where = f"--truths {path!r}"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        entries = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
+    except (OSError, ValueError, RecursionError) as error:
+        raise RewardError(f"{where} cannot be read ({error}): name a file of samples or numbers") from error
+    numbered = [(n, entry) for n, entry in enumerate(entries, start=1) if not isinstance(entry, str) or entry.strip()]
+    found = [extract_number(answer_of(entry, f"{where}, entry #{number}")) for number, entry in numbered]
+    numbers = [number for number in found if number is not None]
+    if not numbers:
+        raise RewardError(f"{where}: no number in {len(found)} entries: name a file of samples or numbers")
+    return np.array(numbers), len(found) - len(numbers)
+
+
+def answer_of(entry, where: str) -> str:
+    """Return the answer of a sample, or a number or text as it is; raise RewardError, which begins with `where`."""
+    try:
+        if isinstance(entry, str) and entry.lstrip().startswith("{"):  # a line of JSONL
+            entry = json.loads(entry)
+        if isinstance(entry, str | int | float):
+            return str(entry)
+        last = entry["conversations"][-1]
+        if last["from"] not in ("gpt", "assistant"):
+            raise ValueError(f"its last turn is from {last['from']!r}")
+        return last["value"] + ""  # a text, or else a TypeError
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RewardError(f"{where} is no number, no text and no sample with an answer ({what}): correct it") from error
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the flags; raise RewardError if one is wrong."""
+    style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
+    usage = "python -m reward.explore [--truths FILE] [flags]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=style)
+    parser.allow_abbrev, parser.error = False, fail
+    flag = partial(parser.add_argument, metavar="")
+    flag("--truths", default="", help="file of samples, numbers or answers (the five truths of the picture)")
+    two = ["numerical_video_reward", "smooth_numerical_reward"]
+    flag("--reward_funcs", nargs="+", default=two, help="names in reward/, or file.py:function (the numerical two)")
+    flag("--reward_kwargs", default="", help="JSON object of arguments for the functions that take them")
+    flag("--valid_range", nargs=2, type=float, default=[0.0, 100.0], help="lowest and highest possible answer (0 100)")
+    flag("--num_generations", type=int, default=8, help="completions of a group (%(default)s)")
+    flag("--output", default="reward.png", help="PNG file of the picture, replaced if it exists (%(default)s)")
+    args = parser.parse_args(argv)
+    low, high = args.valid_range
+    if not -math.inf < low < high < math.inf:
+        fail(f"--valid_range {low:g} {high:g}: give the lowest and the highest possible answer, as in 0 100")
+    if args.num_generations < 2:
+        fail(f"--num_generations {args.num_generations}: give at least 2")
+    if os.path.isdir(args.output) or not os.access(os.path.dirname(args.output) or ".", os.W_OK):
+        fail(f"--output {args.output!r} cannot be written: name a file in a folder that exists and is yours to write")
+    return args
+
+
+def fail(message: str):
+    """Raise RewardError for a wrong flag."""
+    raise RewardError(f"{message} (--help explains the flags)")
+
+
+def main(argv: list[str]) -> int:
+    """Print the table and write the picture; return 0, or 2 for what the user can mend, which one line says."""
+    try:
+        args = parse(argv)
+        functions = load_reward_functions(args.reward_funcs, [], args.reward_kwargs, args.valid_range)
+        shown = args.valid_range[0] + np.diff(args.valid_range) * PLACES
+        truths, left_out = read_truths(args.truths) if args.truths else (shown, 0)
+        found = {function.name: explore(function, shown, truths, args) for function in functions}
+        whose = f"{len(truths)} truths" if args.truths else "the five truths: no --truths"
+        numbers = f"{truths.min():g} to {truths.max():g}, median {np.median(truths):g}"
+        print(f"{whose}, {numbers}" + (f"; {left_out} without a number left out" if left_out else ""))
+        print(table(found, shown, args.num_generations))
+        figure = draw(found, shown, args.num_generations, whose)
+        try:
+            figure.savefig(args.output, format="png")
+        except OSError as error:
+            fail(f"--output {args.output!r} cannot be written ({error.strerror}): name another place")
+        print(f"\nthe picture is in {args.output!r}")
+        return 0
+    except RewardError as error:
+        print(f"{error.details}python -m reward.explore: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

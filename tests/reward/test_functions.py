@@ -1,0 +1,456 @@
+import json
+import math
+from hashlib import sha256
+
+import numpy as np
+import pytest
+
+import reward
+from data.dataset import Sample
+from reward.functions import (
+    ARGUMENTS,
+    LARGEST,
+    RewardError,
+    RewardFunction,
+    call_reward_function,
+    columns_of,
+    load_reward_function,
+    load_reward_functions,
+    read_kwargs,
+    score_answers,
+    weighted_sum,
+)
+
+ONES = "def ones(completions, assistant, **kwargs):\n    return [1.0] * len(completions)\n"
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Write a file of the user's, and return its path."""
+
+    def write(text: str, name: str = "mine.py") -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def load(*names, weights=(), kwargs="", valid_range=(0.0, 100.0)):
+    return load_reward_functions(list(names), list(weights), kwargs, list(valid_range))
+
+
+def error_of(*names, **flags) -> RewardError:
+    with pytest.raises(RewardError) as caught:
+        load(*names, **flags)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def says(error: RewardError, *parts: str) -> bool:
+    return all(part in str(error) for part in parts)
+
+
+def samples_of(*extras):
+    turns = (("system", "Be brief."), ("user", "What is the EF?"))
+    return [Sample(f"s{i}", (), turns, f"{40 + i}%", extra) for i, extra in enumerate(extras)]
+
+
+def rewards_of(call, texts=("a", "b"), step=3, **options):
+    columns = columns_of(samples_of(*[{}] * len(texts)), list(texts), [])
+    return call_reward_function(RewardFunction("mine", call, options=options), columns, step)
+
+
+# Finding functions
+
+
+def test_built_in_functions_are_found_by_name():
+    functions = load(*reward.__all__)
+    assert [function.name for function in functions] == reward.__all__
+    assert [function.call for function in functions] == [getattr(reward, name) for name in reward.__all__]
+    assert [function.digest for function in functions] == [None] * len(functions)
+
+
+def test_a_function_of_a_file_is_found_by_path_and_name(mine, tmp_path, monkeypatch):
+    path = mine(ONES)
+    (function,) = load(f"{path}:ones")
+    assert (function.name, function.call([1, 2], None)) == ("ones", [1.0, 1.0])
+    assert function.digest == sha256(ONES.encode()).hexdigest()
+    monkeypatch.chdir(tmp_path)
+    assert load("mine.py:ones")[0].call([1], None) == [1.0]
+
+
+def test_a_path_may_have_a_colon(mine, tmp_path):
+    (tmp_path / "run:2").mkdir()
+    assert load(f"{mine(ONES, 'run:2/mine.py')}:ones")[0].name == "ones"
+
+
+@pytest.mark.parametrize("name", ["numerical_reward", "extract", "__all__", "", "mine.py"])
+def test_a_name_that_is_no_built_in_function_is_refused_with_those_there_are(name):
+    assert says(error_of(name), f"--reward_funcs {name!r}", "no such function", *reward.__all__, "file.py:function")
+
+
+def test_no_function_at_all_is_refused():
+    assert says(error_of(), "--reward_funcs", "at least one")
+
+
+def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path):
+    path = str(tmp_path / "none.py")
+    assert says(error_of(f"{path}:ones"), "--reward_funcs", f"{path!r} cannot be read (No such file or directory)")
+    assert says(error_of(f"{tmp_path}:ones"), f"{str(tmp_path)!r} cannot be read (Is a directory)")
+
+
+def test_a_file_that_is_not_python_is_refused(mine):
+    path = mine(ONES, "mine.txt")
+    assert says(error_of(f"{path}:ones"), f"{path!r} is no Python file")
+
+
+def test_an_import_that_raises_is_shown_with_the_users_own_traceback(mine):
+    path = mine("def inner():\n    raise ValueError('first\\nsecond')\n\ninner()\n")
+    error = error_of(f"{path}:ones")
+    assert says(error, f"importing {path!r} failed (ValueError: first)")
+    assert f'File "{path}", line 2, in inner' in error.details
+    assert "ValueError: first\nsecond" in error.details
+
+
+def test_a_file_with_a_wrong_line_is_shown_with_it(mine):
+    path = mine(ONES + "this is not a program\n")
+    error = error_of(f"{path}:ones")
+    assert says(error, f"importing {path!r} failed (SyntaxError: ")
+    assert f'File "{path}", line 3' in error.details
+    assert "this is not a program" in error.details
+
+
+def test_a_file_that_exits_when_imported_does_not_end_the_program(mine):
+    path = mine("import sys\nsys.exit(3)\n")
+    error = error_of(f"{path}:ones")
+    assert says(error, f"importing {path!r} failed (SystemExit: 3)")
+    assert f'File "{path}", line 2' in error.details
+
+
+@pytest.mark.parametrize("name", ["twos", "number", ""])
+def test_a_name_that_is_no_function_of_the_file_is_refused(mine, name):
+    path = mine(ONES + "number = 3\n")
+    error = error_of(f"{path}:{name}")
+    assert says(error, f"{path!r} has no function {name!r}")
+    assert error.details == ""
+
+
+@pytest.mark.parametrize(
+    ("definition", "reason"),
+    [
+        ("def f(completions, assistant): pass", "it has no **kwargs"),
+        ("def f(completions, assistant, *kwargs): pass", "it has no **kwargs"),
+        ("def f(completions, /, assistant, **kwargs): pass", "'completions' cannot be given by name"),
+        ("def f(completions, assistant, extra=1, /, **kwargs): pass", "'completions' cannot be given by name"),
+        ("f = max", "its parameters cannot be found"),
+    ],
+)
+def test_a_function_that_cannot_be_called_like_the_others_is_refused(mine, definition, reason):
+    path = mine(definition + "\n")
+    assert says(error_of(f"{path}:f"), f"--reward_funcs '{path}:f'", reason, "f(completions, assistant, **kwargs)")
+
+
+def test_whatever_can_be_called_like_a_function_is_one(mine):
+    path = mine(
+        "from functools import partial\n"
+        "def scaled(completions, assistant, scale, **kwargs): return [scale for _ in completions]\n"
+        "class Judge:\n"
+        "    whole_step = True\n"
+        "    def __call__(self, completions, assistant, **kwargs): return [5.0 for _ in completions]\n"
+        "double, judge, triple = partial(scaled, scale=2.0), Judge(), lambda completions, **kwargs: [3.0]\n"
+    )
+    functions = load(f"{path}:double", f"{path}:judge", f"{path}:triple")
+    assert [function.call(completions=[1], assistant=None) for function in functions] == [[2.0], [5.0], [3.0]]
+    assert [function.is_whole_step for function in functions] == [False, True, False]
+
+
+def test_functions_of_one_file_share_its_module(mine):
+    path = mine(
+        "seen = []\n"
+        "def put(completions, assistant, **kwargs): seen.extend(completions); return [0.0]\n"
+        "def get(completions, assistant, **kwargs): return seen\n"
+    )
+    put, get = load(f"{path}:put", f"{path}:get")
+    put.call([1.0, 2.0], None)
+    assert get.call(None, None) == [1.0, 2.0]
+
+
+def test_a_changed_file_has_another_digest_and_is_imported_anew(mine):
+    path = mine(ONES)
+    before = load_reward_function(f"{path}:ones")
+    mine(ONES.replace("1.0", "22.5"))  # of another length, since Python tells versions apart by second and size
+    after = load_reward_function(f"{path}:ones")
+    assert before.digest != after.digest
+    assert (before.call([1], None), after.call([1], None)) == ([1.0], [22.5])
+    mine(ONES)
+    assert load_reward_function(f"{path}:ones").digest == before.digest
+
+
+def test_a_dataclass_in_the_users_file_works(mine):
+    path = mine(
+        "from __future__ import annotations\n"  # the types are strings, which dataclasses look up in the module
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class Judgement:\n"
+        "    reward: float\n"
+        "def judge(completions, assistant, **kwargs): return [Judgement(0.25).reward for _ in completions]\n"
+    )
+    assert load(f"{path}:judge")[0].call([1, 2], None) == [0.25, 0.25]
+
+
+def test_the_same_name_twice_is_refused(mine):
+    path = mine(ONES + ONES.replace("def ones", "def format_reward"))
+    for names in (
+        ["format_reward", "concordance_reward", "format_reward"],
+        ["format_reward", f"{path}:ones", f"{path}:format_reward"],
+    ):
+        assert says(error_of(*names), "--reward_funcs: 'format_reward' occurs twice")
+
+
+def test_only_a_function_that_asks_for_the_whole_step_gets_it(mine):
+    path = mine(ONES + "ones.whole_step = True\n" + ONES.replace("def ones", "def twos"))
+    functions = load("concordance_reward", "format_reward", f"{path}:ones", f"{path}:twos")
+    assert [function.is_whole_step for function in functions] == [True, False, True, False]
+
+
+# Weights
+
+
+def test_weights_belong_to_functions_in_order_and_are_one_by_default():
+    names = "format_reward", "numerical_video_reward", "concordance_reward"
+    assert [function.weight for function in load(*names)] == [1.0, 1.0, 1.0]
+    assert [function.weight for function in load(*names, weights=[0.5, 0.0, -2.0])] == [0.5, 0.0, -2.0]
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [0.0]])
+def test_a_wrong_number_of_weights_is_refused(weights):
+    error = error_of("format_reward", "concordance_reward", weights=weights)
+    assert says(error, f"--reward_weights: {len(weights)} weights for 2 reward functions")
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 2e6])
+def test_weights_that_are_not_finite_or_too_large_are_refused(weight):
+    error = error_of("format_reward", "concordance_reward", weights=[0.5, weight])
+    assert says(error, f"--reward_weights 0.5 {weight:g}", "from -1e+06 to 1e+06")
+
+
+def test_weights_that_are_all_zero_are_refused():
+    error = error_of("format_reward", "concordance_reward", weights=[0.0, -0.0])
+    assert says(error, "--reward_weights", "nothing to learn from")
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("text", ["{", "error_scale=8", "{'error_scale': 8}", '{"error_scale": }', "[" * 100_000])
+def test_arguments_that_are_no_json_are_refused(text):
+    assert says(error_of("numerical_video_reward", kwargs=text), f"--reward_kwargs {text!r} is not JSON")
+
+
+@pytest.mark.parametrize("text", ["[]", "8", "null", '"error_scale"', '[["error_scale", 8]]'])
+def test_arguments_that_are_no_object_are_refused(text):
+    assert says(error_of("numerical_video_reward", kwargs=text), f"--reward_kwargs {text!r} is no JSON object")
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_that_the_trainer_gives_are_refused(name):
+    error = error_of("concordance_reward", "smooth_numerical_reward", kwargs=json.dumps({name: 1}))
+    assert says(error, f"--reward_kwargs: {name!r} is given to reward functions by the trainer")
+
+
+def test_an_argument_that_no_function_takes_is_refused():
+    error = error_of("format_reward", "numerical_video_reward", kwargs='{"error_scale": 8, "eror_scale": 8}')
+    assert says(error, "--reward_kwargs: no reward function has a parameter 'eror_scale'")
+    assert says(error_of("format_reward", kwargs='{"valid_range": [0, 1]}'), "'valid_range'")
+
+
+def test_no_arguments_are_an_empty_object():
+    assert read_kwargs("") == read_kwargs("{}") == {}
+    assert read_kwargs('{"error_scale": 8, "words": ["a", null]}') == {"error_scale": 8, "words": ["a", None]}
+
+
+def test_each_function_is_given_the_arguments_that_it_takes(mine):
+    path = mine("def f(completions, assistant, words, *, error_scale=1, **kwargs): return [float(len(words))]\n")
+    functions = load(
+        "numerical_video_reward",
+        "format_reward",
+        f"{path}:f",
+        kwargs='{"error_scale": 8, "words": ["a"]}',
+        valid_range=[0.0, 50.0],
+    )
+    assert [function.options for function in functions] == [
+        {"error_scale": 8},
+        {},
+        {"error_scale": 8, "words": ["a"]},
+    ]
+
+
+def test_the_valid_range_is_given_to_functions_that_take_it_unless_the_arguments_have_another():
+    names = "smooth_numerical_reward", "concordance_reward", "numerical_video_reward", "format_reward"
+    ranges = [function.options.get("valid_range") for function in load(*names, valid_range=[0.0, 50.0])]
+    assert ranges == [[0.0, 50.0], [0.0, 50.0], None, None]
+    functions = load(*names, valid_range=[0.0, 50.0], kwargs='{"valid_range": [10, 20]}')
+    assert [function.options.get("valid_range") for function in functions] == [[10, 20], [10, 20], None, None]
+
+
+def test_arguments_reach_the_function():
+    (function,) = load("numerical_video_reward", kwargs='{"error_scale": 8}')
+    columns = columns_of(samples_of({}), ["46%"], [])
+    emphasis = 1 + 0.5 * 10 / 30  # of the truth, 40
+    expected = 0.1 + 0.9 * (1 - 36 / 64) * emphasis
+    assert call_reward_function(function, columns, None) == pytest.approx([expected], abs=1e-12)
+
+
+# Calling
+
+
+def test_columns_have_an_entry_for_each_text():
+    samples = samples_of({"site": "A"}, {"age": 60})
+    twice = [samples[0], samples[0], samples[1]]
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the EF?"}]
+    assert columns_of(twice, ["a", "b", "c"], ["site", "age"], group=[4, 4, 7]) == {
+        "site": ["A", "A", None],
+        "age": [None, None, 60],
+        "prompts": [turns] * 3,
+        "completions": [[{"role": "assistant", "content": text}] for text in "abc"],
+        "assistant": [{"role": "assistant", "content": truth} for truth in ("40%", "40%", "41%")],
+        "sample_id": ["s0", "s0", "s1"],
+        "group": [4, 4, 7],
+    }
+
+
+def test_a_function_is_given_every_argument_by_name():
+    def f(completions, assistant, scale=1, **kwargs):
+        given.update(kwargs, completions=completions, assistant=assistant, scale=scale)
+        return [0.0] * len(completions)
+
+    given = {}
+    sampled = {"completion_ids": [[5, 6], [7]], "is_stopped": [True, False], "group": [0, 1]}
+    columns = columns_of(samples_of({"age": 60}, {}), ["a", "b"], ["age"], **sampled)
+    call_reward_function(RewardFunction("f", f, options={"scale": 2}), columns, 3)
+    assert given == {**columns, "scale": 2, "step": 3, "is_training": True}
+    assert given.keys() == {*ARGUMENTS, "age", "scale"}
+
+
+@pytest.mark.parametrize(("step", "is_training"), [(0, True), (7, True), (None, False)])
+def test_a_step_means_training(step, is_training):
+    def f(completions, step, is_training, **kwargs):
+        seen.append((step, is_training))
+        return [0.0] * len(completions)
+
+    seen = []
+    rewards_of(f, step=step)
+    assert seen == [(step, is_training)]
+
+
+def test_rewards_may_be_any_kind_of_number_or_none():
+    given = [1, None, np.float32(0.5), True]
+    found = rewards_of(lambda **kwargs: given, texts="abcd")
+    assert found == [1.0, None, 0.5, 1.0]
+    assert [type(value) for value in found] == [float, type(None), float, float]
+    assert rewards_of(lambda **kwargs: np.array([0.25, 2.0])) == [0.25, 2.0]
+
+
+@pytest.mark.parametrize("given", [[], [1.0], [1.0, 2.0, 3.0], [None]])
+def test_a_wrong_number_of_rewards_is_refused(given):
+    with pytest.raises(RewardError) as caught:
+        rewards_of(lambda **kwargs: given)
+    assert says(caught.value, f"reward function mine gave {len(given)} rewards for 2 completions", "sample 's0'")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan"), 1.01 * LARGEST, -1.01 * LARGEST])
+def test_a_reward_that_is_not_finite_or_too_large_is_refused_with_its_sample(value):
+    with pytest.raises(RewardError) as caught:
+        rewards_of(lambda **kwargs: [None, value, 1.0], texts="abc")
+    assert says(caught.value, f"reward function mine gave {float(value)} for sample 's1'")
+
+
+def test_the_largest_rewards_are_accepted():
+    assert rewards_of(lambda **kwargs: [LARGEST, -LARGEST, None], texts="abc") == [LARGEST, -LARGEST, None]
+
+
+def test_what_a_function_raises_comes_through():
+    def f(**kwargs):
+        raise KeyError("age")
+
+    with pytest.raises(KeyError, match="age"):
+        rewards_of(f)
+    with pytest.raises(ValueError):
+        rewards_of(lambda **kwargs: ["good", "bad"])
+    with pytest.raises(TypeError):
+        rewards_of(lambda **kwargs: None)
+
+
+# Sums and scores
+
+
+def test_rewards_are_summed_by_weight_without_those_that_have_no_say():
+    assert weighted_sum([[1.0, None, 3.0, None], [2.0, 4.0, None, None]], [0.5, 2.0]) == [4.5, 8.0, 1.5, None]
+    assert weighted_sum([[1.0], [2.0]], [1.0, -3.0]) == [-5.0]
+    assert weighted_sum([[0.0, -0.0]], [2.0]) == [0.0, 0.0]  # 0 is a say
+
+
+def test_a_function_of_weight_zero_is_only_a_curve():
+    assert weighted_sum([[None, 1.0, None], [5.0, 5.0, None]], [1.0, 0.0]) == [None, 1.0, None]
+    assert weighted_sum([[1e308], [1.0]], [0.0, 0.5]) == [0.5]
+
+
+def test_sums_of_columns_of_different_length_are_refused():
+    with pytest.raises(ValueError):
+        weighted_sum([[1.0, 2.0], [1.0]], [1.0, 1.0])
+    with pytest.raises(ValueError):
+        weighted_sum([[1.0], [1.0]], [1.0])
+
+
+def test_answers_are_scored_by_the_weighted_sum(mine):
+    path = mine(
+        "def length(completions, assistant, **kwargs): return [len(c[0]['content']) for c in completions]\n"
+        "def picky(completions, assistant, **kwargs):\n"
+        "    return [None if a['content'] == '41%' else 10 for a in assistant]\n"
+    )
+    functions = load(f"{path}:length", f"{path}:picky", weights=[2.0, 0.5])
+    assert score_answers(functions, samples_of({}, {}), ["abc", "ab"], []) == [11.0, 4.0]
+
+
+def test_keys_of_the_samples_arrive_as_lists_with_none_where_they_are_missing(mine):
+    path = mine(
+        "def age(completions, assistant, age, site, **kwargs):\n"
+        "    return [a if s == 'A' else None for a, s in zip(age, site)]\n"
+    )
+    samples = samples_of({"age": 60, "site": "A"}, {"age": 70}, {"site": "A"})
+    assert score_answers(load(f"{path}:age"), samples, ["a", "b", "c"], ["age", "site"]) == [60.0, None, None]
+
+
+def test_functions_of_the_whole_step_have_no_say_outside_of_training():
+    samples, texts = samples_of({}, {}), ["40%", "41%"]
+    alone = score_answers(load("numerical_video_reward"), samples, texts, [])
+    assert score_answers(load("concordance_reward", "numerical_video_reward"), samples, texts, []) == alone
+    assert score_answers(load("concordance_reward"), samples, texts, []) == [None, None]
+
+
+def test_answers_count_as_ended_unless_it_is_known_how_they_were_sampled():
+    def f(completions, **kwargs):
+        seen.update(kwargs)
+        return [0.0] * len(completions)
+
+    seen, samples, texts = {}, samples_of({}, {}), ["a", "b", "c"]
+    several = [samples[0], samples[1], samples[0]]
+    score_answers([RewardFunction("f", f)], several, texts, [])
+    assert (seen["completion_ids"], seen["is_stopped"]) == ([[], [], []], [True, True, True])
+    assert (seen["step"], seen["is_training"]) == (None, False)
+    assert seen["group"][0] == seen["group"][2] != seen["group"][1]  # those of one sample are a group
+    sampled = {"completion_ids": [[1], [2, 3], []], "is_stopped": [True, False, True]}
+    score_answers([RewardFunction("f", f)], several, texts, [], sampled)
+    assert {name: seen[name] for name in sampled} == sampled
+
+
+def test_scoring_may_call_the_functions_in_another_way():
+    calls = []
+
+    def call(function, columns, step):
+        calls.append((function.name, columns["sample_id"], step))
+        return [2.0, None]
+
+    functions = load("format_reward", "concordance_reward", "numerical_video_reward", weights=[1.0, 1.0, 3.0])
+    assert score_answers(functions, samples_of({}, {}), ["a", "b"], [], call=call) == [8.0, None]
+    assert calls == [("format_reward", ["s0", "s1"], None), ("numerical_video_reward", ["s0", "s1"], None)]
