@@ -213,9 +213,8 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
         return True
     config, first, rank, world_size = run.config, run.resume.step, dist.get_rank(), dist.get_world_size()
     models, optimizer, tokens, tracker = run.models, run.optimizer, run.tokens, run.tracker
-    batches = rank_batches(
-        len(run.dataset.samples), config.global_batch_size, run.total_steps, config.seed, rank, world_size, first
-    )
+    own = {"rank": rank, "world_size": world_size, "start_step": first}
+    batches = rank_batches(len(run.dataset.samples), config.global_batch_size, run.total_steps, config.seed, **own)
     heldout = HeldOut(run.heldout, run.scorer, config) if run.heldout else None
 
     def evaluate(step: int) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data.dataset import DuplicateId, InputError, Sample, TagMismatch, first_line, read_samples
 from data.prompt import check_text, encode_prompt, load_tokenizer, video_lengths
-from data.video import BadVideo, TooFewFrames, VideoOptions, grid_of, read_frames
+from data.video import BadVideo, Grid, TooFewFrames, VideoOptions, grid_of, read_frames
 from data.video_cap import cap_videos
 from reward.extract import extract_number
 from reward.functions import ARGUMENTS, RewardError, RewardFunction, check_keys, load_reward_functions, score_answers
@@ -43,9 +43,6 @@ class VideoProblem(NamedTuple):
 
     problem: str  # one of PROBLEMS
     reason: str  # one line that names the file
-
-
-Grid = tuple[int, int, int]  # (t, h, w) patches of a video
 
 
 def check_video(path: str, options: VideoOptions) -> Grid | VideoProblem:

@@ -170,6 +170,8 @@ def _check_keys(entry: dict, where: str) -> None:
         word = key.strip().lower()
         if word in ("image", "images") and entry[key]:
             raise InputError(f"{where}: key {key!r}: this trainer reads videos only, remove the key")
+        if word == "id" and key != "id":
+            raise InputError(f"{where}: unknown key {key!r}, did you mean 'id'?")
         known = difflib.get_close_matches(word, ("video", "conversations"), n=1, cutoff=0.8)
         is_one_word = not re.search(r"[_\d]|[a-z][A-Z]", key)
         if known and key != known[0] and is_one_word:
@@ -227,6 +229,9 @@ def _read_turn(turn, where: str) -> tuple[str, str]:
     speaker, text = turn["from"], turn["value"]
     if speaker not in ROLES:
         raise InputError(f"{where}: unknown 'from' {speaker!r}: use 'human', 'gpt' or 'system'")
+    for tag in re.findall(r"<\s*(?:videos?|images?)\s*>", text, re.IGNORECASE):
+        if tag not in (VIDEO_TAG, IMAGE_TAG):
+            raise InputError(f"{where}: {tag} in 'value': write {VIDEO_TAG}")
     if IMAGE_TAG in text:
         raise InputError(f"{where}: {IMAGE_TAG} in 'value': this trainer reads videos only, remove the tag")
     if ROLES[speaker] != "user" and VIDEO_TAG in text:

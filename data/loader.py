@@ -121,6 +121,7 @@ def rank_batches(
     global_batch_size: int,
     total_steps: int,
     seed: int,
+    *,
     rank: int,
     world_size: int,
     start_step: int = 0,

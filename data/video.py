@@ -45,6 +45,14 @@ class TooFewFrames(BadVideo):
     """A video has fewer frames than the options ask for."""
 
 
+class Grid(NamedTuple):
+    """Patches of a video along time, height and width."""
+
+    t: int
+    h: int
+    w: int
+
+
 @dataclass(frozen=True)
 class VideoOptions:
     """Which frames of a video to read, and the size to resize them to.
@@ -93,7 +101,8 @@ def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) ->
     """Choose which frames to read: an even number, evenly spaced from the first to the last.
 
     With nframes: that many, rounded to even. With fps: seconds x fps, clamped to 4..768 and to the frames there are,
-    then rounded down to even. Equals smart_nframes and linspace of qwen-vl-utils.
+    then rounded down to even. Equals smart_nframes and linspace of qwen-vl-utils. A choice that does not span the whole
+    video must change `sampled_fps` in `open_video`, too: positions in time follow from it.
     Raises ValueError when the video has too few frames.
     """
     if options.nframes is not None:
@@ -157,7 +166,7 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return F.interpolate(frames, (height, width), mode="bicubic", antialias=True)
 
 
-def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, Grid]:
     """Normalise frames and cut them into patches, in the order that the vision tower expects.
 
     frames: (T, 3, H, W) uint8, T even, H and W multiples of 28.
@@ -175,7 +184,7 @@ def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
         *(w // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE),
     )  # (t, 2, 3, h/2, 2, 14, w/2, 2, 14)
     patches = patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
-    return patches.reshape(t * h * w, -1), (t, h, w)  # (S, 1176)
+    return patches.reshape(t * h * w, -1), Grid(t, h, w)  # (S, 1176)
 
 
 def unpatchify(pixel_values: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
@@ -234,7 +243,8 @@ def open_video(path: str | Path, options: VideoOptions) -> OpenVideo:
         indices = frame_indices(total_frames, video_fps, options)
     except ValueError as error:
         raise TooFewFrames(f"{path!r} {error}") from error
-    return OpenVideo(reader, indices, len(indices) / total_frames * video_fps)
+    sampled_fps = len(indices) / total_frames * video_fps  # as in qwen-vl-utils; the frames span the whole video
+    return OpenVideo(reader, indices, sampled_fps)
 
 
 def without_row_padding(frame: np.ndarray) -> np.ndarray:
@@ -275,16 +285,16 @@ def read_frames(path: str | Path, options: VideoOptions) -> tuple[torch.Tensor, 
     return decode(path, reader, indices), sampled_fps
 
 
-def grid_of(path: str | Path, frames: torch.Tensor, num_frames: int, options: VideoOptions) -> tuple[int, int, int]:
+def grid_of(path: str | Path, frames: torch.Tensor, num_frames: int, options: VideoOptions) -> Grid:
     """Return the grid (t, h, w) of num_frames frames of this size, (T, 3, H, W). Raises BadVideo if too narrow."""
     try:
         height, width = target_size(frames.shape[2], frames.shape[3], num_frames, options)
     except ValueError as error:
         raise BadVideo(f"{str(path)!r} {error}") from error
-    return num_frames // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE
+    return Grid(num_frames // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE)
 
 
-def video_grid(path: str | Path, options: VideoOptions) -> tuple[int, int, int]:
+def video_grid(path: str | Path, options: VideoOptions) -> Grid:
     """Return the grid (t, h, w) of `load_video`, decoding only the first frame; raises the same errors."""
     reader, indices, _ = open_video(path, options)
     return grid_of(path, decode(path, reader, indices[:1]), len(indices), options)
@@ -294,7 +304,7 @@ class LoadedVideo(NamedTuple):
     """A video as input of the vision tower."""
 
     pixel_values: torch.Tensor  # (S, 1176) float32
-    grid_thw: tuple[int, int, int]  # patches along time, height, width
+    grid_thw: Grid
     second_per_grid_t: float  # seconds of video between two steps of the grid's time axis
 
 

@@ -112,7 +112,7 @@ class Config:
 
     # In the demo, with 2e-4, one of three seeds collapsed: no completion ended any more.
     learning_rate: float = flag(
-        1e-6, "peak learning rate of AdamW, reached after warm-up, then a cosine to 0", heading="optimizer", demo=1e-4
+        1e-6, "peak learning rate of AdamW, reached after warm-up, then a cosine to 0", heading="optimizer", demo=2e-4
     )
     vision_lr: float | None = flag(None, "learning rate of the vision tower and its adapters (else --learning_rate)")
     merger_lr: float | None = flag(None, "learning rate of the merger (else --learning_rate)")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 # A number next to one of these words is a count or a label ("3 videos", "view 2", "4 chamber"), not an answer.
 # Units of measurement are not in the list: "55 mm" is an answer.
@@ -48,6 +49,7 @@ _LARGEST = 1e100  # larger numbers are no measurements; up to here, squared erro
 _ONE_SPELLING = str.maketrans("０１２３４５６７８９．％\u2212\u2010\u2011", "0123456789.%---")
 
 
+@lru_cache(maxsize=4096)  # the texts of constant answers and the truths are read again and again
 def extract_number(text: str) -> float | None:
     """Return the number that a text gives as its answer, None if there is none.
 
@@ -62,6 +64,7 @@ def extract_number(text: str) -> float | None:
     return first_bare
 
 
+@lru_cache(maxsize=4096)
 def says_two_numbers(text: str) -> bool:
     """Say whether a text has two different numbers outside its `<think>` parts; counts and labels are none."""
     said = set()

@@ -26,6 +26,8 @@ from grpo.run import rollout_log  # noqa: E402
 from grpo.run.checkpoint import checkpoints  # noqa: E402
 from tests.conftest import FLAGS, as_rank, free_port, make_tiny  # noqa: E402
 
+REWARDS = Path(__file__).parent / "grpo" / "rewards.py"
+
 
 def run_flags(folder: Path, output: Path, *more) -> list[str]:
     """A run of the tiny model in `folder`, quick but with all that makes resuming hard."""
@@ -38,6 +40,12 @@ def run_flags(folder: Path, output: Path, *more) -> list[str]:
 def evaluating(folder: Path) -> list[str]:
     """Flags that evaluate a run on its own samples, also before the first step."""
     return ["--eval_data_path", str(folder / "data.json"), "--eval_steps", "2", "--eval_on_start"]
+
+
+def rewarded() -> list[str]:
+    """Flags for weighted rewards, one of them of the whole step."""
+    functions = ["numerical_video_reward", "concordance_reward", f"{REWARDS}:by_length"]
+    return ["--reward_funcs", *functions, "--reward_weights", "1", "0.5", "0.1"]
 
 
 def run_to_the_end(arguments: list[str], log: str) -> None:
@@ -145,7 +153,7 @@ def main(argv: list[str]) -> int:
     arguments, more = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         make_tiny(Path(folder) / "tiny", num_videos=(1, 2, 1, 1, 1))
-        more += evaluating(Path(folder) / "tiny")
+        more += [*evaluating(Path(folder) / "tiny"), *rewarded()]
         number = getattr(signal, f"SIG{arguments.signal}")
         is_right = kill_and_resume(
             Path(folder) / "tiny", arguments.ranks, arguments.kills, number, arguments.seed, more

@@ -78,7 +78,7 @@ def prepare(config: Config) -> Config:
         write_samples(data, "heldout", NUM_HELDOUT, config.seed, config.demo_task)
         clear = train_json
         if config.demo_task == "hard":  # the model has seen clear clips only
-            clear = write_samples(data, "clear", NUM_TRAIN, config.seed)
+            clear = write_samples(data, "clear", NUM_TRAIN, config.seed, config.demo_task, is_clear=True)
         tokenizer = build_tokenizer([QUESTION, ANSWER.format(0), CHAT_WORDS])
         write_warm_start(model_folder, clear, tokenizer, config.seed)
     dist.barrier()

@@ -97,16 +97,22 @@ def draw_clip(heart: Heart, clarity: float, rng: np.random.Generator) -> np.ndar
     return np.repeat(grey[..., None], 3, axis=3)
 
 
-def write_samples(folder: str | Path, name: str, num_samples: int, seed: int, task: DemoTask = "easy") -> Path:
-    """Write `name`.json and its videos; return the path of the JSON. "careless_answer" is a key of each sample."""
+def write_samples(
+    folder: str | Path, name: str, num_samples: int, seed: int, task: DemoTask = "easy", is_clear: bool = False
+) -> Path:
+    """Write `name`.json and its videos; return the path of the JSON. "careless_answer" is a key of each sample.
+
+    is_clear: as many clips as the task has, but all clear, of hearts of any ejection fraction.
+    """
     folder = Path(folder)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, *name.encode()])
     samples = []
     for number in range(num_samples):
-        heart = draw_heart(task, rng)
+        heart = draw_heart("easy" if is_clear else task, rng)
         videos = []
         for clip, clarity in enumerate(draw_clarities(task, rng)):
+            clarity = 1.0 if is_clear else clarity
             videos.append(f"{name}_{number:04d}_{clip}.mp4")
             write_mp4(folder / "videos" / videos[-1], draw_clip(heart, clarity, rng), FPS)
         samples.append(

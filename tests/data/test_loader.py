@@ -13,7 +13,10 @@ from tests.conftest import OPTIONS, make_tiny
 
 def all_items(num_samples, batch, steps, world_size, seed=0):
     """Per step the items of all ranks."""
-    ranks = [list(rank_batches(num_samples, batch, steps, seed, rank, world_size)) for rank in range(world_size)]
+    ranks = [
+        list(rank_batches(num_samples, batch, steps, seed, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
     return [[item for rank in step for item in rank] for step in zip(*ranks, strict=True)]
 
 
@@ -37,7 +40,7 @@ def test_the_samples_and_places_of_a_step_do_not_depend_on_the_ranks(world_size)
 @pytest.mark.parametrize(("num_samples", "world_size"), [(5, 4), (1, 4), (7, 3), (3, 8)])
 def test_ranks_always_have_equally_many_items_and_extra_ones_are_padding(num_samples, world_size):
     for rank in range(world_size):
-        for step, items in enumerate(rank_batches(num_samples, 8, 2, 0, rank, world_size)):
+        for step, items in enumerate(rank_batches(num_samples, 8, 2, 0, rank=rank, world_size=world_size)):
             assert len(items) == -(-num_samples // world_size), (rank, step)
     for step in all_items(num_samples, 8, 2, world_size):
         assert sorted(item.index for item in step if not item.is_padding) == list(range(num_samples))
@@ -91,7 +94,7 @@ def test_a_question_with_special_tokens_stops_the_run_with_the_sample(tiny):
 def test_workers_hand_over_the_prompts_of_each_step_in_order(tiny, num_workers):
     samples = [prompt.sample for prompt in tiny.prompts]
     dataset = PromptDataset(samples, tiny.tokenizer, 2, OPTIONS, "error")
-    slots = list(rank_batches(4, 3, 5, 0, 0, 1))
+    slots = list(rank_batches(4, 3, 5, 0, rank=0, world_size=1))
     batches = list(prompt_batches(dataset, iter(slots), num_workers))
     assert [[p.sample.id for p in batch] for batch in batches] == [[f"s{s.index}" for s in step] for step in slots]
     for batch in batches:

@@ -43,6 +43,41 @@ def test_of_several_groups_only_those_with_different_rewards_contribute(tiny, tm
     }
 
 
+def test_groups_of_equal_rewards_do_not_dilute_and_their_update_pass_is_left_out(tiny, tmp_path, monkeypatch):
+    passes, policy_logprobs = [], train.policy_logprobs
+
+    def spy(policy, batch, *more):
+        passes.append([rollout.prompt.sample.id for rollout in batch])
+        return policy_logprobs(policy, batch, *more)
+
+    monkeypatch.setattr(train, "policy_logprobs", spy)
+    counts = []
+    update_phase = train.update_phase
+
+    def see_counts(models, optimizer, rollouts, found, *more):
+        counts.append((found.num_tokens, sum(int(r.completion_mask.sum()) for r in rollouts if r.loss_mask.any())))
+        return update_phase(models, optimizer, rollouts, found, *more)
+
+    monkeypatch.setattr(train, "update_phase", see_counts)
+    one_by_one = ["--per_device_train_batch_size", "1", *named("constant_but_for_s2")]
+    found = run(tiny, tmp_path / "out", *one_by_one)
+    assert passes == [["s2"]] and found["grad_norm"][0] > 0
+    assert counts[0][0] == counts[0][1]  # the denominator is that of s2's tokens
+    passes.clear()
+    run(tiny, tmp_path / "kl", *one_by_one, "--beta", "0.1")  # with a KL all have something to learn
+    assert sorted({ids[0] for ids in passes}) == ["s0", "s1", "s2", "s3"]
+
+
+def test_ranks_without_a_difference_keep_step_with_those_that_have_one(tiny, tmp_path):
+    for world_size in (1, 2):
+        more = ["--global_batch_size", "4", "--per_device_train_batch_size", "1", *named("constant_but_for_s2")]
+        run_main(world_size, flags(tiny, tmp_path / str(world_size), *more), tmp_path)
+    one, two = curves(tmp_path / "1"), curves(tmp_path / "2")
+    for tag in ("grad_norm", "entropy", "loss", "reward"):
+        assert two[tag] == pytest.approx(one[tag], rel=1e-3, abs=1e-5), tag
+    assert one["grad_norm"][0] > 0
+
+
 def test_completions_without_a_reward_are_left_out_and_counted(tiny, tmp_path):
     found = run(tiny, tmp_path / "out", *named("half_missing"))
     assert found["completions/unscored"] == [16]

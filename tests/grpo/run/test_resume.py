@@ -22,7 +22,7 @@ from grpo.ranks import start_processes
 from grpo.run.checkpoint import checkpoints, read_evaluations, save
 from grpo.run.tracking import truncate_events
 from tests.conftest import make_tiny, run_ranks
-from tests.kill_and_resume import evaluating, kill_and_resume, result, run_flags, start, wait
+from tests.kill_and_resume import evaluating, kill_and_resume, result, rewarded, run_flags, start, wait
 from tests.test_train import weights
 
 AUTO = ["--resume_from_checkpoint", "auto"]
@@ -90,8 +90,10 @@ def test_completions_show_once_per_step_after_resuming(tiny, tmp_path):
 
 
 def test_slots_from_a_later_step_on_are_those_of_the_whole_run():
-    whole = list(rank_batches(5, 2, 8, 0, 0, 1))
-    assert all(list(rank_batches(5, 2, 8, 0, 0, 1, first)) == whole[first:] for first in range(9))
+    whole = list(rank_batches(5, 2, 8, 0, rank=0, world_size=1))
+    assert all(
+        list(rank_batches(5, 2, 8, 0, rank=0, world_size=1, start_step=first)) == whole[first:] for first in range(9)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +348,8 @@ def test_a_second_signal_ends_the_program_at_once(tiny, tmp_path):
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 2), (2, 1)])
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, ranks, kills):
     tiny = make_tiny(tmp_path / "tiny", num_videos=(1, 2, 1))
-    assert kill_and_resume(tiny.folder, ranks, kills, signal.SIGKILL, 0, ["--max_steps", "6", *evaluating(tiny.folder)])
+    more = ["--max_steps", "6", *evaluating(tiny.folder), *rewarded()]
+    assert kill_and_resume(tiny.folder, ranks, kills, signal.SIGKILL, 0, more)
 
 
 def best_by_hand(evaluations: list[dict], metric: str = "eval/mae") -> int:
