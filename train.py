@@ -212,10 +212,11 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     if run is None:
         return True
     config, first, rank, world_size = run.config, run.resume.step, dist.get_rank(), dist.get_world_size()
-    models, optimizer, tokens, tracker = run.models, run.optimizer, run.tokens, run.tracker
+    models, optimizer, tokens = run.models, run.optimizer, run.tokens
     own = {"rank": rank, "world_size": world_size, "start_step": first}
     batches = rank_batches(len(run.dataset.samples), config.global_batch_size, run.total_steps, config.seed, **own)
     heldout = HeldOut(run.heldout, run.scorer, config) if run.heldout else None
+    tracker = run.track()
 
     def evaluate(step: int) -> None:
         """Evaluate the policy if it is due; keep it in best/ if none was better."""

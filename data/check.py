@@ -10,11 +10,11 @@ one may be misspelt, and so is what the best constant answer earns. Nothing is w
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import sys
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from data.prompt import check_text, encode_prompt, load_tokenizer, video_lengths
 from data.video import BadVideo, Grid, TooFewFrames, VideoOptions, grid_of, read_frames
 from data.video_cap import cap_videos
 from reward.extract import extract_number
-from reward.functions import ARGUMENTS, RewardError, RewardFunction, check_keys, load_reward_functions, score_answers
+from reward.functions import ARGUMENTS, RewardError, RewardFunction, check_keys, keys_of, load_reward_functions
 from reward.zero_skill import zero_skill
 
 KEPT = ("no number in the truth", "over --max_videos")
@@ -111,7 +111,7 @@ def find_problems(
         if path in used or problem == "missing video":
             problems.setdefault(problem, reason)
     if extract_number(sample.answer) is None:
-        problems["no number in the truth"] = f"{sample.answer!r}: every completion gets the reward 0.5"
+        problems["no number in the truth"] = f"{sample.answer!r}: a numerical reward gives every completion 0.5"
     if len(used) < len(sample.videos):
         unused = "".join(f"; not used: {reason}" for path, (_, reason) in bad.items() if path not in used)
         problems["over --max_videos"] = f"{len(sample.videos)} videos, only {len(used)} are used{unused}"
@@ -130,24 +130,25 @@ def print_rare_keys(samples: list[Sample]) -> None:
             print(f"key {key!r}: only {len(having)} of {len(samples)} samples have it ({shown})")
 
 
-def print_zero_skill(samples: list[Sample], functions: list[RewardFunction]) -> None:
-    """Print what the best constant answer earns; raise InputError if a reward function fails."""
-    keys = list(dict.fromkeys(key for sample in samples for key in sample.extra))
-    try:
-        check_keys(functions, [key for key in keys if key not in ARGUMENTS])
-        found = zero_skill(samples, lambda chosen, texts: score_answers(functions, chosen, texts, keys))
-    except RewardError as error:
-        raise InputError(str(error)) from error
-    except Exception as error:
-        traceback.print_exc()  # it is the user's own function
-        raise InputError(f"--reward_funcs: one raised {type(error).__name__} ({first_line(error)}): fix it") from error
-    if found:
-        print(found)
+def print_outside(samples: list[Sample], valid_range: list[float]) -> None:
+    """Say how many truths are outside the range of possible answers."""
+    numbers = [extract_number(sample.answer) for sample in samples]
+    outside = [n for n in numbers if n is not None and not valid_range[0] <= n <= valid_range[1]]
+    if outside:
+        print(
+            f"{len(outside)} truths, such as {outside[0]:g}, are outside --valid_range {valid_range[0]:g} "
+            f"{valid_range[1]:g}, so that no answer to them can be right: set it to the range of the truths"
+        )
 
 
 def check(args: argparse.Namespace, options: VideoOptions, functions: list[RewardFunction]) -> int:
     """Check the data set, print the report, write the cleaned file if asked; return the exit code."""
     entries = list(read_samples(args.data_path, args.image_folder))
+    keys = keys_of([sample for _, sample in entries if isinstance(sample, Sample)])
+    try:
+        check_keys(functions, [key for key in keys if key not in ARGUMENTS])  # those are in the table
+    except RewardError as error:
+        raise InputError(str(error)) from error
     tokenizer = load_tokenizer(args.model_id) if args.model_id else None
     paths = list(dict.fromkeys(path for _, sample in entries for path in getattr(sample, "videos", ())))
     with ThreadPoolExecutor(args.num_workers) as threads:
@@ -175,7 +176,9 @@ def check(args: argparse.Namespace, options: VideoOptions, functions: list[Rewar
         samples = [sample for _, sample in valid]
         print_sizes(samples, checked, args, tokenizer)
         print_rare_keys(samples)
-        print_zero_skill(samples, functions)
+        print_outside(samples, args.valid_range)
+        if found := zero_skill(functions, samples, keys):
+            print(found)
     num_left_out = len(entries) - len(valid)
     print(f"{len(entries)} samples, {len(checked)} videos: {len(valid)} valid samples, {num_left_out} left out")
     if args.write_clean and valid:
@@ -262,6 +265,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, VideoOptions, list[Rewar
     if args.write_clean and not os.access(os.path.dirname(args.write_clean) or ".", os.W_OK):
         _fail(f"--write_clean {args.write_clean!r} cannot be written: name another place")
     size = args.video_resized_width, args.video_resized_height
+    if not -math.inf < args.valid_range[0] < args.valid_range[1] < math.inf:
+        _fail("--valid_range: give the lowest and the highest possible answer, as in 0 100")
     rewards = args.reward_funcs, args.reward_weights, args.reward_kwargs, args.valid_range
     try:
         options = VideoOptions(args.fps, args.nframes, *size, args.video_min_pixels, args.video_max_pixels)

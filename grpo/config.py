@@ -5,12 +5,13 @@ import copy
 import dataclasses
 import difflib
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 from transformers import HfArgumentParser
 
-from data.dataset import InputError
+from data.dataset import InputError, first_line
 from data.video import VideoOptions
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
 
@@ -57,7 +58,7 @@ class Config:
     on_bad_video: Literal["error", "skip"] = flag("error", "a video without readable frames: stop, or leave it out")
     dataloader_num_workers: int = flag(2, "processes per rank that decode videos ahead; 0: decode in the loop")
 
-    num_generations: int = flag(8, "completions sampled per prompt (G)", heading="group sampling")
+    num_generations: int = flag(8, "completions sampled per prompt (G)", heading="group sampling", demo=12)
     max_completion_length: int = flag(512, "tokens after which a completion is cut", demo=16)
     temperature: float = flag(0.7, "sampling temperature, also that of the trained log-probabilities", demo=1.0)
     top_p: float = flag(1.0, "sample only from the most probable tokens that make up this probability; 1: from all")
@@ -101,21 +102,22 @@ class Config:
         None,
         "prompts per step on all ranks (1 per rank if no size is given)",
         heading="batches (sizes count prompts; any may be left out)",
-        demo=8,
+        demo=16,
     )
     per_device_train_batch_size: int | None = flag(None, "prompts of a rank that pass through the model together")
     gradient_accumulation_steps: int | None = flag(
         None, "forward and backward passes of a rank per step: global / (per device x ranks)"
     )
     num_train_epochs: float = flag(1.0, "epochs")
-    max_steps: int = flag(0, "steps, in place of --num_train_epochs; 0: whole epochs", demo=200)
+    max_steps: int = flag(0, "steps, in place of --num_train_epochs; 0: whole epochs", demo=150)
 
-    # In the demo, with 2e-4, one of three seeds collapsed: no completion ended any more.
     learning_rate: float = flag(
-        1e-6, "peak learning rate of AdamW, reached after warm-up, then a cosine to 0", heading="optimizer", demo=2e-4
+        1e-6, "peak learning rate of AdamW, reached after warm-up, then a cosine to 0", heading="optimizer", demo=3e-4
     )
-    vision_lr: float | None = flag(None, "learning rate of the vision tower and its adapters (else --learning_rate)")
-    merger_lr: float | None = flag(None, "learning rate of the merger (else --learning_rate)")
+    vision_lr: float | None = flag(
+        None, "learning rate of the vision tower and its adapters (--learning_rate if not given)"
+    )
+    merger_lr: float | None = flag(None, "learning rate of the merger (--learning_rate if not given)")
     weight_decay: float = flag(0.0, "weight decay of the weight matrices")
     warmup_ratio: float = flag(0.03, "share of the steps in which the learning rate rises")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
@@ -125,7 +127,9 @@ class Config:
     eval_steps: int = flag(0, "steps between evaluations; there is always one at the end", demo=50)
     eval_on_start: bool = flag(False, "evaluate before the first step, too", demo=True)
     per_device_eval_batch_size: int = flag(8, "held-out prompts of a rank that are answered together", demo=16)
-    metric_for_best_model: BestModelMetric = flag("eval/mae", "the figure by which best/ is chosen; it knows which way")
+    metric_for_best_model: BestModelMetric = flag(
+        "eval/mae", "the figure by which best/ is chosen, errors by their least"
+    )
     valid_range: list[float] = flag([0.0, 100.0], "lowest and highest possible answer; others count as no number")
     cuts: list[float] = flag([35.0, 40.0, 50.0], "values below which an answer means disease: AUC and accuracy at each")
 
@@ -258,6 +262,7 @@ def check_bounds(config) -> None:
         video_options(config)
     except ValueError as error:
         raise InputError(str(error)) from error
+    config.system_prompt = read_system_prompt(config.system_prompt)  # so that it is kept, wherever the file goes
     values = vars(config)
     for name in POSITIVE:
         if values.get(name) is not None and not 0 < values[name] <= 1e9:
@@ -273,6 +278,23 @@ def check_bounds(config) -> None:
         raise InputError(f"--valid_range {given}: give the lowest and the highest possible answer, as in 0 100")
     if not all(map(math.isfinite, config.cuts)) or len(set(config.cuts)) < len(config.cuts):
         raise InputError(f"--cuts {' '.join(f'{cut:g}' for cut in config.cuts)}: give different numbers")
+
+
+def read_system_prompt(value: str) -> str:
+    """Return the text of --system_prompt, which is the text itself or the name of its file; raise InputError."""
+    if not os.path.isfile(value):
+        is_path = value.split() == [value] and ("/" in value or value.endswith((".txt", ".md")))
+        if is_path:
+            raise InputError(f"--system_prompt {value!r}: there is no such file, and it is no prompt: correct it")
+        return value.strip()
+    try:
+        with open(value, encoding="utf-8-sig") as file:
+            text = file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--system_prompt {value!r} cannot be read ({first_line(error)}): correct the file") from error
+    if not text:
+        raise InputError(f"--system_prompt {value!r} is an empty file: write the prompt into it, or leave out the flag")
+    return text
 
 
 def _check_what_is_trained(config: Config) -> None:

@@ -18,33 +18,33 @@ from reward.extract import extract_number
 
 
 def concordance(truths: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    """Return Lin's coefficient of each row of predictions, (…, B), with the truths, (B,); 0 where all are the same."""
-    x, y = predictions - predictions[..., :1], truths - truths[0]  # so that what is constant is exactly 0
-    x, y = x - x.mean(axis=-1, keepdims=True), y - y.mean()
-    bias = predictions.mean(axis=-1) - truths.mean()
-    spread = (x * x).mean(axis=-1) + (y * y).mean() + bias * bias
+    """Return Lin's coefficient of predictions with truths, (…, B) each -> (…); 0 where all are the same."""
+    x, y = (values - values[..., :1] for values in (predictions, truths))  # so that what is constant is exactly 0
+    x, y = (values - values.mean(axis=-1, keepdims=True) for values in (x, y))
+    bias = predictions.mean(axis=-1) - truths.mean(axis=-1)
+    spread = (x * x).mean(axis=-1) + (y * y).mean(axis=-1) + bias * bias
     return np.where(spread > 0, 2 * (x * y).mean(axis=-1) / np.where(spread > 0, spread, 1), 0.0)
 
 
 def concordance_reward(
-    completions, assistant, group, valid_range: tuple = (0.0, 100.0), **kwargs
+    completions, assistant, prompt_index, valid_range: tuple = (0.0, 100.0), **kwargs
 ) -> list[float | None]:
     """Reward each completion for the agreement of the step's predictions with the truths, from 0 to 1.
 
     The arguments are those of `reward.numerical.numerical_video_reward`, for the completions of all prompts of the
-    step, and: group: the number of each completion's prompt; valid_range: numbers outside are no answer.
+    step, and: prompt_index: the number of each completion's prompt; valid_range: numbers outside are no answer.
     A completion without an answer gets 0. None, no say, if its truth has no number, or no other prompt has an answer.
     """
     numbers = [extract_number(completion[0]["content"]) for completion in completions]
     numbers = [x if x is not None and valid_range[0] <= x <= valid_range[1] else None for x in numbers]
-    truth_of = {g: extract_number(answer["content"]) for g, answer in zip(group, assistant, strict=True)}
+    truth_of = {g: extract_number(answer["content"]) for g, answer in zip(prompt_index, assistant, strict=True)}
     by_group = {g: [] for g, truth in truth_of.items() if truth is not None}
-    for g, number in zip(group, numbers, strict=True):
+    for g, number in zip(prompt_index, numbers, strict=True):
         if g in by_group and number is not None:
             by_group[g].append(number)
     mean_of = {g: float(np.mean(answers)) for g, answers in by_group.items() if answers}
     rewards = []
-    for g, number in zip(group, numbers, strict=True):
+    for g, number in zip(prompt_index, numbers, strict=True):
         others = [other for other in mean_of if other != g]
         if g not in by_group or not others:
             rewards.append(None)

@@ -95,7 +95,8 @@ def rewards_of(function: RewardFunction, truth: float, answers: np.ndarray) -> n
     distinct, place = np.unique(answers, return_inverse=True)
     texts = [f"{plain(number)}%" for number in distinct]
     samples = [OneNumber(f"truth {plain(truth)}, answer {text}", f"{plain(truth)}%") for text in texts]
-    sampled = {"completion_ids": [[] for _ in texts], "is_stopped": [True] * len(texts), "group": [0] * len(texts)}
+    sampled = {"completion_ids": [[] for _ in texts], "is_stopped": [True] * len(texts)}
+    sampled["prompt_index"] = [0] * len(texts)
     try:
         rewards = call_reward_function(function, columns_of(samples, texts, [], **sampled), None)
     except RewardError:

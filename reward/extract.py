@@ -76,9 +76,13 @@ def says_two_numbers(text: str) -> bool:
 
 
 def without_thoughts(text: str) -> str:
-    """Return a text without its `<think>…</think>` parts; one that is not closed reaches to the end."""
+    """Return a text without its `<think>…</think>` parts; one that is not closed reaches to the end.
+
+    What stands before a first `</think>` without its opening tag, which some prompts end with, is a thought, too.
+    """
     # Splits and searches, which are linear: one pattern with `.*?` would scan to the end for each unclosed tag.
     first, *others = re.split("<think>", text, flags=re.IGNORECASE)
+    first = re.split("</think>", first, flags=re.IGNORECASE)[-1]
     after = (re.split("</think>", other, maxsplit=1, flags=re.IGNORECASE)[1:] for other in others)
     return "\n".join([first, *(text for rest in after for text in rest)])
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,11 +16,11 @@ import reward
 
 # What every reward function is called with, beside the samples' own keys and `--reward_kwargs`.
 ARGUMENTS = """
-    completions assistant prompts sample_id completion_ids is_stopped group step is_training
+    completions assistant prompts sample_id completion_ids is_stopped prompt_index step is_training
 """.split()
 
 
-LARGEST = 1e18  # reward; with LARGEST_WEIGHT still far from where float32 ends
+LARGEST = 1e18  # reward: what is larger is a mistake, and float32 ends at 3e38
 LARGEST_WEIGHT = 1e6
 
 
@@ -88,13 +89,15 @@ def load_reward_functions(
 def read_kwargs(text: str) -> dict:
     """Parse --reward_kwargs; raise RewardError."""
     try:
-        options = json.loads(text or "{}")
+        options = json.loads(text or "{}", parse_constant=float)  # refused below: they are no numbers
     except (ValueError, RecursionError) as error:
         raise RewardError(
             f"--reward_kwargs {text!r} is not JSON ({error}): write it as '{{\"error_scale\": 8}}'"
         ) from error
     if not isinstance(options, dict):
         raise RewardError(f"--reward_kwargs {text!r} is no JSON object: write it as '{{\"error_scale\": 8}}'")
+    if odd := [name for name, value in options.items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise RewardError(f"--reward_kwargs: {odd[0]!r} is {options[odd[0]]}: give a finite number")
     if own := [name for name in options if name in ARGUMENTS]:
         raise RewardError(f"--reward_kwargs: {own[0]!r} is given to reward functions by the trainer: leave it out")
     return options
@@ -181,11 +184,16 @@ def check_signature(function: Callable, where: str) -> None:
         raise RewardError(f"{where}: {positional[0]!r} cannot be given by name: {fix}")
 
 
+def keys_of(samples: list) -> list[str]:
+    """Return the samples' own keys, each once."""
+    return list(dict.fromkeys(key for sample in samples for key in sample.extra))
+
+
 def columns_of(samples: list, texts: list[str], keys: list[str], **columns) -> dict[str, list]:
     """Return the arguments of reward functions, a list with one entry per text each.
 
     samples: of `data.dataset.Sample`, one per text; keys: the samples' own keys, None where a sample has not got one;
-    columns: completion_ids, is_stopped and group, where they are known.
+    columns: completion_ids, is_stopped and prompt_index, where they are known.
     """
     return {key: [sample.extra.get(key) for sample in samples] for key in keys} | {
         "prompts": [[{"role": role, "content": text} for role, text in sample.turns] for sample in samples],
@@ -219,13 +227,13 @@ def score_answers(
 ) -> list[float | None]:
     """Return the reward of a text per sample outside of training, None where it is not scored.
 
-    sampled: their completion_ids and is_stopped; without, they count as ended and have no tokens. call: in the place of
-    `call_reward_function`. Functions of the whole step have no say: there is no step.
+    sampled: their completion_ids and is_stopped; without, they count as ended, and their bytes stand in the place of
+    tokens. call: in the place of `call_reward_function`. Functions of the whole step have no say: there is no step.
     """
     functions = [function for function in functions if not function.is_whole_step]
-    sampled = sampled or {"completion_ids": [[] for _ in texts], "is_stopped": [True] * len(texts)}
+    sampled = sampled or {"completion_ids": [list(text.encode()) for text in texts], "is_stopped": [True] * len(texts)}
     numbers = {sample.id: number for number, sample in enumerate(samples)}
-    columns = columns_of(samples, texts, keys, **sampled, group=[numbers[sample.id] for sample in samples])
+    columns = columns_of(samples, texts, keys, **sampled, prompt_index=[numbers[sample.id] for sample in samples])
     rewards = [(call or call_reward_function)(function, columns, None) for function in functions]
     return weighted_sum(rewards, [f.weight for f in functions]) if functions else [None] * len(texts)
 
@@ -237,15 +245,17 @@ def call_reward_function(function: RewardFunction, columns: dict[str, list], ste
     """
     rewards = function.call(**columns, **function.options, step=step, is_training=step is not None)
     ids, name = columns["sample_id"], f"reward function {function.name}"
-    rewards = [None if value is None else float(value) for value in rewards]
+    if rewards is None or isinstance(rewards, str | float | int):
+        raise RewardError(f"{name} returned {rewards!r}: it must give a list, one number or None per completion")
+    rewards = [value if value is None or isinstance(value, str) else float(value) for value in rewards]
     if len(rewards) != len(ids):
         raise RewardError(
             f"{name} gave {len(rewards)} rewards for {len(ids)} completions, the first of sample {ids[0]!r}: "
             "it must give one each"
         )
     for value, sample_id in zip(rewards, ids, strict=True):
-        if value is not None and not abs(value) <= LARGEST:  # nan, too
+        if isinstance(value, str) or (value is not None and not abs(value) <= LARGEST):  # nan, too
             raise RewardError(
-                f"{name} gave {value} for sample {sample_id!r}: give a number up to {LARGEST:g}, or None for no say"
+                f"{name} gave {value!r} for sample {sample_id!r}: give a number up to {LARGEST:g}, or None for no say"
             )
     return rewards

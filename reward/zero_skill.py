@@ -1,16 +1,21 @@
 """The zero-skill line: what answering always the same, without looking, achieves on some samples.
 
 A reward curve says little without it: where most truths are alike, the best constant answer has a high reward already.
+A reward function of the user's may be slow, or fail on a text that no model would write: then there is no line.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from reward.extract import extract_number
+from reward.functions import RewardFunction, score_answers
 
-MOST_SAMPLES = 1000  # that constant answers are scored on; each is scored 51 times, in two forms
+MOST_SAMPLES = 1000  # that constant answers are scored on at the start of a run
+BLOCK = 64  # texts that a function is given at a time
+MOST_SECONDS = 10.0  # for all of them
 
 
 @dataclass
@@ -19,12 +24,12 @@ class ZeroSkill:
 
     answer: float  # of least mean error: the median of the truths
     mae: float  # its mean error
-    rewarded_answer: float | None  # of the highest mean reward; None if none is scored
-    reward: float  # its mean reward; nan if none is scored
+    rewarded_answer: float | None = None  # of the highest mean reward; None if there is none
+    reward: float | None = None  # its mean reward
 
     def __str__(self) -> str:
         line = f"zero skill: answering always {self.answer:g} has a mean error of {self.mae:.2f}"
-        if self.rewarded_answer is not None:
+        if self.reward is not None:
             line += f"; the best mean reward of a constant is {self.reward:.3f}, for {self.rewarded_answer:g}"
         return line
 
@@ -40,30 +45,49 @@ def constant_texts(truths: np.ndarray) -> list[str]:
     return [f"{n}%" for n in numbers] + [f"<think></think><answer>{n}%</answer>" for n in numbers]
 
 
-def constant_rewards(samples: list, truths: np.ndarray, score: Callable[[list, list[str]], list]) -> np.ndarray:
+def constant_rewards(
+    functions: list[RewardFunction], samples: list, truths: np.ndarray, keys: list[str], call: Callable | None = None
+) -> np.ndarray | None:
     """Return the rewards of the constant answers at each of n samples, (2 K, n), nan where they are not scored.
 
-    truths: (n,); score: takes samples and a text for each, gives the rewards.
+    truths: (n,); keys, call: see `score_answers`. None where functions of the whole step have a weight, since they
+    cannot be scored here, and where a function fails or takes too long.
     """
-    # A text at a time, so that the time limit is that of a step's completions.
-    return np.array([score(samples, [text] * len(samples)) for text in constant_texts(truths)], dtype=float)
+    if any(function.is_whole_step and function.weight for function in functions):
+        return None
+    weighted = [function for function in functions if function.weight]
+    began, rewards = time.monotonic(), []
+    for text in constant_texts(truths):
+        row = []
+        for first in range(0, len(samples), BLOCK):
+            block = samples[first : first + BLOCK]
+            try:
+                row += score_answers(weighted, block, [text] * len(block), keys, call=call)
+            except (Exception, SystemExit):  # where it matters, on sampled answers, it is reported
+                return None
+            if time.monotonic() - began > MOST_SECONDS:
+                return None
+        rewards.append(row)
+    return np.array(rewards, dtype=float)
 
 
-def zero_skill(samples: list, score: Callable[[list, list[str]], list]) -> ZeroSkill | None:
+def zero_skill(functions: list[RewardFunction], samples: list, keys: list[str]) -> ZeroSkill | None:
     """Find the best constant answer to samples (`data.dataset.Sample`); None if no truth has a number.
 
-    score: see `constant_rewards`. Of many samples, an even choice of a thousand is scored.
+    Of many samples, an even choice of a thousand is scored.
     """
     numbers = [(sample, number) for sample in samples if (number := extract_number(sample.answer)) is not None]
     if not numbers:
         return None
     truths = np.array([number for _, number in numbers])
     median = float(np.median(truths))
+    found = ZeroSkill(median, float(np.abs(truths - median).mean()))
     chosen = np.linspace(0, len(numbers) - 1, min(len(numbers), MOST_SAMPLES)).round().astype(int)
-    rewards = constant_rewards([numbers[i][0] for i in chosen], truths[chosen], score)  # (2 K, n)
+    rewards = constant_rewards(functions, [numbers[i][0] for i in chosen], truths[chosen], keys)  # (2 K, n)
+    if rewards is None or np.isnan(rewards).all():
+        return found
     scored = (~np.isnan(rewards)).sum(axis=1)
     means = np.where(scored > 0, np.nansum(rewards, axis=1) / np.maximum(scored, 1), -np.inf)
-    best = int(means.argmax())
-    found = constants(truths[chosen])[best % (len(means) // 2)] if scored[best] else None
-    mae = float(np.abs(truths - median).mean())
-    return ZeroSkill(median, mae, found, float(means[best]) if scored[best] else float("nan"))
+    found.reward = float(means.max())
+    found.rewarded_answer = constants(truths[chosen])[int(means.argmax()) % (len(means) // 2)]
+    return found

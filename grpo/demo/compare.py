@@ -50,7 +50,7 @@ FIGURES = {
     "sd_ratio": ("sd(answer) / sd(truth)", 2),
     "mae_40": ("MAE, truth below 40", 2),
     "clipped_ratio": ("share cut", 3),
-    "out_of_range": ("outside 0–100", 1),
+    "out_of_range": ("answers outside 0–100", 1),
     "distinct_answers": ("distinct answers", 1),
 }
 
@@ -134,6 +134,7 @@ def prepare(task: DemoTask, seed: int, config: CompareConfig) -> None:
 def train_and_evaluate(run: Run, config: CompareConfig) -> None:
     """Train a model unless it is there, and evaluate it."""
     folder = run.folder(config).absolute()
+    check_settings(run, folder)
     if (folder / "eval" / "metrics.json").exists():
         return
     start, log = folder.with_name("start"), folder.with_name(f"{folder.name}.log")
@@ -143,6 +144,7 @@ def train_and_evaluate(run: Run, config: CompareConfig) -> None:
     if run.flags:
         whole = dataclasses.replace(common, output_dir=str(folder), max_steps=run.steps, save_steps=200)
         whole = dataclasses.replace(whole, eval_steps=0, eval_on_start=False, per_device_eval_batch_size=8)
+        whole = dataclasses.replace(whole, dataloader_num_workers=0)  # one process: one core
         flags = [*as_flags(whole), "--save_total_limit", "1", "--resume_from_checkpoint", "auto", *run.flags]
         add_seconds(folder, call(["train.py", *flags], log))
         model = folder / "final"
@@ -157,6 +159,20 @@ def train_and_evaluate(run: Run, config: CompareConfig) -> None:
     flags = [part for name in names.split() for part in (f"--{name}", str(getattr(common, name)))]
     flags += ["--model_id", str(model), "--data_path", str(start / "data" / "heldout.json")]
     call(["-m", "grpo.evaluate", *flags, "--output_dir", str(folder / "eval")], log)
+
+
+def check_settings(run: Run, folder: Path) -> None:
+    """Note how a run is made, or raise InputError if what is there was made in another way."""
+    settings = {
+        "flags": run.flags,
+        "steps": run.steps,
+        "demo": {k: v for k, v in DEMO_DEFAULTS.items() if k != "max_steps"},
+    }
+    path = folder / "run.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise InputError(f"{str(folder)!r} was made with other settings: name a new --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
 
 
 def add_seconds(folder: Path, seconds: float) -> None:
@@ -263,8 +279,8 @@ def main(argv: list[str]) -> int:
             raise InputError(f"--tasks {sorted(unknown)[0]!r}: take {' or '.join(DemoTask.__args__)}")
         if min(config.steps, config.supervised_steps, config.jobs) < 1 or not config.seeds:
             raise InputError("--steps, --supervised_steps and --jobs must be at least 1, and --seeds name a seed")
-        if set(config.seeds) & set(config.new_seeds):
-            raise InputError("--new_seeds must be other seeds than --seeds")
+        if len({*config.seeds, *config.new_seeds}) < len(config.seeds) + len(config.new_seeds):
+            raise InputError("--seeds and --new_seeds must be different seeds")
         write_results(compare(config), config, argv)
     except InputError as error:
         print(f"grpo.demo.compare: error: {error}", file=sys.stderr)

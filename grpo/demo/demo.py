@@ -31,7 +31,7 @@ from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND, TextSize, VisionSize, random_model
 from grpo.ranks import broadcast_object, raise_together
 from grpo.run.lock import lock_folder
-from grpo.run.scoring import load_scorer
+from grpo.run.scoring import load_functions, load_scorer
 
 NUM_TRAIN, NUM_HELDOUT = 640, 192
 NUM_FITTED = 192  # training samples on which the report fits a line
@@ -69,6 +69,7 @@ def prepare(config: Config) -> Config:
 
     A folder whose run has begun is only continued; one in which an earlier `prepare` was interrupted is used again.
     """
+    raise_together(load_functions, config)  # a mistake in them is known before anything is made
     config = broadcast_object(raise_together(choose_folder, config))
     output = Path(config.output_dir)
     data, model_folder = output / "data", output / "warm_start"
@@ -91,7 +92,7 @@ def prepare(config: Config) -> Config:
         image_folder=str(data / "videos"),
     )
     if dist.get_rank() == 0:
-        again = dataclasses.replace(config, output_dir="output/again")
+        again = dataclasses.replace(config, output_dir="output/again", demo_task=Config.demo_task)
         command = ["python", "train.py", *as_flags(again)]
         print(f"The same run by hand:\n  {shlex.join(command)}\nIts curves:\n  tensorboard --logdir {output}")
     return config
@@ -180,13 +181,13 @@ def report(config: Config, began: float) -> None:
         rows[when]["line_mae"] = error_of_line(answers["train"], answers["heldout"])
     if dist.get_rank() == 0:
         print(f"\n{NUM_HELDOUT} held-out samples, greedy answers; errors in points:")
-        print(f"{'':14} reward   error   after the best line    bias   correlation   cut")
-        for when, row in rows.items():
-            print(
-                f"{when:14} {row['reward']:6.3f} {row['mae']:7.2f} {row['line_mae']:21.2f} {row['bias']:+7.2f}"
-                f" {number(row['pearson']):>13} {row['clipped_ratio']:5.0%}"
-            )
-        print(f"{'best constant':14} {row['zero_skill_reward']:6.3f} {row['zero_skill_mae']:7.2f}")
+        titles = {"reward": "reward", "mae": "error", "line_mae": "after the best line", "bias": "bias"}
+        titles |= {"pearson": "correlation", "clipped_ratio": "share cut"}
+        print(f"{'':14}" + "".join(f"{title:>{len(title) + 3}}" for title in titles.values()))
+        constant = {"reward": rows["after"]["zero_skill_reward"], "mae": rows["after"]["zero_skill_mae"]}
+        for when, row in (rows | {"best constant": constant}).items():
+            shown = {name: number(row[name]) if name in row else "" for name in titles}
+            print(f"{when:14}" + "".join(f"{shown[name]:>{len(title) + 3}}" for name, title in titles.items()))
         rows["seconds"] = round(time.time() - began, 1)
         path = Path(config.output_dir, "demo_report.json")
         path.write_text(json.dumps(rows, indent=2) + "\n")
@@ -200,9 +201,17 @@ def answer_all(model, dataset: PromptDataset, options: AnswerOptions) -> list[Pr
     return [found[sample.id] for sample in dataset.samples]
 
 
-def error_of_line(fitted: list[Prediction], judged: list[Prediction]) -> float:
-    """Fit truth = a + b · answer on some predictions, and return the line's mean error on others."""
-    x, y = np.array([(p.numbers[0], p.truth_number) for p in fitted if p.numbers[0] is not None], dtype=float).T
+def error_of_line(fitted: list[Prediction], judged: list[Prediction]) -> float | None:
+    """Fit truth = a + b · answer on some predictions; return the line's mean error on others, None if there is none."""
+    x, y = pairs_of(fitted)
+    if len(np.unique(x)) < 2:
+        return None
     line = np.polynomial.Polynomial.fit(x, y, 1)
-    pairs = [(p.numbers[0], p.truth_number) for p in judged if p.numbers[0] is not None]
-    return float(np.mean([abs(line(x) - y) for x, y in pairs]))
+    x, y = pairs_of(judged)
+    return float(np.abs(line(x) - y).mean()) if len(x) else None
+
+
+def pairs_of(predictions: list[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers that were answered, and the true ones, of the predictions with a number."""
+    pairs = [(p.numbers[0], p.truth_number) for p in predictions if p.numbers[0] is not None]
+    return tuple(np.array(pairs, dtype=float).reshape(-1, 2).T)

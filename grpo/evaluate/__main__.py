@@ -46,9 +46,15 @@ from grpo.run.scoring import load_scorer
 PROG = "python -m grpo.evaluate"
 
 
+def field_of(name: str) -> dataclasses.Field:
+    """Return a flag of `train.py`."""
+    (field,) = (field for field in dataclasses.fields(Config) if field.name == name)
+    return field
+
+
 def shared(name: str, heading: str | None = None):
     """Return the flag of `train.py` with its default and help."""
-    (field,) = (field for field in dataclasses.fields(Config) if field.name == name)
+    field = field_of(name)
     return flag(default_of(field), field.metadata["help"], heading)
 
 
@@ -125,6 +131,10 @@ def defaults_of_run(given: EvaluateConfig) -> dict:
         names = {field.name for field in dataclasses.fields(EvaluateConfig)} - {"run", "adapter", "temperature"}
         defaults = {name: value for name, value in run.items() if name in names}
         defaults |= {"data_path": run.get("eval_data_path", ""), "output_dir": os.path.join(given.run, "eval")}
+        if given.reward_funcs != default_of(field_of("reward_funcs")):  # the run's are those of other functions
+            defaults = {
+                name: value for name, value in defaults.items() if name not in ("reward_weights", "reward_kwargs")
+            }
         final = os.path.join(given.run, "final")
         if run["lora_enable"] and not given.model_id:
             defaults["adapter"] = given.adapter or final
@@ -173,9 +183,9 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     samples = raise_together(load_capped_samples, config.data_path, config, messages)
     check_truths(samples, "--data_path", config.data_path, config.valid_range, messages)
     print_rank0(*messages)
+    scorer = raise_together(load_scorer, config, samples)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)
-    scorer = raise_together(load_scorer, config, samples)
     options = AnswerOptions.of(config, scorer, config.num_samples, config.temperature)
     settings = {name: getattr(config, name) for name in DECISIVE}
     settings |= {"seed": config.seed} if config.temperature else {}

@@ -19,7 +19,7 @@ from grpo.ranks import all_gather_object, raise_together
 from grpo.rollout import SamplingParams, generate, generators
 from grpo.run.preflight import is_out_of_memory
 from grpo.run.records import finite_or_none
-from grpo.run.scoring import Scorer, sampled_columns, score_texts
+from grpo.run.scoring import Scorer, call_reward, sampled_columns, score_texts
 from reward.extract import extract_number
 from reward.zero_skill import constant_rewards
 
@@ -142,7 +142,10 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
 def truths_of(samples: list[Sample], options: AnswerOptions) -> Truths:
     """Collect what the answers to these n samples, all with a number, are compared with."""
     numbers = np.array([extract_number(sample.answer) for sample in samples])
-    return Truths(numbers, constant_rewards(samples, numbers, partial(score_texts, options.scorer)))
+    scorer = options.scorer
+    call = partial(call_reward, timeout=scorer.timeout)
+    rewards = constant_rewards(scorer.functions, samples, numbers, scorer.keys, call)
+    return Truths(numbers, np.full((1, len(numbers)), np.nan) if rewards is None else rewards)
 
 
 def answers_of(predictions: list[Prediction]) -> Answers:

@@ -1,7 +1,7 @@
 """How good the answers are: the figures that clinical papers report, each with a bootstrap interval.
 
-Statistics come from scikit-learn and SciPy. Written here, because neither has them: Lin's concordance (Biometrics 45,
-1989, p. 255) and Bland and Altman's limits of agreement (Lancet 327, 1986, p. 307).
+Statistics come from scikit-learn and SciPy. Neither has Lin's concordance (`reward/concordance.py`) nor Bland and
+Altman's limits of agreement (Lancet 327, 1986, p. 307).
 
 An answer without a number, or with one outside the valid range, counts as the best constant answer (the median of the
 truths) in all figures of error: leaving it out would reward a model for not answering where it is unsure.
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr, rankdata
 from sklearn.metrics import mean_absolute_error, median_absolute_error, r2_score, root_mean_squared_error
+
+from reward.concordance import concordance
 
 NUM_RESAMPLES = 1000
 COUNTS = ("n", "distinct_answers")  # have no interval: a resample repeats samples, and so always has fewer
@@ -63,7 +65,7 @@ def median_answers(answers: Answers, valid_range: list[float]) -> np.ndarray:
 
 
 def best_answers(truths: np.ndarray, answers: Answers, valid_range: list[float]) -> Answers:
-    """Keep of each sample's answers the one with the least error, which only who knows the truth can do: N = 1."""
+    """Keep the answer with the least error of each sample: N = 1. A bound, since choosing it takes the truth."""
     errors = np.abs(answers.valid_numbers(valid_range) - truths[:, None])  # (n, N)
     best = np.where(np.isnan(errors), np.inf, errors).argmin(axis=1)[:, None]
     kept = (np.take_along_axis(values, best, axis=1) for values in vars(answers).values())
@@ -156,7 +158,7 @@ def errors(truths: np.ndarray, predicted: np.ndarray, cuts: list[float]) -> dict
             "rmse": root_mean_squared_error(truths, predicted, **by_column),
             "r2": _r2(truths, predicted),
             "pearson": pearsonr(truths, predicted, axis=0).statistic if len(truths) > 1 else np.full(len(bias), np.nan),
-            "ccc": concordance(truths, predicted),
+            "ccc": concordance(truths.T, predicted.T),
             "bias": bias,
             "limit_low": bias - 1.96 * spread,
             "limit_high": bias + 1.96 * spread,
@@ -189,14 +191,6 @@ def _r2(truths: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     if len(truths) < 2:
         return np.full(truths.shape[1], np.nan)
     return r2_score(truths, predicted, multioutput="raw_values", force_finite=False)
-
-
-def concordance(truths: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return Lin's concordance correlation of each column: 1 only on the identity line, 0 for a constant."""
-    shifted = predicted - predicted[0]  # so that the variance of a constant is exactly 0
-    covariance = ((truths - truths.mean(axis=0)) * (shifted - shifted.mean(axis=0))).mean(axis=0)
-    bias = predicted.mean(axis=0) - truths.mean(axis=0)
-    return 2 * covariance / (truths.var(axis=0) + shifted.var(axis=0) + bias**2)
 
 
 def area_under_curve(is_positive: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -1,13 +1,12 @@
 """Load and check everything that a run needs, before anything is trained or written."""
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from data.dataset import InputError, Sample, first_line, load_samples
+from data.dataset import InputError, Sample, load_samples
 from data.prompt import check_text, load_tokenizer
 from data.video_cap import cap_all
 from grpo.config import Config, resolve_batch_sizes
@@ -15,9 +14,10 @@ from grpo.model.load import load_model
 from grpo.model.lora import layers_to_adapt
 from grpo.run.lock import lock_folder
 from grpo.run.resume import ResumeState, find_resume_state
-from grpo.run.scoring import Scorer, load_scorer, zero_skill_of
+from grpo.run.scoring import Scorer, load_scorer
 from reward.extract import extract_number
 from reward.numerical import append_to_log
+from reward.zero_skill import ZeroSkill, zero_skill
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Inputs:
     samples: list[Sample]  # capped
     heldout: list[Sample]  # capped; empty without --eval_data_path
     scorer: Scorer
-    zero_skill_reward: float | None  # the best mean reward of a constant answer to the samples
+    zero_skill: ZeroSkill | None  # of the samples, on rank 0
     tokenizer: object
     model: object  # unsharded, on rank 0; None on the others
     resume: ResumeState
@@ -42,7 +42,7 @@ def load_capped_samples(path: str, config, messages: list[str]) -> list[Sample]:
     """
     samples, num_cut = cap_all(load_samples(path, config.image_folder), config.max_videos)
     if config.system_prompt:
-        turn = ("system", read_system_prompt(config.system_prompt))
+        turn = ("system", config.system_prompt)
         samples = [
             sample if "system" in dict(sample.turns) else dataclasses.replace(sample, turns=(turn, *sample.turns))
             for sample in samples
@@ -59,26 +59,16 @@ def load_capped_samples(path: str, config, messages: list[str]) -> list[Sample]:
     return samples
 
 
-def read_system_prompt(value: str) -> str:
-    """Return the text of --system_prompt, which is the text itself or the name of its file; raise InputError."""
-    if not os.path.isfile(value):
-        return value
-    try:
-        with open(value, encoding="utf-8-sig") as file:
-            text = file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--system_prompt {value!r} cannot be read ({first_line(error)}): correct the file") from error
-    if not text:
-        raise InputError(f"--system_prompt {value!r} is an empty file: write the prompt into it, or leave out the flag")
-    return text
-
-
 def check_truths(samples: list[Sample], flag: str, path: str, valid_range: list[float], messages: list[str]) -> None:
     """Raise InputError if no truth has a number; add a line to `messages` if some are outside the range."""
-    numbers = [extract_number(sample.answer) for sample in samples]
-    numbers = [number for number in numbers if number is not None]
-    if not numbers:
+    if all(extract_number(sample.answer) is None for sample in samples):
         raise InputError(f"{flag} {path!r}: no answer in it contains a number")
+    note_truths_outside(samples, path, valid_range, messages)
+
+
+def note_truths_outside(samples: list[Sample], path: str, valid_range: list[float], messages: list[str]) -> None:
+    """Add a line to `messages` if truths are outside the range."""
+    numbers = [number for sample in samples if (number := extract_number(sample.answer)) is not None]
     outside = [number for number in numbers if not valid_range[0] <= number <= valid_range[1]]
     if outside:
         given = " ".join(f"{bound:g}" for bound in valid_range)
@@ -96,9 +86,9 @@ def load_inputs(config: Config) -> Inputs:
     heldout = load_capped_samples(config.eval_data_path, config, messages) if config.eval_data_path else []
     if heldout:
         check_truths(heldout, "--eval_data_path", config.eval_data_path, config.valid_range, messages)
+    note_truths_outside(samples, config.data_path, config.valid_range, messages)
     scorer = load_scorer(config, samples + heldout)
-    zero_skill = zero_skill_of(scorer, samples)
-    messages += [str(zero_skill)] if zero_skill else []
+    check_scorer(scorer, config)
     is_main, output = dist.get_rank() == 0, config.output_dir
     if is_main and os.path.isdir(output):
         lock_folder(output)  # what is in it must not change from here on
@@ -119,5 +109,19 @@ def load_inputs(config: Config) -> Inputs:
         raise InputError(f"--output_dir {output!r} cannot be written: name another folder")
     if is_main:
         lock_folder(output)
-    constant = zero_skill.reward if zero_skill and math.isfinite(zero_skill.reward) else None
-    return Inputs(config, samples, heldout, scorer, constant, tokenizer, model, resume, messages)
+    found = zero_skill(scorer.functions, samples, scorer.keys) if is_main and not resume.is_complete else None
+    messages += [str(found)] if found else []
+    return Inputs(config, samples, heldout, scorer, found, tokenizer, model, resume, messages)
+
+
+def check_scorer(scorer: Scorer, config: Config) -> None:
+    """Raise InputError where functions of the whole step have nothing to compare, or evaluations no reward."""
+    together = [function for function in scorer.functions if function.is_whole_step and function.weight]
+    if together and config.global_batch_size == 1:
+        raise InputError(
+            f"--global_batch_size 1: reward function {together[0].name} compares the prompts of a step: take more"
+        )
+    if config.metric_for_best_model == "eval/reward" and all(function.is_whole_step for function in scorer.functions):
+        raise InputError(
+            "--metric_for_best_model eval/reward: functions of the whole step have no say in evaluations: take another"
+        )

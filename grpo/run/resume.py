@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data.dataset import InputError, Sample, first_line
-from grpo.config import Config, count_steps
+from grpo.config import Config, count_steps, default_of
 from grpo.run.checkpoint import PROGRESS, checkpoints
 from grpo.run.scoring import Scorer
 
@@ -44,6 +44,7 @@ def find_resume_state(config: Config, samples: list[Sample], heldout: list[Sampl
     total_steps = count_steps(config, len(samples))
     metadata = {"flags": dataclasses.asdict(config), "total_steps": total_steps, "ranks": dist.get_world_size()}
     metadata |= {"num_samples": len(samples), "data": fingerprint(samples)}
+    metadata["extra"] = digest([sample.extra for sample in samples])  # which reward functions are given
     metadata["eval_data"] = fingerprint(heldout) if heldout else None
     metadata["rewards"] = {function.name: function.digest for function in scorer.functions}
     there = checkpoints(output)
@@ -123,19 +124,21 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
     """Read the progress file of a saved folder; raise InputError if its run had other flags or data."""
     try:
         old = json.loads((folder / PROGRESS).read_text())
-        flags = old["flags"]
+        defaults = {field.name: default_of(field) for field in dataclasses.fields(Config)}
+        flags = defaults | old["flags"]  # an older checkpoint does not know the newest flags
         needed = ("step", "total_steps", "ranks", "num_samples", "data", "counts")
-        # Older checkpoints lack the last four.
+        # Older checkpoints lack the last five.
         old = {key: old[key] for key in needed} | {
             "eval_data": old.get("eval_data"),
             "evaluations": old.get("evaluations", []),
             "best_step": old.get("best_step"),
             "rewards": old.get("rewards", {}),
+            "extra": old.get("extra", metadata["extra"]),
         }
         changed = [
             f"--{name} {new!r} was {flags[name]!r}"
             for name, new in metadata["flags"].items()
-            if name in flags and name not in MAY_CHANGE and not is_same(name, new, flags[name])
+            if name not in MAY_CHANGE and not is_same(name, new, flags[name])
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -146,7 +149,7 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
         raise InputError(
             f"{', '.join(changed)} in {str(folder)!r}: give the old value, or start again in a new --output_dir"
         )
-    if (metadata["num_samples"], metadata["data"]) != (old["num_samples"], old["data"]):
+    if any(metadata[name] != old[name] for name in ("num_samples", "data", "extra")):
         raise InputError(
             f"--data_path {config.data_path!r}: {str(folder)!r} was trained on other samples ({old['num_samples']}, "
             f"now {metadata['num_samples']}): give the same ones, or start again in a new --output_dir"
@@ -170,8 +173,10 @@ def is_same(name: str, new, old) -> bool:
 
 
 def fingerprint(samples: list[Sample]) -> str:
-    """Return a digest of the samples' texts, video names and own data, without the folders of the videos."""
-    texts = [
-        [s.id, s.turns, s.answer, [Path(video).name for video in s.videos], *filter(None, [s.extra])] for s in samples
-    ]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    """Return a digest of the samples' texts and video names, without the folders of the videos."""
+    return digest([[s.id, s.turns, s.answer, [Path(video).name for video in s.videos]] for s in samples])
+
+
+def digest(value) -> str:
+    """Return a digest of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

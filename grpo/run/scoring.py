@@ -24,11 +24,11 @@ from reward.functions import (
     call_reward_function,
     check_keys,
     columns_of,
+    keys_of,
     load_reward_functions,
     score_answers,
     weighted_sum,
 )
-from reward.zero_skill import ZeroSkill, zero_skill
 
 
 class OutOfTime(BaseException):
@@ -49,17 +49,25 @@ class Scorer:
         return [function.weight for function in self.functions]
 
 
-def load_scorer(config, samples: list[Sample]) -> Scorer:
-    """Load the reward functions that the flags name, for these samples; raise InputError."""
-    keys = list(dict.fromkeys(key for sample in samples for key in sample.extra))
+def load_functions(config) -> list[RewardFunction]:
+    """Load the reward functions that the flags name; raise InputError."""
     try:
-        functions = load_reward_functions(
+        return load_reward_functions(
             config.reward_funcs, config.reward_weights, config.reward_kwargs, config.valid_range
         )
-        check_keys(functions, keys)
     except RewardError as error:
         if dist.get_rank() == 0:
             show(error.details)
+        raise InputError(str(error)) from error
+
+
+def load_scorer(config, samples: list[Sample]) -> Scorer:
+    """Load the reward functions that the flags name, for these samples; raise InputError."""
+    functions = load_functions(config)
+    keys = keys_of(samples)
+    try:
+        check_keys(functions, keys)
+    except RewardError as error:
         raise InputError(str(error)) from error
     return Scorer(functions, keys, config.reward_timeout)
 
@@ -84,7 +92,7 @@ def score(scorer: Scorer, rollouts: list[Rollout], step: int) -> Scores:
         [text for rollout in rollouts for text in rollout.texts],
         scorer.keys,
         **sampled_columns(rollouts),
-        group=[rollout.prompt.position for rollout in rollouts for _ in range(G)],
+        prompt_index=[rollout.prompt.position for rollout in rollouts for _ in range(G)],
     )
     is_padding = [rollout.prompt.is_padding for rollout in rollouts for _ in range(G)]
     own = [function for function in scorer.functions if not function.is_whole_step]
@@ -112,11 +120,11 @@ def score_whole_step(
     rank, rows = dist.get_rank(), [i for i, is_pad in enumerate(is_padding) if not is_pad]
     parts = all_gather_object({name: [values[i] for i in rows] for name, values in columns.items()})
     everyone = {name: [value for part in parts for value in part[name]] for name in columns}
-    order = sorted(range(len(everyone["group"])), key=everyone["group"].__getitem__)
+    order = sorted(range(len(everyone["prompt_index"])), key=everyone["prompt_index"].__getitem__)
     by_position = {name: [values[i] for i in order] for name, values in everyone.items()}
     found = raise_together(call_all, functions if rank == 0 and order else [], by_position, step, timeout)
     found = broadcast_object(found)
-    start = sum(len(part["group"]) for part in parts[:rank])  # of this rank's completions among everyone's
+    start = sum(len(part["prompt_index"]) for part in parts[:rank])  # of this rank's completions among everyone's
     place = {i: n for n, i in enumerate(order)}
     own = {row: place[start + n] for n, row in enumerate(rows)}
     return {f.name: [found[f.name][own[i]] if i in own else None for i in range(len(is_padding))] for f in functions}
@@ -136,11 +144,6 @@ def score_texts(scorer: Scorer, samples: list[Sample], texts: list[str], sampled
     """
     call = partial(call_reward, timeout=scorer.timeout)
     return np.array(score_answers(scorer.functions, samples, texts, scorer.keys, sampled, call), dtype=float)
-
-
-def zero_skill_of(scorer: Scorer, samples: list[Sample]) -> ZeroSkill | None:
-    """Find the best constant answer to the samples whose truth has a number; None without such. Raises InputError."""
-    return zero_skill(samples, partial(score_texts, scorer))
 
 
 def call_all(
@@ -165,7 +168,7 @@ def call_reward(
             f"{name} took longer than --reward_timeout {timeout:g} seconds, and too long for "
             f"{failing_sample(function, columns, step, timeout)}: {fix}, or raise the limit"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if worker_failure(error):  # PyTorch raises it wherever the main thread is
             raise
         show(traceback.format_exc())  # it is the user's own function
@@ -194,7 +197,7 @@ def failing_sample(function: RewardFunction, columns: dict[str, list], step: int
         try:
             with time_limit(share):
                 call_reward_function(function, {name: [values[i]] for name, values in columns.items()}, step)
-        except (Exception, OutOfTime):
+        except (Exception, SystemExit, OutOfTime):
             return f"sample {sample_id!r}"
     return f"sample {columns['sample_id'][0]!r}"
 

@@ -36,7 +36,13 @@ class Run:
     models: Models
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    tracker: Tracker
+    zero_skill_reward: float | None  # the best mean reward of a constant answer to the samples
+    tracker: Tracker | None = None  # from `track` on
+
+    def track(self) -> Tracker:
+        """Begin to write curves and completions, after everything that may be refused. Collective."""
+        self.tracker = Tracker(self.config, self.total_steps, self.resume, self.zero_skill_reward)
+        return self.tracker
 
     def save(self, name: str, step: int, is_needed: bool = True) -> bool:
         """Write the trained model, or its adapters; a checkpoint also holds what resuming needs. Collective."""
@@ -76,6 +82,6 @@ def start(config: Config, device: torch.device, trial_step: Callable) -> Run | N
     checkpoint.load(resume.folder, resume.step, policy, optimizer, schedule)
     print_rank0(f"{len(samples)} samples, {total_steps} steps of {config.global_batch_size} prompts", *inputs.messages)
     print_rank0(*components_table(policy, config).splitlines(), *resume.messages)
-    tracker = Tracker(config, total_steps, resume, inputs.zero_skill_reward)
-    parts = dataset, heldout, inputs.scorer, tokenizer, tokens, models, optimizer, schedule, tracker
-    return Run(config, resume, total_steps, *parts)
+    zero_skill = broadcast_object(inputs.zero_skill)
+    parts = dataset, heldout, inputs.scorer, tokenizer, tokens, models, optimizer, schedule
+    return Run(config, resume, total_steps, *parts, zero_skill.reward if zero_skill else None)

@@ -9,8 +9,7 @@ from grpo.ranks import any_rank
 class StopRequest:
     """Remembers a signal until the step is done.
 
-    A rank that waits for a dead one is not kept alive: its collective fails, or torchrun kills it 30 seconds after its
-    SIGTERM.
+    A rank that waits for a dead one still ends: its collective fails, or torchrun kills it 30 seconds after SIGTERM.
     """
 
     def __init__(self):

@@ -52,10 +52,10 @@ def infinite(completions, sample_id, **kwargs):
     return [float("inf") if name == "s3" else 0.0 for name in sample_id]
 
 
-def by_rank_of_length(completions, group, **kwargs):
+def by_rank_of_length(completions, prompt_index, **kwargs):
     """Of the whole step: the share of all completions that are shorter, less that of one's own group."""
     lengths = [len(completion[0]["content"]) for completion in completions]
-    pairs = list(zip(lengths, group, strict=True))
+    pairs = list(zip(lengths, prompt_index, strict=True))
     return [
         sum(other < length for other in lengths) / len(lengths) - sum(x < length and h == g for x, h in pairs) / 8
         for length, g in pairs

@@ -19,7 +19,7 @@ def rewards_of(truths, answers, **kwargs):
         concordance_reward(
             [[{"role": "assistant", "content": text}] for _, _, text in flat],
             [{"role": "assistant", "content": truth} for _, truth, _ in flat],
-            group=[g for g, _, _ in flat],
+            prompt_index=[g for g, _, _ in flat],
             **kwargs,
         )
     )

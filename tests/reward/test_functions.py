@@ -308,14 +308,14 @@ def test_columns_have_an_entry_for_each_text():
     samples = samples_of({"site": "A"}, {"age": 60})
     twice = [samples[0], samples[0], samples[1]]
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the EF?"}]
-    assert columns_of(twice, ["a", "b", "c"], ["site", "age"], group=[4, 4, 7]) == {
+    assert columns_of(twice, ["a", "b", "c"], ["site", "age"], prompt_index=[4, 4, 7]) == {
         "site": ["A", "A", None],
         "age": [None, None, 60],
         "prompts": [turns] * 3,
         "completions": [[{"role": "assistant", "content": text}] for text in "abc"],
         "assistant": [{"role": "assistant", "content": truth} for truth in ("40%", "40%", "41%")],
         "sample_id": ["s0", "s0", "s1"],
-        "group": [4, 4, 7],
+        "prompt_index": [4, 4, 7],
     }
 
 
@@ -325,7 +325,7 @@ def test_a_function_is_given_every_argument_by_name():
         return [0.0] * len(completions)
 
     given = {}
-    sampled = {"completion_ids": [[5, 6], [7]], "is_stopped": [True, False], "group": [0, 1]}
+    sampled = {"completion_ids": [[5, 6], [7]], "is_stopped": [True, False], "prompt_index": [0, 1]}
     columns = columns_of(samples_of({"age": 60}, {}), ["a", "b"], ["age"], **sampled)
     call_reward_function(RewardFunction("f", f, options={"scale": 2}), columns, 3)
     assert given == {**columns, "scale": 2, "step": 3, "is_training": True}
@@ -438,7 +438,7 @@ def test_answers_count_as_ended_unless_it_is_known_how_they_were_sampled():
     score_answers([RewardFunction("f", f)], several, texts, [])
     assert (seen["completion_ids"], seen["is_stopped"]) == ([[], [], []], [True, True, True])
     assert (seen["step"], seen["is_training"]) == (None, False)
-    assert seen["group"][0] == seen["group"][2] != seen["group"][1]  # those of one sample are a group
+    assert seen["prompt_index"][0] == seen["prompt_index"][2] != seen["prompt_index"][1]  # those of one sample are a group
     sampled = {"completion_ids": [[1], [2, 3], []], "is_stopped": [True, False, True]}
     score_answers([RewardFunction("f", f)], several, texts, [], sampled)
     assert {name: seen[name] for name in sampled} == sampled
