@@ -58,7 +58,7 @@ class Config:
     on_bad_video: Literal["error", "skip"] = flag("error", "a video without readable frames: stop, or leave it out")
     dataloader_num_workers: int = flag(2, "processes per rank that decode videos ahead; 0: decode in the loop")
 
-    num_generations: int = flag(8, "completions sampled per prompt (G)", heading="group sampling", demo=12)
+    num_generations: int = flag(8, "completions sampled per prompt (G)", heading="group sampling", demo=16)
     max_completion_length: int = flag(512, "tokens after which a completion is cut", demo=16)
     temperature: float = flag(0.7, "sampling temperature, also that of the trained log-probabilities", demo=1.0)
     top_p: float = flag(1.0, "sample only from the most probable tokens that make up this probability; 1: from all")
@@ -102,17 +102,17 @@ class Config:
         None,
         "prompts per step on all ranks (1 per rank if no size is given)",
         heading="batches (sizes count prompts; any may be left out)",
-        demo=16,
+        demo=8,
     )
     per_device_train_batch_size: int | None = flag(None, "prompts of a rank that pass through the model together")
     gradient_accumulation_steps: int | None = flag(
         None, "forward and backward passes of a rank per step: global / (per device x ranks)"
     )
     num_train_epochs: float = flag(1.0, "epochs")
-    max_steps: int = flag(0, "steps, in place of --num_train_epochs; 0: whole epochs", demo=150)
+    max_steps: int = flag(0, "steps, in place of --num_train_epochs; 0: whole epochs", demo=200)
 
     learning_rate: float = flag(
-        1e-6, "peak learning rate of AdamW, reached after warm-up, then a cosine to 0", heading="optimizer", demo=3e-4
+        1e-6, "peak learning rate of AdamW, reached after warm-up, then a cosine to 0", heading="optimizer", demo=2e-4
     )
     vision_lr: float | None = flag(
         None, "learning rate of the vision tower and its adapters (--learning_rate if not given)"

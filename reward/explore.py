@@ -95,13 +95,13 @@ def rewards_of(function: RewardFunction, truth: float, answers: np.ndarray) -> n
     distinct, place = np.unique(answers, return_inverse=True)
     texts = [f"{plain(number)}%" for number in distinct]
     samples = [OneNumber(f"truth {plain(truth)}, answer {text}", f"{plain(truth)}%") for text in texts]
-    sampled = {"completion_ids": [[] for _ in texts], "is_stopped": [True] * len(texts)}
+    sampled = {"completion_ids": [list(text.encode()) for text in texts], "is_stopped": [True] * len(texts)}
     sampled["prompt_index"] = [0] * len(texts)
     try:
         rewards = call_reward_function(function, columns_of(samples, texts, [], **sampled), None)
     except RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         message = f"--reward_funcs {function.name}: it raised {what}, at the truth {plain(truth)}: correct it"
         raise RewardError(message, traceback.format_exc()) from error

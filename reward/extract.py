@@ -82,7 +82,7 @@ def without_thoughts(text: str) -> str:
     """
     # Splits and searches, which are linear: one pattern with `.*?` would scan to the end for each unclosed tag.
     first, *others = re.split("<think>", text, flags=re.IGNORECASE)
-    first = re.split("</think>", first, flags=re.IGNORECASE)[-1]
+    first = re.split("</think>", first, maxsplit=1, flags=re.IGNORECASE)[-1]
     after = (re.split("</think>", other, maxsplit=1, flags=re.IGNORECASE)[1:] for other in others)
     return "\n".join([first, *(text for rest in after for text in rest)])
 

@@ -2,10 +2,9 @@
 
 import inspect
 import json
-import math
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -89,15 +88,14 @@ def load_reward_functions(
 def read_kwargs(text: str) -> dict:
     """Parse --reward_kwargs; raise RewardError."""
     try:
-        options = json.loads(text or "{}", parse_constant=float)  # refused below: they are no numbers
+        options = json.loads(text or "{}")
+        json.dumps(options, allow_nan=False)  # raises ValueError for NaN and infinity, which JSON does not have
     except (ValueError, RecursionError) as error:
         raise RewardError(
             f"--reward_kwargs {text!r} is not JSON ({error}): write it as '{{\"error_scale\": 8}}'"
         ) from error
     if not isinstance(options, dict):
         raise RewardError(f"--reward_kwargs {text!r} is no JSON object: write it as '{{\"error_scale\": 8}}'")
-    if odd := [name for name, value in options.items() if isinstance(value, float) and not math.isfinite(value)]:
-        raise RewardError(f"--reward_kwargs: {odd[0]!r} is {options[odd[0]]}: give a finite number")
     if own := [name for name in options if name in ARGUMENTS]:
         raise RewardError(f"--reward_kwargs: {own[0]!r} is given to reward functions by the trainer: leave it out")
     return options
@@ -245,7 +243,7 @@ def call_reward_function(function: RewardFunction, columns: dict[str, list], ste
     """
     rewards = function.call(**columns, **function.options, step=step, is_training=step is not None)
     ids, name = columns["sample_id"], f"reward function {function.name}"
-    if rewards is None or isinstance(rewards, str | float | int):
+    if not isinstance(rewards, Iterable) or isinstance(rewards, str | bytes):
         raise RewardError(f"{name} returned {rewards!r}: it must give a list, one number or None per completion")
     rewards = [value if value is None or isinstance(value, str) else float(value) for value in rewards]
     if len(rewards) != len(ids):

@@ -306,3 +306,40 @@ def test_options_of_the_check_reach_the_decoder(folder, capsys):
     assert code == 0 and re.search(r"^frames read per video +6 ", text, re.MULTILINE)
     with pytest.raises(InputError):
         parse(["--data_path", "x", "--video_min_pixels", "0"])
+
+
+def test_rare_keys_truths_out_of_range_and_the_best_constant_are_shown(folder, capsys):
+    entries = [entry(f"s{i}", answer=f"{answer}%") | {"site": i} for i, answer in enumerate((40, 50, 50, 120))]
+    entries[1]["sight"] = 3
+    code, text, _ = run(folder, capsys, entries)
+    assert code == 0
+    assert "key 'sight': only 1 of 4 samples have it ('s1')" in text and "key 'site'" not in text
+    assert "1 truths, such as 120, are outside --valid_range 0 100" in text
+    # Always 50: errors of 10, 0, 0 and 70; rewards of 0.1 + 0.9 · (11 / 36) · 7 / 6, 1, 1 and 0.1.
+    reward = (0.1 + 0.9 * 11 / 36 * 7 / 6 + 1 + 1 + 0.1) / 4
+    line = (
+        f"zero skill: answering always 50 has a mean error of 20.00; the best mean reward of a constant is {reward:.3f}"
+    )
+    assert f"{line}, for 50" in text
+
+
+def test_the_check_knows_the_reward_functions_of_the_flags(folder, capsys):
+    (folder / "mine.py").write_text(
+        "def by_site(completions, assistant, site, half=1.0, **kwargs):\n    return [half * n for n in site]\n"
+    )
+    mine = ["--reward_funcs", f"{folder}/mine.py:by_site", "--reward_kwargs", '{"half": 0.5}']
+    _, text, _ = run(folder, capsys, [entry("s0") | {"site": 3}, entry("s1") | {"site": 5}], *mine)
+    assert "the best mean reward of a constant is 2.000" in text
+    (folder / "train.json").write_text(json.dumps([entry("s0")]))
+    where = ["--data_path", f"{folder}/train.json", "--image_folder", f"{folder}/videos", *SMALL]
+    assert main([*where, *mine]) == 2
+    assert "reward function by_site needs 'site', a key that no sample has" in capsys.readouterr().err
+    assert main([*where, "--reward_funcs", "nothing"]) == 2
+    assert "--reward_funcs 'nothing'" in capsys.readouterr().err
+    assert main([*where, "--valid_range", "9", "3"]) == 2
+    assert "--valid_range" in capsys.readouterr().err
+
+
+def test_a_key_that_reward_functions_know_by_another_meaning_is_malformed(folder, capsys):
+    _, text, table = run(folder, capsys, [entry("fine"), entry("taken") | {"completion_ids": [1]}])
+    assert table["malformed sample"] == (1, "left out", "'taken'") and "key 'completion_ids'" in text

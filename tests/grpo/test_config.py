@@ -68,7 +68,7 @@ def test_help_shows_every_flag_once_in_its_section_with_its_defaults(capsys):
         *(f"--{field.name}" for field in dataclasses.fields(Config)),
     ]
     assert "--nframes frames read from every video (rounded to even), instead of --fps (with --demo: 8)" in shown
-    assert "(default: 1e-06; with --demo: 0.0003)" in shown and "(default: 5; with --demo: 0)" in shown
+    assert "(default: 1e-06; with --demo: 0.0002)" in shown and "(default: 5; with --demo: 0)" in shown
     headings = [field.metadata["heading"] for field in dataclasses.fields(Config) if field.metadata["heading"]]
     assert len(headings) == 10 and all(f" {heading}: --" in shown for heading in headings)
 

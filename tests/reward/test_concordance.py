@@ -53,6 +53,32 @@ def test_each_row_of_predictions_has_its_own_coefficient():
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
+def test_each_row_of_truths_has_its_own_coefficient():
+    truths = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    np.testing.assert_allclose(concordance(truths, np.array([2.0, 4.0, 6.0])), [4 / 11, -4 / 11], rtol=0, atol=1e-12)
+    found = concordance(truths, np.array([[2.0, 3.0, 4.0], [3.0, 2.0, 1.0]]))  # row by row
+    np.testing.assert_allclose(found, [4 / 7, 1], rtol=0, atol=1e-12)
+
+
+def test_rows_of_truths_and_of_predictions_are_broadcast():
+    rng = np.random.default_rng(3)
+    truths, predictions = rng.normal(55, 12, (4, 1, 5)), rng.normal(50, 6, (3, 5))
+    found = concordance(truths, predictions)
+    assert found.shape == (4, 3)
+    expected = [[lin(row[0], answers) for answers in predictions] for row in truths]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_rows_that_are_all_the_same_have_exactly_no_agreement():
+    same, other = np.full(3, 48.3), np.array([41.7, 48.3, 60.1])  # the mean of 48.3 three times is not quite 48.3
+    assert concordance(same, same) == 0
+    assert concordance(same, other) == 0
+    assert concordance(other, same) == 0
+    found = concordance(np.array([same, other, other]), np.array([other, same, other]))
+    assert found[:2].tolist() == [0, 0]
+    assert found[2] == pytest.approx(1, abs=1e-12)
+
+
 def test_the_same_answer_to_everything_does_not_agree():
     assert concordance(np.array([40.0, 50.0, 60.0]), np.array([50.0, 50.0, 50.0])) == 0
     assert concordance(np.array([50.0, 50.0]), np.array([40.0, 60.0])) == 0

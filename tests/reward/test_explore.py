@@ -258,7 +258,8 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys, place):
     [
         ("return [1 / (y - 35) for y, x in pairs]", "mine: it raised ZeroDivisionError: .*, at the truth 35: correct"),
         ("return kwargs['severity']", "mine: it raised KeyError: 'severity', at the truth 20: correct it"),
-        ("return ['high' for pair in pairs]", "mine: it raised ValueError: could not convert"),
+        ("return [float('high') for pair in pairs]", "mine: it raised ValueError: could not convert"),
+        ("return [[0.5] for pair in pairs]", "mine: it raised TypeError: float.*'list'.*, at the truth 20: correct it"),
     ],
 )
 def test_a_function_that_raises_is_shown_with_its_traceback(tmp_path, capsys, body, message):
@@ -290,6 +291,13 @@ def test_a_file_that_cannot_be_imported_is_shown_with_its_traceback(tmp_path, ca
             "completions, assistant, **kwargs",
             "gave inf for sample 'truth 20, answer 20.1%'",
         ),
+        (
+            "return ['high' if x > y else 0 for y, x in pairs]",
+            "completions, assistant, **kwargs",
+            "gave 'high' for sample 'truth 20, answer 20.1%'",
+        ),
+        ("return None", "completions, assistant, **kwargs", "reward function mine returned None: it must give a list"),
+        ("return 0.5", "completions, assistant, **kwargs", "reward function mine returned 0.5: it must give a list"),
     ],
 )
 def test_a_function_that_cannot_be_drawn_is_one_line(tmp_path, capsys, body, parameters, message):

@@ -169,6 +169,26 @@ def test_only_the_answer_block_is_read_if_there_is_one(text, number):
     assert extract_number(text) == number
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("<think>It may be 40%.</think>The EF is 55.", 55),
+        ("The EF is 55. <think>Or 40%?</think>", 55),
+        ("<think>40%</think>50<think>60%</think>", 50),
+        ("<think>40%", None),
+        ("<think>40%</think>", None),
+        ("It may be 40%.</think>The EF is 55.", 55),
+        ("It may be 40%.\n</THINK>\n", None),
+        ("</think>40", 40),
+        ("<think>40%</think><answer>55", 55),
+        ("40%</think><answer>55</answer>60%", 55),
+        ("<think>40%<answer>55</answer>", 55),  # an answer block, wherever it stands
+    ],
+)
+def test_without_an_answer_block_only_what_is_no_thought_is_read(text, number):
+    assert extract_number(text) == number
+
+
 def test_a_number_too_large_for_a_float_is_none():
     assert extract_number("9" * 400) is None
     assert extract_number("9" * 400 + "%") is None
@@ -204,7 +224,8 @@ def test_hostile_text_is_read_in_linear_time(piece):
         "<think></think>55 60",
         "55 <think></think> 60",
         "30% <think> 55% </think> 55%",
-        "55</think>60",
+        "40</think>55 60",
+        "55<think>40</think>60</think>",
     ],
 )
 def test_two_different_numbers_are_found_wherever_they_are_said(text):
@@ -228,6 +249,9 @@ def test_two_different_numbers_are_found_wherever_they_are_said(text):
         "<think>40</think>55%<think>60",
         "55% <think>60 <think>70",
         "<think>40 <think>50</think>55%",
+        "55</think>60",
+        "40, or 50</THINK><answer>55</answer>",
+        "40</think>55<think>60</think>55",
     ],
 )
 def test_a_number_said_again_or_thought_or_counted_is_no_second_one(text):
@@ -246,11 +270,17 @@ def test_a_number_said_again_or_thought_or_counted_is_no_second_one(text):
         ("a<think>b</think>c<think>d", "a\nc"),
         ("a<think>b<think>c</think>d", "a\nd"),
         ("<think>a</think>b</think>c", "\nb</think>c"),
-        ("a</think>b", "a</think>b"),
-        ("a<think >b</think>c", "a<think >b</think>c"),
+        ("a</think>b", "b"),
+        ("a\n</THINK>b", "b"),
+        ("</think>b", "b"),
+        ("a</think>", ""),
+        ("a</think>b<think>c</think>d", "b\nd"),
+        ("a</think>b<think>c", "b"),
+        ("a<think >b</think>c", "c"),  # no opening tag
+        ("a</think >b", "a</think >b"),
     ],
 )
-def test_thoughts_are_cut_out_and_an_unclosed_one_reaches_to_the_end(text, rest):
+def test_thoughts_are_cut_out_and_those_without_an_end_or_a_beginning_reach_to_that_of_the_text(text, rest):
     assert without_thoughts(text) == rest
 
 

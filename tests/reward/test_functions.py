@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import sys
 from hashlib import sha256
 
 import numpy as np
@@ -13,9 +15,12 @@ from reward.functions import (
     RewardError,
     RewardFunction,
     call_reward_function,
+    check_keys,
     columns_of,
+    keys_of,
     load_reward_function,
     load_reward_functions,
+    own_parameters,
     read_kwargs,
     score_answers,
     weighted_sum,
@@ -178,12 +183,26 @@ def test_functions_of_one_file_share_its_module(mine):
 def test_a_changed_file_has_another_digest_and_is_imported_anew(mine):
     path = mine(ONES)
     before = load_reward_function(f"{path}:ones")
-    mine(ONES.replace("1.0", "22.5"))  # of another length, since Python tells versions apart by second and size
+    mine(ONES.replace("1.0", "22.5"))
     after = load_reward_function(f"{path}:ones")
     assert before.digest != after.digest
     assert (before.call([1], None), after.call([1], None)) == ([1.0], [22.5])
     mine(ONES)
-    assert load_reward_function(f"{path}:ones").digest == before.digest
+    again = load_reward_function(f"{path}:ones")
+    assert (again.digest, again.call([1], None)) == (before.digest, [1.0])
+
+
+def test_a_change_within_a_second_to_a_file_as_long_is_not_missed(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # as it is where users run: Python keeps a cache
+    path = mine(ONES)
+    os.utime(path, (1e9, 1e9))
+    before = load_reward_function(f"{path}:ones")
+    mine(ONES.replace("1.0", "2.5"))
+    os.utime(path, (1e9, 1e9))  # Python tells versions apart by second and size
+    after = load_reward_function(f"{path}:ones")
+    assert before.digest != after.digest
+    assert (before.call([1], None), after.call([1], None)) == ([1.0], [2.5])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.py"]  # nothing for a later run to mistake
 
 
 def test_a_dataclass_in_the_users_file_works(mine):
@@ -264,6 +283,20 @@ def test_an_argument_that_no_function_takes_is_refused():
     assert says(error_of("format_reward", kwargs='{"valid_range": [0, 1]}'), "'valid_range'")
 
 
+@pytest.mark.parametrize("name", ["kwargs", "args", "others"])
+def test_the_name_under_which_a_function_collects_arguments_is_no_parameter(mine, name):
+    path = mine("def f(completions, *args, words=1, **others): return [0.0]\n")
+    error = error_of("format_reward", f"{path}:f", kwargs=json.dumps({name: 1}))
+    assert says(error, f"--reward_kwargs: no reward function has a parameter {name!r}")
+    assert list(own_parameters(load(f"{path}:f")[0].call)) == ["completions", "words"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "[1, [NaN]]"])
+def test_arguments_that_are_no_finite_number_are_refused(number):
+    error = error_of("numerical_video_reward", kwargs=f'{{"words": "NaN", "error_scale": {number}}}')
+    assert says(error, "--reward_kwargs", "is not JSON (Out of range float")
+
+
 def test_no_arguments_are_an_empty_object():
     assert read_kwargs("") == read_kwargs("{}") == {}
     assert read_kwargs('{"error_scale": 8, "words": ["a", null]}') == {"error_scale": 8, "words": ["a", None]}
@@ -299,6 +332,75 @@ def test_arguments_reach_the_function():
     emphasis = 1 + 0.5 * 10 / 30  # of the truth, 40
     expected = 0.1 + 0.9 * (1 - 36 / 64) * emphasis
     assert call_reward_function(function, columns, None) == pytest.approx([expected], abs=1e-12)
+
+
+# Keys of the samples
+
+
+def keys_error_of(keys, *calls, **options) -> RewardError:
+    functions = [RewardFunction(f"mine{i}", call, options=options) for i, call in enumerate(calls)]
+    with pytest.raises(RewardError) as caught:
+        check_keys(functions, keys)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_the_keys_of_samples_are_listed_once_in_order():
+    assert keys_of(samples_of({"site": "A", "age": 60}, {}, {"sex": "f", "age": 70, "site": None})) == [
+        "site",
+        "age",
+        "sex",
+    ]
+    assert keys_of([]) == keys_of(samples_of({})) == []
+
+
+def test_keys_that_functions_take_or_that_nobody_asks_for_are_fine():
+    def asks(completions, assistant, age, prompt_index, *args, site=None, scale, **kwargs):
+        raise AssertionError("not called")
+
+    check_keys([RewardFunction("asks", asks, options={"scale": 2})], ["age", "sex"])
+    check_keys([RewardFunction("asks", asks, options={"scale": 2})], ["site", "age"])
+    check_keys(load(*reward.__all__), [])
+    check_keys(load(*reward.__all__), ["age", "group"])
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_key_named_like_what_functions_are_given_is_refused(name):
+    error = keys_error_of(["age", name], lambda **kwargs: [])
+    assert says(error, f"the samples have a key {name!r}", "something else under this name", "rename it")
+
+
+def test_the_number_of_the_prompt_has_a_name_that_leaves_group_to_the_samples(mine):
+    assert "prompt_index" in ARGUMENTS and "group" not in ARGUMENTS
+    path = mine(
+        "def f(completions, assistant, group, prompt_index, **kwargs):\n"
+        "    return [10 * g + index for g, index in zip(group, prompt_index)]\n"
+    )
+    functions = load(f"{path}:f", "format_reward", weights=[1.0, 0.0])
+    check_keys(functions, ["group"])
+    assert score_answers(functions, samples_of({"group": 5}, {"group": 7}), ["a", "b"], ["group"]) == [50.0, 71.0]
+
+
+def test_a_key_named_like_an_argument_that_is_set_by_flags_is_refused_with_the_function():
+    error = keys_error_of(["age", "scale"], lambda scale, **kwargs: [], lambda **kwargs: [], scale=2)
+    assert says(error, "the samples have a key 'scale'", "reward function mine0", "set by flags: rename one")
+    functions = load("format_reward", "smooth_numerical_reward", valid_range=[0.0, 50.0])
+    with pytest.raises(RewardError, match="a key 'valid_range', and reward function smooth_numerical_reward"):
+        check_keys(functions, ["valid_range"])
+    check_keys(functions[:1], ["valid_range"])  # which does not take it
+
+
+def test_a_parameter_that_no_key_and_no_flag_gives_is_refused_with_the_function():
+    error = keys_error_of(["site"], lambda site, **kwargs: [], lambda *, site, sex, age, **kwargs: [])
+    assert says(error, "reward function mine1 needs 'age', a key that no sample has", "--reward_kwargs", "a default")
+    error = keys_error_of(["age", "site"], lambda *, site, sex, age, **kwargs: [])
+    assert says(error, "reward function mine0 needs 'sex'")
+
+
+def test_a_function_of_weight_zero_is_checked_too():
+    needs_age = RewardFunction("needs_age", lambda age, **kwargs: [], weight=0.0)
+    with pytest.raises(RewardError, match="needs_age needs 'age'"):
+        check_keys([needs_age], [])
 
 
 # Calling
@@ -375,10 +477,27 @@ def test_what_a_function_raises_comes_through():
 
     with pytest.raises(KeyError, match="age"):
         rewards_of(f)
-    with pytest.raises(ValueError):
-        rewards_of(lambda **kwargs: ["good", "bad"])
-    with pytest.raises(TypeError):
-        rewards_of(lambda **kwargs: None)
+    with pytest.raises(ValueError, match="could not convert"):
+        rewards_of(lambda **kwargs: [float("good"), 1.0])
+    with pytest.raises(TypeError, match="list"):
+        rewards_of(lambda **kwargs: [[0.5], [1.0]])
+
+
+@pytest.mark.parametrize("given", [["good", "bad"], [1.0, "0.5"], [None, ""], [1.0, "nan"], [0.5, "a\nb"]])
+def test_a_reward_that_is_a_text_is_refused_with_its_sample_even_if_it_has_a_number(given):
+    index, text = next((i, value) for i, value in enumerate(given) if isinstance(value, str))
+    with pytest.raises(RewardError) as caught:
+        rewards_of(lambda **kwargs: given)
+    assert says(caught.value, f"reward function mine gave {text!r} for sample 's{index}'", "None for no say")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [None, 1, 0.5, math.nan, True, np.float64(0.5), "ab", "a\n", ""])
+def test_what_is_given_in_the_place_of_a_list_is_refused(given):
+    with pytest.raises(RewardError) as caught:
+        rewards_of(lambda **kwargs: given)
+    assert says(caught.value, f"reward function mine returned {given!r}: it must give a list")
+    assert "\n" not in str(caught.value)
 
 
 # Sums and scores
@@ -433,12 +552,14 @@ def test_answers_count_as_ended_unless_it_is_known_how_they_were_sampled():
         seen.update(kwargs)
         return [0.0] * len(completions)
 
-    seen, samples, texts = {}, samples_of({}, {}), ["a", "b", "c"]
+    seen, samples, texts = {}, samples_of({}, {}), ["a", "40%", "é"]
     several = [samples[0], samples[1], samples[0]]
     score_answers([RewardFunction("f", f)], several, texts, [])
-    assert (seen["completion_ids"], seen["is_stopped"]) == ([[], [], []], [True, True, True])
+    # Their bytes stand in the place of tokens: é has two.
+    assert (seen["completion_ids"], seen["is_stopped"]) == ([[97], [52, 48, 37], [195, 169]], [True, True, True])
     assert (seen["step"], seen["is_training"]) == (None, False)
-    assert seen["prompt_index"][0] == seen["prompt_index"][2] != seen["prompt_index"][1]  # those of one sample are a group
+    first, second, third = seen["prompt_index"]
+    assert first == third != second  # those of one sample have one prompt
     sampled = {"completion_ids": [[1], [2, 3], []], "is_stopped": [True, False, True]}
     score_answers([RewardFunction("f", f)], several, texts, [], sampled)
     assert {name: seen[name] for name in sampled} == sampled

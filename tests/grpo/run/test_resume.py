@@ -499,3 +499,18 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_done_on_resume(tiny, tmp_pa
     assert "stopped after step 0" in (tmp_path / "log").read_text()
     assert "step 0: held-out" not in (tmp_path / "log").read_text()
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_checkpoint_from_before_rewards_were_flags_is_one_of_the_default_reward(tiny, whole, tmp_path, capfd):
+    output = stopped_after(2, whole, tmp_path / "old")
+    path = output / "checkpoint-2" / "progress.json"
+    progress = json.loads(path.read_text())
+    for name in ("reward_funcs", "reward_weights", "reward_kwargs", "system_prompt", "demo_task"):
+        del progress["flags"][name]
+    del progress["rewards"], progress["extra"]
+    path.write_text(json.dumps(progress))
+    other = ["--reward_funcs", "smooth_numerical_reward"]
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO, *other)) == 2
+    assert "--reward_funcs ['smooth_numerical_reward'] was ['numerical_video_reward']" in capfd.readouterr().err
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO)) == 0
+    assert weights(output / "final").equal(weights(whole / "final"))

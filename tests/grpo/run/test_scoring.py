@@ -253,3 +253,82 @@ def test_an_empty_system_prompt_file_is_named(tiny, tmp_path, capfd):
     (tmp_path / "prompt.txt").write_text(" \n")
     assert train.main(flags(tiny, tmp_path / "out", "--system_prompt", tmp_path / "prompt.txt")) == 2
     assert "prompt.txt' is an empty file" in capfd.readouterr().err
+
+
+def test_a_system_prompt_that_looks_like_a_file_but_is_none_is_no_prompt(tiny, tmp_path, capfd):
+    assert train.main(flags(tiny, tmp_path / "out", "--system_prompt", tmp_path / "missing.txt")) == 2
+    assert "there is no such file" in capfd.readouterr().err
+
+
+def test_the_system_prompt_is_kept_as_text_so_that_a_run_resumes_without_its_file(tiny, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Think first.\n")
+    arguments = flags(tiny, tmp_path / "out", "--system_prompt", tmp_path / "prompt.txt", "--global_batch_size", "4")
+    assert train.main([*arguments, "--save_steps", "1", "--max_steps", "1"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["system_prompt"] == "Think first."
+    again = ["--system_prompt", "Think first.", "--max_steps", "2", "--resume_from_checkpoint", "auto"]
+    assert train.main([*arguments, *again]) == 0
+
+
+ALONE = {
+    "one prompt": (["--global_batch_size", "1", *named("by_rank_of_length")], "--global_batch_size 1"),
+    "no say in evaluations": (
+        ["--global_batch_size", "4", "--metric_for_best_model", "eval/reward", *named("by_rank_of_length")],
+        "--metric_for_best_model eval/reward",
+    ),
+}
+
+
+@pytest.mark.parametrize(("more", "words"), ALONE.values(), ids=ALONE)
+def test_a_reward_of_the_whole_step_needs_several_prompts_and_is_none_for_evaluations(
+    tiny, tmp_path, capfd, more, words
+):
+    held = ["--eval_data_path", tiny.folder / "data.json"]
+    assert train.main(flags(tiny, tmp_path / "out", *held, *more)) == 2
+    assert words in capfd.readouterr().err
+
+
+def test_a_run_with_nothing_but_a_reward_of_the_whole_step_is_evaluated_without_rewards(tiny, tmp_path):
+    more = ["--global_batch_size", "4", "--eval_data_path", tiny.folder / "data.json", *named("by_rank_of_length")]
+    assert train.main(flags(tiny, tmp_path / "out", *more)) == 0
+    found = curves(tmp_path / "out")
+    assert found["eval/mae"][0] >= 0 and found["grad_norm"][0] > 0
+    assert not {"eval/reward", "eval/zero_skill_reward", "zero_skill_reward"} & found.keys()
+
+
+def test_a_reward_function_that_exits_ends_the_run_with_its_name(tiny, tmp_path, capfd):
+    body = "    if step:\n        raise SystemExit(0)\n    return [0.0] * len(completions)\n"
+    (tmp_path / "mine.py").write_text("def leaves(completions, step, **kwargs):\n" + body)
+    assert train.main(flags(tiny, tmp_path / "out", "--reward_funcs", f"{tmp_path}/mine.py:leaves")) == 2
+    assert "leaves raised SystemExit" in capfd.readouterr().err
+
+
+SLOW = """
+import time
+
+def slow(completions, step, **kwargs):
+    if step is None:
+        time.sleep(0.2)  # a judge
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+def by_tokens(completions, completion_ids, **kwargs):
+    return [1 / len(ids) for ids in completion_ids]
+
+def failing_on_constants(completions, step, **kwargs):
+    return [1 / step for _ in completions]
+"""
+
+
+@pytest.mark.parametrize(("name", "has_line"), [("slow", False), ("by_tokens", True), ("failing_on_constants", False)])
+def test_the_zero_skill_line_stops_no_run(tiny, tmp_path, monkeypatch, capsys, name, has_line):
+    monkeypatch.setattr("reward.zero_skill.MOST_SECONDS", 1.0)
+    (tmp_path / "mine.py").write_text(SLOW)
+    more = ["--global_batch_size", "4", "--reward_funcs", f"{tmp_path}/mine.py:{name}"]
+    assert train.main(flags(tiny, tmp_path / "out", *more)) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("zero skill: ")]
+    assert "mean error of 1.00" in line and ("best mean reward" in line) == has_line
+    assert ("zero_skill_reward" in curves(tmp_path / "out")) == has_line
+
+
+def test_truths_outside_the_valid_range_are_pointed_out_before_training(tiny, tmp_path, capsys):
+    assert train.main(flags(tiny, tmp_path / "out", "--valid_range", "0", "41")) == 0
+    assert "2 truths, such as 42, are outside --valid_range 0 41" in capsys.readouterr().out
