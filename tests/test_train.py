@@ -20,7 +20,8 @@ from tests.conftest import FLAGS, make_tiny, run_ranks
 from tests.grpo.rewards import named
 
 TAGS = """
-    reward reward_std frac_reward_zero_std rewards/numerical_video_reward/mean rewards/numerical_video_reward/std
+    reward zero_skill_reward reward_std frac_reward_zero_std
+    rewards/numerical_video_reward/mean rewards/numerical_video_reward/std
     completions/mean_length completions/min_length completions/max_length completions/clipped_ratio loss entropy
     sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max grad_norm learning_rate time/rollout
     time/reward time/update time/data time/step completions/unscored run/tokens_per_second run/peak_memory_gb
@@ -63,13 +64,15 @@ def run(tiny, tmp_path_factory):
         environment.setenv("DEBUG_MODE", "true")
         environment.setenv("LOG_PATH", f"{output}.log")
         more = ["--global_batch_size", "3", "--num_train_epochs", "2", "--save_steps", "1", "--num_iterations", "2"]
+        more += [*named("by_length"), "numerical_video_reward", "--reward_weights", "0.1", "1"]  # groups that differ
         assert train.main(flags(tiny, output, *more)) == 0
     return output
 
 
 def test_a_run_draws_every_curve_with_a_point_per_step(run):
     found = curves(run)
-    assert set(found) == {*TAGS, "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
+    more = {"clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
+    assert set(found) == {*TAGS, *more, "rewards/by_length/mean", "rewards/by_length/std"}
     assert all(len(points) == 4 for points in found.values())
     assert max(found["grad_norm"]) > 0
     assert max(found["sampling/sampling_logp_difference/max"]) < 1e-4
@@ -143,8 +146,9 @@ def test_two_ranks_do_what_one_does(tiny, tmp_path):
 
 def test_the_last_smaller_batch_runs_on_more_ranks_than_it_has_prompts(tiny, tmp_path):
     one, three = tmp_path / "one", tmp_path / "three"
-    run_main(1, flags(tiny, one, "--global_batch_size", "3"), tmp_path)
-    run_main(3, flags(tiny, three, "--global_batch_size", "3"), tmp_path)
+    three_prompts = ["--global_batch_size", "3", *named("by_length")]
+    run_main(1, flags(tiny, one, *three_prompts), tmp_path)
+    run_main(3, flags(tiny, three, *three_prompts), tmp_path)
     for tag in ("reward", "loss", "entropy", "grad_norm", "completions/mean_length"):
         assert len(curves(three)[tag]) == 2  # of 3 prompts and of 1
         assert curves(three)[tag] == pytest.approx(curves(one)[tag], rel=1e-3, abs=1e-6), tag
@@ -171,7 +175,7 @@ def test_a_bad_video_is_skipped_and_counted_once_on_all_ranks(with_a_bad_video, 
 
 def test_a_bad_video_stops_all_ranks_with_one_line(with_a_bad_video, tmp_path):
     arguments = flags(with_a_bad_video, tmp_path / "out", "--global_batch_size", "4")
-    lines = [line for line in run_main(2, arguments, tmp_path, code=2).splitlines() if "error" in line]
+    lines = [line for line in run_main(2, arguments, tmp_path, code=2).splitlines() if "error: " in line]
     assert (
         len(lines) == 1
         and lines[0].startswith("train.py: error: sample 's2'")

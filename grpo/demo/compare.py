@@ -171,8 +171,9 @@ def check_settings(run: Run, folder: Path) -> None:
     path = folder / "run.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise InputError(f"{str(folder)!r} was made with other settings: name a new --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings))
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
 
 
 def add_seconds(folder: Path, seconds: float) -> None:

@@ -101,7 +101,7 @@ def nanstd(rewards: Tensor) -> Tensor:
 
 
 def rollout_metrics(groups: list[GroupRecord]) -> dict[str, float]:
-    """Summarise the groups of a step; empty without groups."""
+    """Summarise the groups of a step; empty without groups, and without what no completion was scored for."""
     if not groups:
         return {}
     rewards = torch.stack([group.rewards for group in groups])  # (groups, G)
@@ -119,7 +119,7 @@ def rollout_metrics(groups: list[GroupRecord]) -> dict[str, float]:
     for name in groups[0].rewards_by_function:
         values = torch.cat([group.rewards_by_function[name] for group in groups])
         metrics |= {f"rewards/{name}/mean": values.nanmean(), f"rewards/{name}/std": nanstd(values)}
-    return {name: float(value) for name, value in metrics.items()}
+    return {name: float(value) for name, value in metrics.items() if not torch.isnan(value)}
 
 
 def completion_lines(step: int, groups: list[GroupRecord]) -> list[dict]:

@@ -107,8 +107,8 @@ def test_the_number_of_ranks_changes_nothing(tiny, tmp_path, more):
         assert (tmp_path / ranks / "metrics.json").read_bytes() == (tmp_path / "1" / "metrics.json").read_bytes()
 
 
-def interrupt(arguments: list[str]) -> None:
-    os.environ["INTERRUPT"] = "1"
+def interrupt(arguments: list[str], calls: str) -> None:
+    os.environ |= {"INTERRUPT": "1", "WATCHED": calls}
     assert command.main(arguments) == 128 + signal.SIGINT
 
 
@@ -116,7 +116,7 @@ def test_an_interrupted_evaluation_continues_and_answers_nothing_twice(tiny, tmp
     whole, output, watched = tmp_path / "whole", tmp_path / "out", named("watched")
     monkeypatch.setenv("WATCHED", str(tmp_path / "calls"))
     assert command.main(by_hand(tiny, whole, *watched)) == 0
-    run_ranks(interrupt, 1, by_hand(tiny, output, *watched))
+    run_ranks(interrupt, 1, by_hand(tiny, output, *watched), str(tmp_path / "calls"))
     assert predictions(output) == predictions(whole)[:4]
     path = output / "predictions.jsonl"
     path.write_text(path.read_text() + '{"id": "s4", "tru')  # killed while it wrote

@@ -19,6 +19,7 @@ from grpo.ranks import start_processes
 from tests.conftest import run_ranks
 from tests.grpo.model.test_lora import LORA
 from tests.grpo.model.test_sharding import one_rank, relative, rollouts_of, step  # noqa: F401  a fixture
+from tests.grpo.rewards import named
 from tests.grpo.test_config import GIVEN
 from tests.test_train import flags
 
@@ -160,7 +161,7 @@ def test_a_frozen_tower_encodes_once_and_gives_the_same_log_probabilities_and_gr
 def test_a_run_encodes_the_videos_of_a_frozen_tower_once_per_step(tiny, tmp_path, monkeypatch, more, passes):
     calls, attention = [], Qwen2_5_VLVisionAttention.forward
     monkeypatch.setattr(Qwen2_5_VLVisionAttention, "forward", lambda *a, **k: (calls.append(1), attention(*a, **k))[1])
-    run = ["--max_steps", "2", "--num_iterations", "2", "--global_batch_size", "1", *more]
+    run = ["--max_steps", "2", "--num_iterations", "2", "--global_batch_size", "1", *named("by_length"), *more]
     assert train.main(flags(tiny, tmp_path / "out", *run)) == 0
     assert len(calls) == passes * tiny.model.config.vision_config.depth
 

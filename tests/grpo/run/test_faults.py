@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tiny, tmp_path
 
 
 def test_too_many_bad_steps_in_a_row_stop_all_ranks_with_advice_also_over_a_resume(tiny, tmp_path):
-    more = [*STEPS, "--max_bad_steps", "2", "--resume_from_checkpoint", "auto"]
+    more = [*STEPS, "--scale_rewards", "none", "--max_bad_steps", "2", "--resume_from_checkpoint", "auto"]
     arguments = run_flags(tiny.folder, tmp_path / "out", *more)
     printed = run_with("huge", 1, 2, arguments, tmp_path, code=2)
     (line,) = [line for line in printed.splitlines() if line.startswith("train.py: error: ")]

@@ -59,7 +59,7 @@ def write_curve(output: str, log: str) -> None:
 def write_nine_steps(output: str) -> None:
     start_processes()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    tracker = Tracker(Config(output_dir=output), 9, ResumeState({}))
+    tracker = Tracker(Config(output_dir=output), 9, ResumeState({}), None)
     for step in range(1, 10):
         limit = 1000 if 4 <= step <= 6 else -1  # no file may grow beyond so many bytes
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
