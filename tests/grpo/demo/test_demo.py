@@ -53,18 +53,19 @@ def test_adapters_alone_raise_it_too(demo, tmp_path, capsys):
     output, _ = demo
     resolved = json.loads((output / "config.json").read_text())
     same = "model_id data_path image_folder nframes video_resized_width video_resized_height max_completion_length "
-    same += "global_batch_size max_steps temperature max_videos"
+    same += "global_batch_size num_generations max_steps temperature max_videos"
     flags = [text for name in same.split() for text in (f"--{name}", str(resolved[name]))]
     flags += ["--reward_funcs", *resolved["reward_funcs"]]
     flags += "--lora_enable --lora_rank 8 --lora_dropout 0 --freeze_vision_tower --freeze_merger".split()
-    assert train.main([*flags, "--learning_rate", "1e-3", "--output_dir", str(tmp_path / "lora")]) == 0
+    assert train.main([*flags, "--learning_rate", "3e-3", "--output_dir", str(tmp_path / "lora")]) == 0
     (trained,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained in total")]
     assert float(trained.split("(")[1].split("%")[0]) < 15
     before = json.loads((output / "demo_report.json").read_text())["before"]
     heldout = ["--data_path", str(output / "data" / "heldout.json")]
     assert evaluate.main(["--run", str(tmp_path / "lora"), *heldout]) == 0
     after = json.loads((tmp_path / "lora" / "eval" / "metrics.json").read_text())
-    assert after["reward"]["value"] > before["reward"] + 0.1 and after["parse_rate"]["value"] == 1.0
+    assert after["reward"]["value"] > before["reward"] + 0.03 and after["parse_rate"]["value"] == 1.0
+    assert after["mae"]["value"] < 0.9 * before["mae"]
 
 
 def test_the_report_is_what_evaluating_the_run_gives_to_the_last_digit(demo, capsys):
