@@ -7,6 +7,7 @@ bit for bit, curves point for point, completions byte for byte. Exit code 1 if a
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -23,7 +24,7 @@ import torch.multiprocessing as mp  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 from grpo.run import rollout_log  # noqa: E402
-from grpo.run.checkpoint import checkpoints  # noqa: E402
+from grpo.run.checkpoint import PROGRESS, checkpoints  # noqa: E402
 from tests.conftest import FLAGS, as_rank, free_port, make_tiny  # noqa: E402
 
 REWARDS = Path(__file__).parent / "grpo" / "rewards.py"
@@ -40,6 +41,11 @@ def run_flags(folder: Path, output: Path, *more) -> list[str]:
 def evaluating(folder: Path) -> list[str]:
     """Flags that evaluate a run on its own samples, also before the first step."""
     return ["--eval_data_path", str(folder / "data.json"), "--eval_steps", "2", "--eval_on_start"]
+
+
+def read_evaluations(folder: Path) -> list[dict]:
+    """Return the figures of all evaluations up to a saved model, each with its step."""
+    return json.loads((folder / PROGRESS).read_text())["evaluations"]
 
 
 def rewarded() -> list[str]:

@@ -51,11 +51,6 @@ def trainer_state(model, optimizer) -> dict[str, Tensor]:
     return state
 
 
-def read_evaluations(folder: Path) -> list[dict]:
-    """Return the figures of all evaluations up to a saved model, each with its step."""
-    return json.loads((folder / PROGRESS).read_text())["evaluations"]
-
-
 def load(folder: Path | None, step: int, model, optimizer, schedule) -> None:
     """Restore weights, optimizer and schedule as they were after `step` steps, in place; collective.
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 import train
 from grpo.evaluate import __main__ as command
-from grpo.run.checkpoint import read_evaluations
 from reward.numerical import numerical_video_reward
 from tests.conftest import FLAGS, make_tiny, run_ranks
 from tests.grpo.rewards import named
+from tests.kill_and_resume import read_evaluations
 from tests.test_train import flags
 
 LENGTH = ["--max_completion_length", "4"]

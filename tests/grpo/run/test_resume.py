@@ -19,10 +19,19 @@ from data.loader import rank_batches
 from grpo.config import Config
 from grpo.model.load import ModelFiles
 from grpo.ranks import start_processes
-from grpo.run.checkpoint import checkpoints, read_evaluations, save
+from grpo.run.checkpoint import checkpoints, save
 from grpo.run.tracking import truncate_events
 from tests.conftest import make_tiny, run_ranks
-from tests.kill_and_resume import evaluating, kill_and_resume, result, rewarded, run_flags, start, wait
+from tests.kill_and_resume import (
+    evaluating,
+    kill_and_resume,
+    read_evaluations,
+    result,
+    rewarded,
+    run_flags,
+    start,
+    wait,
+)
 from tests.test_train import weights
 
 AUTO = ["--resume_from_checkpoint", "auto"]

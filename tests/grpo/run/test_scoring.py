@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 
 import train
+from data.loader import load_prompt
 from grpo.config import Config, resolve_batch_sizes
 from grpo.model import sharding
 from grpo.model.optimizer import make_optimizer
 from grpo.ranks import full_tensor, start_processes
+from grpo.run.inputs import load_capped_samples
 from grpo.run.scoring import load_scorer
-from tests.conftest import Tiny, run_ranks
+from tests.conftest import OPTIONS, Tiny, run_ranks
 from tests.grpo.model.test_sharding import relative, rollouts_of
 from tests.grpo.rewards import named
 from tests.test_train import curves, flags, run_main, weights
@@ -226,27 +228,17 @@ def test_the_zero_skill_line_stands_beside_the_reward(tiny, tmp_path, capsys):
     )
 
 
-def test_a_system_prompt_stands_before_conversations_without_one(tiny, tmp_path, monkeypatch):
+def test_a_system_prompt_stands_before_conversations_without_one(tiny, tmp_path):
     samples = json.loads((tiny.folder / "data.json").read_text())
     samples[1]["conversations"].insert(0, {"from": "system", "value": "Their own."})
     (tmp_path / "data.json").write_text(json.dumps(samples))
-    (tmp_path / "prompt.txt").write_text("Think first.\n")
-    seen = {}
-    update_phase = train.update_phase
-
-    def spy(models, optimizer, rollouts, *more):
-        seen.update({r.prompt.sample.id: tiny.tokenizer.decode(r.prompt.prompt_ids) for r in rollouts})
-        return update_phase(models, optimizer, rollouts, *more)
-
-    monkeypatch.setattr(train, "update_phase", spy)
-    for value in ("Think first.", tmp_path / "prompt.txt"):
-        output = tmp_path / f"out-{len(str(value))}"
-        more = ["--global_batch_size", "4", "--data_path", tmp_path / "data.json", "--system_prompt", value]
-        assert train.main(flags(tiny, output, *more)) == 0
-        assert [("Think first." in seen[name], "Their own." in seen[name]) for name in sorted(seen)] == [
-            (True, False), (False, True), (True, False), (True, False),
-        ]  # fmt: skip
-        assert not any("You are a helpful assistant" in text for text in seen.values())
+    config = Config(image_folder=str(tiny.folder / "videos"), system_prompt="Think first.")
+    loaded = load_capped_samples(str(tmp_path / "data.json"), config, [])
+    first = [sample.turns[0] for sample in loaded]
+    assert first == [("system", "Their own." if n == 1 else "Think first.") for n in range(4)]
+    prompt = load_prompt(loaded[0], tiny.tokenizer, 2, OPTIONS)
+    text = tiny.tokenizer.decode(prompt.prompt_ids)
+    assert "Think first." in text and "You are a helpful assistant" not in text
 
 
 def test_an_empty_system_prompt_file_is_named(tiny, tmp_path, capfd):
