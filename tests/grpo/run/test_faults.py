@@ -70,8 +70,10 @@ def test_a_data_worker_that_dies_is_the_last_line_on_screen(tiny, tmp_path, numb
         run.kill()
     assert run.returncode == 2 and "Traceback" not in printed, printed
     last = printed.splitlines()[-1]
-    assert last.startswith("train.py: error: rank 0: DataLoader worker (pid ")
-    assert "killed by signal" in last and "--dataloader_num_workers" in last and "python -m data.check" in last
+    # torch notices it by the signal or, if the main process waits for the worker just then, by its silence.
+    assert last.startswith("train.py: error: rank 0: DataLoader worker (pid")
+    assert "killed by signal" in last or "exited unexpectedly" in last
+    assert "--dataloader_num_workers" in last and "python -m data.check" in last
 
 
 def state(folder: Path) -> dict:
