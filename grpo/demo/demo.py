@@ -33,9 +33,9 @@ from grpo.ranks import broadcast_object, raise_together
 from grpo.run.lock import lock_folder
 from grpo.run.scoring import load_functions, load_scorer
 
-NUM_TRAIN, NUM_HELDOUT = 640, 192
-NUM_FITTED = 192  # training samples on which the report fits a line
-WARM_START_STEPS = 400
+# True answers are few, careless ones many, as where experts read few cases; `reward/RESULTS.md` has other numbers, too.
+NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 160, 192
+WARM_START_STEPS = 800
 INIT_RANGE = 0.06  # standard deviation of the initial weights; with 0.02, learning starts late in such small layers
 # Words of the chat format, so that the tokenizer learns each as one token.
 CHAT_WORDS = "system\nYou are a helpful assistant.\nuser\nassistant\n" * 2
@@ -54,12 +54,10 @@ def build_model(tokenizer, seed: int, hidden_size: int = 128, layers: int = 4) -
     return use_our_layers(random_model(text, vision, ids, rope_theta=1e4, initializer_range=INIT_RANGE))
 
 
-def write_warm_start(folder: Path, train_json: Path, tokenizer, seed: int) -> None:
+def write_warm_start(folder: Path, careless_json: Path, tokenizer, seed: int) -> None:
     """Train a new model on careless answers and save it as a model folder."""
     model = build_model(tokenizer, seed)
-    prompts = load_prompts(train_json, tokenizer)
-    careless = [prompt.sample.extra["careless_answer"] for prompt in prompts]
-    fit(model, prompts, careless, tokenizer, SupervisedConfig(steps=WARM_START_STEPS, seed=seed))
+    fit(model, load_prompts(careless_json, tokenizer), tokenizer, SupervisedConfig(steps=WARM_START_STEPS, seed=seed))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -74,14 +72,13 @@ def prepare(config: Config) -> Config:
     output = Path(config.output_dir)
     data, model_folder = output / "data", output / "warm_start"
     if dist.get_rank() == 0 and not has_begun(output):
-        print(f"Drawing {NUM_TRAIN + NUM_HELDOUT} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
-        train_json = write_samples(data, "train", NUM_TRAIN, config.seed, config.demo_task)
+        num_hearts = NUM_CARELESS + NUM_TRAIN + NUM_HELDOUT
+        print(f"Drawing {num_hearts} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
+        careless = write_samples(data, "careless", NUM_CARELESS, config.seed, config.demo_task, is_careless=True)
+        write_samples(data, "train", NUM_TRAIN, config.seed, config.demo_task)
         write_samples(data, "heldout", NUM_HELDOUT, config.seed, config.demo_task)
-        clear = train_json
-        if config.demo_task == "hard":  # the model has seen clear clips only
-            clear = write_samples(data, "clear", NUM_TRAIN, config.seed, config.demo_task, is_clear=True)
         tokenizer = build_tokenizer([QUESTION, ANSWER.format(0), CHAT_WORDS])
-        write_warm_start(model_folder, clear, tokenizer, config.seed)
+        write_warm_start(model_folder, careless, tokenizer, config.seed)
     dist.barrier()
     config = dataclasses.replace(
         config,
@@ -168,9 +165,7 @@ def report(config: Config, began: float) -> None:
     for when, folder in {"before": config.model_id, "after": output / "final"}.items():
         model = load_model(str(folder)).eval()
         answers = {
-            name: answer_all(
-                model, PromptDataset(some[:NUM_FITTED], tokenizer, TOKENS_PER_SECOND, VIDEO_OPTIONS, "error"), options
-            )
+            name: answer_all(model, PromptDataset(some, tokenizer, TOKENS_PER_SECOND, VIDEO_OPTIONS, "error"), options)
             for name, some in samples.items()
         }
         truths = truths_of(samples["heldout"], options)

@@ -69,11 +69,11 @@ def load_prompts(json_path: Path, tokenizer, image_folder: Path | None = None) -
     return [load_prompt(sample, tokenizer, TOKENS_PER_SECOND, VIDEO_OPTIONS) for sample in samples]
 
 
-def fit(model, prompts: list[Prompt], answers: list[str], tokenizer, config: SupervisedConfig) -> None:
-    """Train on an answer per prompt, in the flags' number of steps; every epoch in an order of its own."""
+def fit(model, prompts: list[Prompt], tokenizer, config: SupervisedConfig) -> None:
+    """Train on the samples' answers, in the flags' number of steps; every epoch in an order of its own."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, config.steps)
-    answer_ids = [torch.tensor(tokenizer.encode(answer) + [tokenizer.eos_token_id]) for answer in answers]
+    answer_ids = [torch.tensor(tokenizer.encode(p.sample.answer) + [tokenizer.eos_token_id]) for p in prompts]
     generator, left = torch.Generator().manual_seed(config.seed), []
     for _ in tqdm(range(config.steps), desc="supervised", leave=False, disable=None):
         if len(left) < BATCH:
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
         print(f"grpo.demo.supervised: error: {error}", file=sys.stderr)
         return 2
     began = time.process_time()
-    fit(model, prompts, [prompt.sample.answer for prompt in prompts], tokenizer, config)
+    fit(model, prompts, tokenizer, config)
     seconds = time.process_time() - began
     model.save_pretrained(config.output_dir)
     tokenizer.save_pretrained(config.output_dir)

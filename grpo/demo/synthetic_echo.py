@@ -11,8 +11,8 @@ Two tasks:
     hard   1 to 30 clips, mostly few, of which most are noisy and show less of the motion than there is;
            ejection fractions as in a clinic: most from 50 to 70, few below 35
 
-Beside the answer each sample has a careless one, read by someone whom size and rate mislead: large hearts are
-overestimated, fast ones underestimated. No constant and no straight line through the careless answers repairs them.
+The careless answers of the warm start are those of someone whom size and rate mislead: large hearts are overestimated,
+fast ones underestimated. No constant and no straight line through such answers repairs them.
 """
 
 import json
@@ -31,7 +31,7 @@ NUM_FRAMES = 8
 FPS = 8
 # How many points a careless reader is off, at the most, by the size of a heart and by its rate; the standard deviation
 # of what remains.
-ERROR_OF_SIZE, ERROR_OF_RATE, LABEL_NOISE = 14.0, 10.0, 5.0
+ERROR_OF_SIZE, ERROR_OF_RATE, LABEL_NOISE = 14.0, 10.0, 2.0
 
 
 @dataclass
@@ -98,32 +98,32 @@ def draw_clip(heart: Heart, clarity: float, rng: np.random.Generator) -> np.ndar
 
 
 def write_samples(
-    folder: str | Path, name: str, num_samples: int, seed: int, task: DemoTask = "easy", is_clear: bool = False
+    folder: str | Path, name: str, num_samples: int, seed: int, task: DemoTask = "easy", is_careless: bool = False
 ) -> Path:
-    """Write `name`.json and its videos; return the path of the JSON. "careless_answer" is a key of each sample.
+    """Write `name`.json and its videos; return the path of the JSON.
 
-    is_clear: as many clips as the task has, but all clear, of hearts of any ejection fraction.
+    is_careless: careless answers; as many clips as the task has, but all clear, of hearts of any ejection fraction.
     """
     folder = Path(folder)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, *name.encode()])
     samples = []
     for number in range(num_samples):
-        heart = draw_heart("easy" if is_clear else task, rng)
+        heart = draw_heart("easy" if is_careless else task, rng)
         videos = []
         for clip, clarity in enumerate(draw_clarities(task, rng)):
-            clarity = 1.0 if is_clear else clarity
+            clarity = 1.0 if is_careless else clarity
             videos.append(f"{name}_{number:04d}_{clip}.mp4")
             write_mp4(folder / "videos" / videos[-1], draw_clip(heart, clarity, rng), FPS)
+        label = heart.careless_label(rng) if is_careless else heart.ejection_fraction
         samples.append(
             {
                 "id": f"{name}_{number:04d}",
                 "video": videos,
                 "conversations": [
                     {"from": "human", "value": "<video>\n" * len(videos) + QUESTION},
-                    {"from": "gpt", "value": ANSWER.format(heart.ejection_fraction)},
+                    {"from": "gpt", "value": ANSWER.format(label)},
                 ],
-                "careless_answer": ANSWER.format(heart.careless_label(rng)),
             }
         )
     path = folder / f"{name}.json"
