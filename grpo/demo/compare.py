@@ -3,8 +3,9 @@
     python -m grpo.demo.compare
 
 For each of the demo's tasks and each seed: the same hearts and the same warm start; GRPO with each reward and each
---scale_rewards; supervised training on the true answers, as long as GRPO took and until it has converged. Then the
-demo's own settings, and supervised training, on seeds that nothing was chosen on. All answers are greedy and judged by
+--scale_rewards; supervised training on the true answers: stopped early, as long as GRPO took, and until it has
+converged. Then the demo's own settings, and supervised training, on seeds that nothing was chosen on. All answers are
+greedy and judged by
 `python -m grpo.evaluate` on held-out hearts.
 
 Runs go side by side, each on one core. The same command continues where it was interrupted.
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from data.dataset import InputError
 from grpo.config import DEMO_DEFAULTS, Config, DemoTask, flag, parse_flags
-from grpo.demo.demo import NUM_HELDOUT, as_flags
+from grpo.demo.demo import NUM_HELDOUT, NUM_TRAIN, as_flags
 from grpo.loss import ScaleRewards
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,8 @@ REWARDS = {
     ],
 }
 SCALES = ScaleRewards.__args__
+SUPERVISED = ["supervised, stopped early", "supervised, same time", "supervised, converged"]
+EARLY_STEPS = 100  # of supervised training that stops before it knows the training answers by heart
 FIGURES = {
     "mae": ("MAE", 2),
     "median_error": ("median error", 2),
@@ -63,8 +66,8 @@ class CompareConfig:
     tasks: list[str] = flag(["easy", "hard"], "tasks of the demo")
     seeds: list[int] = flag([0, 1, 2], "seeds on which all rows are compared")
     new_seeds: list[int] = flag([10, 11, 12], "seeds for the demo's own settings and supervised training alone")
-    steps: int = flag(1000, "steps of GRPO")
-    supervised_steps: int = flag(1500, "steps of supervised training until it has converged")
+    steps: int = flag(DEMO_DEFAULTS["max_steps"], "steps of GRPO")
+    supervised_steps: int = flag(600, "steps of supervised training until it has converged")
     jobs: int = flag(os.cpu_count(), "runs side by side, each on one core")
 
 
@@ -194,23 +197,24 @@ def compare(config: CompareConfig) -> list[Run]:
     places = [(task, seed) for task in config.tasks for seed in [*config.seeds, *config.new_seeds]]
     grpo = grpo_runs(config)
     untrained = [Run(task, seed, "before", []) for task, seed in places]
-    converged = [Run(t, s, "supervised, converged", [], config.supervised_steps) for t, s in places]
-    same_time = [Run(t, s, "supervised, same time", []) for t, s in places]
-    with ThreadPoolExecutor(config.jobs) as pool, tqdm(total=len(grpo) + 4 * len(places), unit="run") as bar:
+    converged = [Run(t, s, SUPERVISED[2], [], config.supervised_steps) for t, s in places]
+    early = [Run(t, s, SUPERVISED[0], [], EARLY_STEPS) for t, s in places]
+    same_time = [Run(t, s, SUPERVISED[1], []) for t, s in places]
+    with ThreadPoolExecutor(config.jobs) as pool, tqdm(total=len(grpo) + 5 * len(places), unit="run") as bar:
 
         def do_all(function, arguments: list[tuple]) -> None:
             for _ in pool.map(lambda one: function(*one, config), arguments):
                 bar.update()
 
         do_all(prepare, places)
-        do_all(train_and_evaluate, [(run,) for run in untrained + converged])
+        do_all(train_and_evaluate, [(run,) for run in untrained + converged + early])
         do_all(train_and_evaluate, [(run,) for run in grpo])
         for run, whole in zip(same_time, converged, strict=True):
             (own,) = (g for g in grpo if (g.task, g.seed, g.row) == (run.task, run.seed, own_row()))
             per_step = seconds_of(whole, config) / whole.steps
             run.steps = max(1, round(seconds_of(own, config) / per_step))
         do_all(train_and_evaluate, [(run,) for run in same_time])
-    return [*untrained, *grpo, *same_time, *converged]
+    return [*untrained, *grpo, *early, *same_time, *converged]
 
 
 def figures_of(run: Run, config: CompareConfig) -> dict[str, float]:
@@ -237,7 +241,7 @@ def table(runs: list[Run], config: CompareConfig) -> list[str]:
 
 def by_seed(runs: list[Run], config: CompareConfig) -> list[str]:
     """Write a table of the mean error by seed: the demo's own settings beside supervised training."""
-    rows = ["before", own_row(), "supervised, same time", "supervised, converged"]
+    rows = ["before", own_row(), *SUPERVISED]
     seeds = [*config.seeds, *config.new_seeds]
     lines = ["| MAE | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|---" * (len(seeds) + 1) + "|"]
     for row in rows:
@@ -256,9 +260,12 @@ def write_results(runs: list[Run], config: CompareConfig, argv: list[str]) -> No
         f"`{command}`, {time.strftime('%Y-%m-%d')}, on {machine}; each run on one core.",
         "",
         f"GRPO: {config.steps} steps of the demo's settings; its rows are reward, then `--scale_rewards`. Supervised:",
-        "cross-entropy on the true answers, from the same warm start, for as much CPU time as the demo's own settings",
-        f"took ({own_row()}), and for {config.supervised_steps} steps, after which it knows the training answers by",
-        f"heart. Greedy answers on {NUM_HELDOUT} held-out hearts; errors in points; mean ± standard deviation.",
+        f"cross-entropy on the true answers, from the same warm start: for {EARLY_STEPS} steps; for as much CPU time",
+        f"as the demo's own settings took ({own_row()}); for {config.supervised_steps} steps, after which it",
+        "knows the training answers by heart.",
+        "",
+        f"{NUM_TRAIN} hearts to train on, greedy answers on {NUM_HELDOUT} held-out ones; errors in points; mean ±",
+        "standard deviation over seeds.",
         "",
     ]
     for task in config.tasks:

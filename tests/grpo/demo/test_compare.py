@@ -64,7 +64,7 @@ def test_the_table_has_mean_and_spread_over_seeds_and_keeps_what_was_written_by_
     monkeypatch.setattr(compare, "RESULTS", results)
     results.write_text("old\n\n## What did not work\n\n- this\n")
     runs = grpo_runs(config)
-    for row in ("before", "supervised, same time", "supervised, converged"):
+    for row in ("before", *compare.SUPERVISED):
         runs += [Run("easy", seed, row, []) for seed in (0, 1, 10)]
     for number, run in enumerate(runs):
         folder = run.folder(config) / "eval"
