@@ -80,9 +80,7 @@ class Config:
     )
     scale_rewards: ScaleRewards = flag("group", "what advantages are divided by: the group's or batch's std, or none")
     importance_sampling_level: ImportanceSamplingLevel = flag("token", "a ratio per token, or per completion (GSPO)")
-    beta: float = flag(
-        0.0, "weight of the KL divergence from the initial policy; 0: no reference model at all", demo=0.04
-    )
+    beta: float = flag(0.0, "weight of the KL divergence from the initial policy; 0: no reference model", demo=0.04)
     mask_truncated_completions: bool = flag(False, "do not train on completions that were cut at the length limit")
     epsilon: float = flag(0.05, "lower clipping: below 1 - epsilon, tokens with a negative advantage have no gradient")
     epsilon_high: float = flag(0.1, "upper clipping: the same above 1 + epsilon_high, for a positive advantage")
