@@ -36,7 +36,7 @@ from data.loader import Prompt, checked, prompt_batches, rank_batches, worker_fa
 from grpo.config import Config, parse_config
 from grpo.demo import demo
 from grpo.evaluate.heldout import HeldOut
-from grpo.logprobs import encode_videos
+from grpo.logprobs import encode_media
 from grpo.loss import (
     clipped_loss,
     clipped_tokens,
@@ -80,7 +80,7 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
     for batch in batched(prompts, config.per_device_train_batch_size):
         on_device = [prompt.to(tokens.device) for prompt in batch]
         if config.freeze_vision_tower and not config.vision_lora:
-            on_device = [encode_videos(model, prompt) for prompt in on_device]  # once, for the update too
+            on_device = [encode_media(model, prompt) for prompt in on_device]  # once, for the update too
             batch = on_device
         sampled = generate(model, on_device, tokens, params, generators(batch, config.seed, step, tokens.device))
         for rollout, prompt in zip(sampled, batch, strict=True):

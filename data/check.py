@@ -22,80 +22,82 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from data.dataset import DuplicateId, InputError, Sample, TagMismatch, first_line, read_samples
-from data.prompt import check_text, encode_prompt, load_tokenizer, video_lengths
-from data.video import BadVideo, Grid, TooFewFrames, VideoOptions, grid_of, read_frames
+from data.dataset import DuplicateId, InputError, Media, Sample, TagMismatch, first_line, read_samples
+from data.media import ImageOptions, MediaOptions, has_frame_files, load_media
+from data.prompt import check_text, encode_prompt, load_tokenizer, media_lengths
+from data.video import BadMedia, Grid, TooFewFrames, VideoOptions
 from data.video_cap import cap_videos
 from reward.extract import extract_number
 from reward.functions import ARGUMENTS, RewardError, RewardFunction, check_keys, keys_of, load_reward_functions
 from reward.zero_skill import zero_skill
 
-KEPT = ("no number in the truth", "over --max_videos")
-PROBLEMS = ("malformed sample", "tags and videos differ", "duplicate id", "missing video", "undecodable video")
-PROBLEMS += ("too few frames", *KEPT)
+KEPT = ("no number in the truth", "over --max_videos", "over --max_images")
+PROBLEMS = ("malformed sample", "tags and files differ", "duplicate id", "missing file", "undecodable video")
+PROBLEMS += ("undecodable image", "too few frames", *KEPT)
+FORMS = ("videos only", "images only", "videos and images", "text only", "frames in files", "options of their own")
 # Forking beside threads is unsafe. A fork server is safe, and fast, since it has imported these modules already.
 FORKSERVER = multiprocessing.get_context("forkserver")
 PRELOAD = ["jinja2", "data.prompt", "data.video", "data.video_cap", "reward.extract"]
 
 
-class VideoProblem(NamedTuple):
-    """Why the trainer would refuse a video."""
+class MediaProblem(NamedTuple):
+    """Why the trainer would refuse a video or an image."""
 
     problem: str  # one of PROBLEMS
     reason: str  # one line that names the file
 
 
-def check_video(path: str, options: VideoOptions) -> Grid | VideoProblem:
-    """Decode the frames that the trainer would read; return their grid, or what is wrong with the video."""
+def check_media(media: Media, options: MediaOptions) -> Grid | MediaProblem:
+    """Load a video or an image as the trainer would; return its grid, or what is wrong with it."""
     try:
-        frames, _ = read_frames(path, options)
-        return grid_of(path, frames, len(frames), options)
+        return load_media(media, options).grid_thw
     except FileNotFoundError as error:
-        return VideoProblem("missing video", str(error))
+        return MediaProblem("missing file", str(error))
     except TooFewFrames as error:
-        return VideoProblem("too few frames", str(error))
-    except BadVideo as error:
-        return VideoProblem("undecodable video", str(error))
+        return MediaProblem("too few frames", str(error))
+    except BadMedia as error:
+        return MediaProblem(f"undecodable {media.kind}", str(error))
 
 
-def check_video_in_own_process(
-    path: str, options: VideoOptions, timeout: float = 600.0, function=check_video
-) -> Grid | VideoProblem:
-    """Call `check_video` in a process of its own, because a broken file may crash the decoder or hang it.
+def check_in_own_process(
+    media: Media, options: MediaOptions, timeout: float = 600.0, function=check_media
+) -> Grid | MediaProblem:
+    """Call `check_media` in a process of its own, because a broken file may crash the decoder or hang it.
 
     timeout: in seconds.
     """
     receiver, sender = FORKSERVER.Pipe(duplex=False)
-    process = FORKSERVER.Process(target=_send_result, args=(sender, function, path, options), daemon=True)
+    process = FORKSERVER.Process(target=_send_result, args=(sender, function, media, options), daemon=True)
     process.start()
     sender.close()
     try:
         if receiver.poll(timeout):
             return receiver.recv()
-        return VideoProblem("undecodable video", f"{path!r} hangs the decoder: no frames within {timeout:g} s")
+        reason = f"{media.files[0]!r} hangs the decoder: no frames within {timeout:g} s"
     except EOFError:
         process.join()
-        return VideoProblem("undecodable video", f"{path!r} crashes the decoder (exit code {process.exitcode})")
+        reason = f"{media.files[0]!r} crashes the decoder (exit code {process.exitcode})"
     finally:
         process.kill()
         process.join()
         receiver.close()
+    return MediaProblem(f"undecodable {media.kind}", reason)
 
 
-def _send_result(sender, function, path: str, options: VideoOptions) -> None:
+def _send_result(sender, function, media: Media, options: MediaOptions) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's messages would break up the progress bar
-    sender.send(function(path, options))
+    sender.send(function(media, options))
 
 
 def find_problems(
-    sample: Sample | InputError, checked: dict[str, Grid | VideoProblem], max_videos: int
+    sample: Sample | InputError, checked: dict[Media, Grid | MediaProblem], max_videos: int, max_images: int
 ) -> dict[str, str]:
     """Return everything that is wrong with a sample: problem -> the first reason.
 
-    checked: video path -> result of `check_video`.
+    checked: the results of `check_media`.
     """
     if isinstance(sample, InputError):
-        kinds = {TagMismatch: "tags and videos differ", DuplicateId: "duplicate id"}
+        kinds = {TagMismatch: "tags and files differ", DuplicateId: "duplicate id"}
         return {kinds.get(type(sample), "malformed sample"): str(sample)}
     problems = {}
     try:
@@ -104,18 +106,31 @@ def find_problems(
         problems["malformed sample"] = str(error)
     if taken := [key for key in sample.extra if key in ARGUMENTS]:
         problems["malformed sample"] = f"key {taken[0]!r}: reward functions are given something else under this name"
-    used = cap_videos(sample, max_videos).videos
-    bad = {path: checked[path] for path in sample.videos if isinstance(checked[path], VideoProblem)}
-    for path, (problem, reason) in bad.items():
-        # The trainer decodes only the videos that it uses, but all must exist.
-        if path in used or problem == "missing video":
+    used = cap_videos(sample, max_videos, max_images).media
+    bad = {media: checked[media] for media in sample.media if isinstance(checked[media], MediaProblem)}
+    for media, (problem, reason) in bad.items():
+        # The trainer decodes only what it uses, but all must exist.
+        if media in used or problem == "missing file":
             problems.setdefault(problem, reason)
     if extract_number(sample.answer) is None:
         problems["no number in the truth"] = f"{sample.answer!r}: a numerical reward gives every completion 0.5"
-    if len(used) < len(sample.videos):
-        unused = "".join(f"; not used: {reason}" for path, (_, reason) in bad.items() if path not in used)
-        problems["over --max_videos"] = f"{len(sample.videos)} videos, only {len(used)} are used{unused}"
+    for kind in ("video", "image"):
+        have, left = (sum(media.kind == kind for media in some) for some in (sample.media, used))
+        if left < have:
+            not_used = [reason for media, (_, reason) in bad.items() if media.kind == kind and media not in used]
+            unused = "".join(f"; not used: {reason}" for reason in not_used)
+            problems[f"over --max_{kind}s"] = f"{have} {kind}s, only {left} are used{unused}"
     return problems
+
+
+def forms_of(sample: Sample) -> set[str]:
+    """Return which of FORMS a sample has."""
+    if not sample.media:
+        return {"text only"}
+    forms = {media.kind for media in sample.media}
+    found = {"videos and images"} if len(forms) == 2 else {f"{forms.pop()}s only"}
+    found |= {"frames in files"} if any(m.kind == "video" and has_frame_files(m) for m in sample.media) else set()
+    return found | ({"options of their own"} if any(media.options for media in sample.media) else set())
 
 
 def print_rare_keys(samples: list[Sample]) -> None:
@@ -141,7 +156,7 @@ def print_outside(samples: list[Sample], valid_range: list[float]) -> None:
         )
 
 
-def check(args: argparse.Namespace, options: VideoOptions, functions: list[RewardFunction]) -> int:
+def check(args: argparse.Namespace, options: MediaOptions, functions: list[RewardFunction]) -> int:
     """Check the data set, print the report, write the cleaned file if asked; return the exit code."""
     entries = list(read_samples(args.data_path, args.image_folder))
     keys = keys_of([sample for _, sample in entries if isinstance(sample, Sample)])
@@ -150,14 +165,14 @@ def check(args: argparse.Namespace, options: VideoOptions, functions: list[Rewar
     except RewardError as error:
         raise InputError(str(error)) from error
     tokenizer = load_tokenizer(args.model_id) if args.model_id else None
-    paths = list(dict.fromkeys(path for _, sample in entries for path in getattr(sample, "videos", ())))
+    media = list(dict.fromkeys(media for _, sample in entries for media in getattr(sample, "media", ())))
     with ThreadPoolExecutor(args.num_workers) as threads:
-        results = threads.map(partial(check_video_in_own_process, options=options), paths)
-        checked = dict(zip(paths, tqdm(results, total=len(paths), unit="video"), strict=True))
+        results = threads.map(partial(check_in_own_process, options=options), media)
+        checked = dict(zip(media, tqdm(results, total=len(media), unit="file"), strict=True))
 
     found, valid = {problem: [] for problem in PROBLEMS}, []
     for position, (entry, sample) in enumerate(entries, start=1):
-        problems = find_problems(sample, checked, args.max_videos)
+        problems = find_problems(sample, checked, args.max_videos, args.max_images)
         has_id = isinstance(entry, dict) and isinstance(entry.get("id"), str | int)
         for problem, reason in problems.items():
             found[problem].append((repr(str(entry["id"])) if has_id else f"#{position}", reason))
@@ -180,7 +195,9 @@ def check(args: argparse.Namespace, options: VideoOptions, functions: list[Rewar
         if found := zero_skill(functions, samples, keys):
             print(found)
     num_left_out = len(entries) - len(valid)
-    print(f"{len(entries)} samples, {len(checked)} videos: {len(valid)} valid samples, {num_left_out} left out")
+    num_images = sum(one.kind == "image" for one in checked)
+    counted = f"{len(checked) - num_images} videos" + f", {num_images} images" * bool(num_images)
+    print(f"{len(entries)} samples, {counted}: {len(valid)} valid samples, {num_left_out} left out")
     if args.write_clean and valid:
         write_entries([entry for entry, _ in valid], args.write_clean)
         print(f"the valid samples are in {args.write_clean!r}")
@@ -202,13 +219,17 @@ def write_entries(entries: list[dict], path: str) -> None:
 
 
 def print_sizes(
-    samples: list[Sample], checked: dict[str, Grid | VideoProblem], args: argparse.Namespace, tokenizer
+    samples: list[Sample], checked: dict[Media, Grid | MediaProblem], args: argparse.Namespace, tokenizer
 ) -> None:
-    """Print a table of the sizes of valid samples. Videos over --max_videos are not counted in frames and tokens."""
-    capped = [cap_videos(sample, args.max_videos) for sample in samples]
+    """Print tables of the forms and sizes of valid samples; what is over a cap is not counted in frames and tokens."""
+    print(f"\n{'valid samples with':44}{'samples':>8}")
+    for form in FORMS:
+        if num := sum(form in forms_of(sample) for sample in samples):
+            print(f"{form:44}{num:>8}")
+    capped = [cap_videos(sample, args.max_videos, args.max_images) for sample in samples]
     num_tokens = []
     for sample in capped:
-        grid = torch.tensor([checked[path] for path in sample.videos])  # (M, 3)
+        grid = torch.tensor([checked[media] for media in sample.media], dtype=torch.long).view(-1, 3)  # (M, 3)
         try:
             ids = tokenizer and encode_prompt(sample.turns, tokenizer, grid, torch.ones(len(grid)), 1)[0]
         except Exception as error:  # a chat template may raise anything
@@ -216,20 +237,24 @@ def print_sizes(
                 f"--model_id {args.model_id!r}: its tokenizer cannot encode sample {sample.id!r} "
                 f"({first_line(error)}): take the tokenizer of a Qwen2.5-VL"
             ) from error
-        num_tokens.append(len(ids) if tokenizer else int(video_lengths(grid).sum()))
+        num_tokens.append(len(ids) if tokenizer else int(media_lengths(grid).sum()))
+    used = {media for sample in capped for media in sample.media}
     rows = {
-        "videos per sample": [len(sample.videos) for sample in samples],
-        "frames read per video": [2 * checked[path][0] for path in {p for sample in capped for p in sample.videos}],
-        "prompt tokens" if tokenizer else "video tokens per prompt (text not counted)": num_tokens,
+        "videos per sample": [sum(media.kind == "video" for media in sample.media) for sample in samples],
+        "images per sample": [sum(media.kind == "image" for media in sample.media) for sample in samples],
+        "frames read per video": [2 * checked[media].t for media in used if media.kind == "video"],
+        "prompt tokens" if tokenizer else "video and image tokens (text not counted)": num_tokens,
     }
     print(f"\n{'valid samples':44}{'min':>8}{'median':>10}{'mean':>10}{'max':>8}")
     for name, numbers in rows.items():
+        if not any(numbers):
+            continue
         median, mean = statistics.median(numbers), statistics.mean(numbers)
         print(f"{name:44}{min(numbers):>8}{median:>10.1f}{mean:>10.1f}{max(numbers):>8}")
     print()
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, VideoOptions, list[RewardFunction]]:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, MediaOptions, list[RewardFunction]]:
     """Parse the flags; raise InputError if one is wrong."""
     style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
     usage = "python -m data.check --data_path FILE [flags]"
@@ -242,8 +267,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, VideoOptions, list[Rewar
     flag("--model_id", default="", help="count text tokens with this model's tokenizer; without it, only video tokens")
     flag("--num_workers", type=int, default=os.cpu_count(), help="videos to check at a time (%(default)s)")
     # The flags of train.py once more, since data/ does not import grpo/; tests compare the defaults.
-    flag = partial(parser.add_argument_group("videos, as in train.py").add_argument, metavar="")
+    flag = partial(parser.add_argument_group("videos and images, as in train.py").add_argument, metavar="")
     flag("--max_videos", type=int, default=5, help="videos kept per sample (%(default)s); 0: all of them")
+    flag("--max_images", type=int, default=0, help="images kept per sample; 0: all of them (%(default)s)")
     flag("--fps", type=float, help="frames per second read from a video (2 if --nframes is not given either)")
     flag("--nframes", type=int, help="frames read from every video (rounded to even), instead of --fps")
     flag("--video_resized_width", type=int, help="width of the frames in pixels, rounded to a multiple of 28")
@@ -251,6 +277,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, VideoOptions, list[Rewar
     pixels = "pixels per frame (%(default)s), where width and height are not given"
     flag("--video_min_pixels", type=int, default=VideoOptions.min_pixels, help=f"least {pixels}")
     flag("--video_max_pixels", type=int, default=VideoOptions.max_pixels, help=f"most {pixels}")
+    flag("--image_min_pixels", type=int, default=ImageOptions.min_pixels, help="least pixels per image (%(default)s)")
+    flag("--image_max_pixels", type=int, default=ImageOptions.max_pixels, help="most pixels per image (%(default)s)")
     flag = partial(parser.add_argument_group("rewards, as in train.py").add_argument, metavar="")
     one = ["numerical_video_reward"]
     flag("--reward_funcs", nargs="+", default=one, help="reward functions: names in reward/, or file.py:function")
@@ -258,8 +286,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, VideoOptions, list[Rewar
     flag("--reward_kwargs", default="", help="JSON object of arguments for the functions that take them")
     flag("--valid_range", nargs=2, type=float, default=[0.0, 100.0], help="lowest and highest possible answer (0 100)")
     args = parser.parse_args(argv)
-    if args.num_workers < 1 or args.max_videos < 0:
-        _fail("--num_workers must be at least 1, --max_videos at least 0")
+    if args.num_workers < 1 or args.max_videos < 0 or args.max_images < 0:
+        _fail("--num_workers must be at least 1, --max_videos and --max_images at least 0")
     if os.path.lexists(args.write_clean):
         _fail(f"--write_clean {args.write_clean!r} exists: name a new file")
     if args.write_clean and not os.access(os.path.dirname(args.write_clean) or ".", os.W_OK):
@@ -269,7 +297,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, VideoOptions, list[Rewar
         _fail("--valid_range: give the lowest and the highest possible answer, as in 0 100")
     rewards = args.reward_funcs, args.reward_weights, args.reward_kwargs, args.valid_range
     try:
-        options = VideoOptions(args.fps, args.nframes, *size, args.video_min_pixels, args.video_max_pixels)
+        video = VideoOptions(args.fps, args.nframes, *size, args.video_min_pixels, args.video_max_pixels)
+        options = MediaOptions(video, ImageOptions(args.image_min_pixels, args.image_max_pixels))
         return args, options, load_reward_functions(*rewards)
     except ValueError as error:
         return _fail(str(error))

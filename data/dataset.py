@@ -1,12 +1,14 @@
-"""Read a JSON or JSONL file of conversations about videos, and check all of it before anything is loaded.
+"""Read a JSON or JSONL file of conversations about videos and images, and check all of it before anything is loaded.
 
     {"id": "s1", "video": ["a.mp4", "b.mp4"],
      "conversations": [{"from": "human", "value": "<video>\\n<video>\\nWhat is the EF?"},
                        {"from": "gpt", "value": "55%"}]}
 
-The last turn is the answer, the turns before it are the prompt. Each `<video>` tag in a human turn stands for one
-video, in order; without any tags, all videos come first. Other keys are data for reward functions, unless they look
-like a misspelt one. Every mistake is an InputError of one line, before training starts.
+The last turn is the answer, the turns before it are the prompt. "video" and "image" are optional. Each `<video>` tag in
+a human turn stands for one video, in order, and each `<image>` tag for one image; without any tags of a kind, all of
+that kind come first. A video may be a folder of frames, or a list of their files; an object with options of its own
+stands for a path with those of the flags. Other keys are data for reward functions, unless they look like a misspelt
+one. Every mistake is an InputError of one line, before training starts.
 """
 
 import difflib
@@ -15,9 +17,14 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 VIDEO_TAG, IMAGE_TAG = "<video>", "<image>"
-KEYS = ("id", "video", "conversations")
+TAG_PATTERN = re.compile(f"{VIDEO_TAG}|{IMAGE_TAG}")
+KEYS = ("id", "video", "image", "conversations")
+IMAGE_OPTIONS = ("resized_width", "resized_height", "min_pixels", "max_pixels")
+VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", *IMAGE_OPTIONS)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -26,7 +33,7 @@ class InputError(Exception):
 
 
 class TagMismatch(InputError):
-    """The numbers of a sample's tags and videos differ."""
+    """The numbers of a sample's tags and of its videos or images differ."""
 
 
 class DuplicateId(InputError):
@@ -39,33 +46,58 @@ def first_line(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
+class Media:
+    """A video or an image of a sample."""
+
+    kind: Literal["video", "image"]
+    path: str | tuple[str, ...]  # of its file, of the folder of its frames, or of the files of its frames in order
+    options: tuple[tuple[str, float], ...] = ()  # its own, in place of the flags
+
+    @property
+    def name(self) -> str:
+        """Its name without folders, to show; equal for equal names in another place."""
+        first, *others = [self.path] if isinstance(self.path, str) else self.path
+        return os.path.basename(first.rstrip("/")) + (f" and {len(others)} more frames" if others else "")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Its path, or the paths of its frames."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    def missing(self) -> list[str]:
+        """Return those of its paths at which there is nothing."""
+        may_be_folder = self.kind == "video" and isinstance(self.path, str)
+        return [path for path in self.files if not (os.path.isfile(path) or (may_be_folder and os.path.isdir(path)))]
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One prompt with its videos and its true answer."""
+    """One prompt with its videos and images, and its true answer."""
 
     id: str
-    videos: tuple[str, ...]  # M paths, in the order of their tags
+    media: tuple[Media, ...]  # M, in the order of their tags
     turns: tuple[tuple[str, str], ...]  # (role, text); M tags in all user turns together; the last turn is a user's
     answer: str
     extra: dict = field(default_factory=dict, hash=False)  # the other keys of its entry, for reward functions
 
 
 def load_samples(data_path: str, image_folder: str = "") -> list[Sample]:
-    """Read and check every sample of a file; all videos must exist.
+    """Read and check every sample of a file; all videos and images must exist.
 
-    A video path is used as written if that file exists, else joined to `image_folder`. Raises InputError.
+    A path is used as written if there is such a file or folder, else joined to `image_folder`. Raises InputError.
     """
     samples, missing = [], {}
     for _, sample in read_samples(data_path, image_folder):
         if isinstance(sample, InputError):
             raise sample
         samples.append(sample)
-        for path in sample.videos:
-            if not os.path.isfile(path):
+        for media in sample.media:
+            for path in media.missing():
                 missing.setdefault(path, sample.id)
     if missing:
         first = ", ".join(f"{path!r} (sample {sample_id!r})" for path, sample_id in list(missing.items())[:3])
         raise InputError(
-            f"{data_path!r}: {len(missing)} video file(s) missing: {first}{', ...' if len(missing) > 3 else ''}: "
+            f"{data_path!r}: {len(missing)} file(s) missing: {first}{', ...' if len(missing) > 3 else ''}: "
             f"set --image_folder (now {image_folder!r}) to the folder that holds them, or correct the paths"
         )
     return samples
@@ -74,7 +106,7 @@ def load_samples(data_path: str, image_folder: str = "") -> list[Sample]:
 def read_samples(data_path: str, image_folder: str = "") -> Iterator[tuple[object, Sample | InputError]]:
     """Yield each entry of a file, as written, with its Sample, or with the InputError that says what is wrong.
 
-    Videos need not exist. Of samples with the same id, the first is valid. Raises InputError if there are no entries.
+    Files need not exist. Of samples with the same id, the first is valid. Raises InputError if there are no entries.
     """
     entries, seen = _read_entries(data_path), set()
     if not entries:
@@ -145,57 +177,92 @@ def _read_sample(entry, where: str, data_path: str, default_id: str, image_folde
     where = f"{data_path!r}: sample {sample_id!r}"
 
     _check_keys(entry, where)
-    videos = _read_videos(entry, where)
     *prompt, (_, answer) = _read_turns(entry, where)
-    tags = sum(text.count(VIDEO_TAG) for _, text in prompt)
-    if tags == 0:
-        first_user = [role for role, _ in prompt].index("user")
-        prompt[first_user] = ("user", f"{VIDEO_TAG}\n" * len(videos) + prompt[first_user][1])
-    elif tags != len(videos):
-        raise TagMismatch(
-            f"{where}: {tags} {VIDEO_TAG} tag(s) in the human turns but {len(videos)} in 'video': "
-            "make the numbers equal, or remove all tags"
-        )
-    paths = tuple(_resolve(path, image_folder) for path in videos)
-    return Sample(sample_id, paths, tuple(prompt), answer, {key: entry[key] for key in entry if key not in KEYS})
+    of_tag = {}
+    for kind, tag in (("video", VIDEO_TAG), ("image", IMAGE_TAG)):
+        found = _read_media(entry.get(kind), kind, where, image_folder)
+        tags = sum(text.count(tag) for _, text in prompt)
+        if tags == 0:
+            first_user = [role for role, _ in prompt].index("user")
+            prompt[first_user] = ("user", f"{tag}\n" * len(found) + prompt[first_user][1])
+        elif tags != len(found):
+            raise TagMismatch(
+                f"{where}: {tags} {tag} tag(s) in the human turns but {len(found)} in {kind!r}: "
+                "make the numbers equal, or remove all tags"
+            )
+        of_tag[tag] = iter(found)
+    media = tuple(next(of_tag[tag]) for _, text in prompt for tag in TAG_PATTERN.findall(text))
+    return Sample(sample_id, media, tuple(prompt), answer, {key: entry[key] for key in entry if key not in KEYS})
 
 
 def _check_keys(entry: dict, where: str) -> None:
-    """Raise InputError for a key of images, and for one that looks like a misspelt 'video' or 'conversations'.
+    """Raise InputError for a key that looks like a misspelt 'video', 'image' or 'conversations'.
 
     Other keys are the user's own data. So are keys of several words, such as 'conversation_id' and 'videoId', which
     resemble one of ours by accident.
     """
     for key in entry:
         word = key.strip().lower()
-        if word in ("image", "images") and entry[key]:
-            raise InputError(f"{where}: key {key!r}: this trainer reads videos only, remove the key")
         if word == "id" and key != "id":
             raise InputError(f"{where}: unknown key {key!r}, did you mean 'id'?")
-        known = difflib.get_close_matches(word, ("video", "conversations"), n=1, cutoff=0.8)
+        known = difflib.get_close_matches(word, ("video", "image", "conversations"), n=1, cutoff=0.8)
         is_one_word = not re.search(r"[_\d]|[a-z][A-Z]", key)
         if known and key != known[0] and is_one_word:
             raise InputError(f"{where}: unknown key {key!r}, did you mean {known[0]!r}?")
 
 
-def _read_videos(entry: dict, where: str) -> list[str]:
-    """Return the video paths as written."""
-    videos = entry.get("video")
-    if isinstance(videos, str):
-        videos = [videos]
-    if videos is None or videos == []:
-        raise InputError(f"{where} has no video: list at least one path under 'video'")
-    if not isinstance(videos, list):
-        raise InputError(f"{where}: 'video' is {_json_type(videos)}: give a path or a list of paths")
-    for path in videos:
+def _read_media(written, kind: str, where: str, image_folder: str) -> list[Media]:
+    """Read what stands under 'video' or 'image': nothing, one of it, or a list."""
+    if written is None:
+        return []
+    if not isinstance(written, list | str | dict):
+        raise InputError(f"{where}: {kind!r} is {_json_type(written)}: give a path or a list of paths")
+    listed = written if isinstance(written, list) else [written]
+    return [_read_one(one, kind, f"{where}: {kind!r}", image_folder) for one in listed]
+
+
+def _read_one(written, kind: str, where: str, image_folder: str) -> Media:
+    """Read one video or image: a path, a list of frames, or an object with either of them and its own options."""
+    options = ()
+    if isinstance(written, dict):
+        if kind not in written:
+            raise InputError(f"{where} contains an object without {kind!r}: name its file there")
+        options = _read_options({key: written[key] for key in written if key != kind}, kind, where)
+        written = written[kind]
+    frames = written if kind == "video" and isinstance(written, list) and written else [written]
+    for path in frames:
         if not isinstance(path, str) or not path.strip():
-            raise InputError(f"{where}: 'video' contains {_json_type(path)}: every entry must be a path")
-    return videos
+            raise InputError(f"{where} contains {_json_type(path)}: every entry must be a path")
+    paths = tuple(_resolve(path, image_folder) for path in frames)
+    if isinstance(written, list):
+        return Media(kind, paths, options)
+    if kind == "video" and written.lower().endswith(IMAGE_SUFFIXES):
+        raise InputError(f"{where} contains {written!r}: put the frames of a video in a list of their own, [[...]]")
+    return Media(kind, paths[0], options)
+
+
+def _read_options(written: dict, kind: str, where: str) -> tuple[tuple[str, float], ...]:
+    """Read the options of one video or image; their values are bounded where it is opened."""
+    known = VIDEO_OPTIONS if kind == "video" else IMAGE_OPTIONS
+    for name, value in written.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            mend = f"did you mean {nearest[0]!r}?" if nearest else f"known ones are {', '.join(known)}"
+            raise InputError(f"{where}: unknown option {name!r}: {mend}")
+        is_whole = name not in ("fps", "video_start", "video_end")
+        if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
+            raise InputError(f"{where}: {name!r} is {value!r}: give a {'whole ' * is_whole}number")
+        if not 0 <= value <= 1e9 or (value == 0 and name != "video_start"):
+            raise InputError(f"{where}: {name!r} is {value!r}: give a number above 0, and at most 1e9")
+    return tuple(sorted(written.items()))
 
 
 def _resolve(path: str, image_folder: str) -> str:
-    """Return the path as written if that file exists, else the path inside `image_folder`."""
-    return path if os.path.isfile(path) else os.path.join(image_folder, path)
+    """Return the path as written if that file exists, else the path inside `image_folder`; files before folders."""
+    inside = os.path.join(image_folder, path)
+    if os.path.isfile(path) or (os.path.isdir(path) and not os.path.isfile(inside)):
+        return path
+    return inside
 
 
 def _read_turns(entry: dict, where: str) -> list[tuple[str, str]]:
@@ -231,11 +298,9 @@ def _read_turn(turn, where: str) -> tuple[str, str]:
         raise InputError(f"{where}: unknown 'from' {speaker!r}: use 'human', 'gpt' or 'system'")
     for tag in re.findall(r"<\s*(?:videos?|images?)\s*>", text, re.IGNORECASE):
         if tag not in (VIDEO_TAG, IMAGE_TAG):
-            raise InputError(f"{where}: {tag} in 'value': write {VIDEO_TAG}")
-    if IMAGE_TAG in text:
-        raise InputError(f"{where}: {IMAGE_TAG} in 'value': this trainer reads videos only, remove the tag")
-    if ROLES[speaker] != "user" and VIDEO_TAG in text:
-        raise InputError(f"{where}: {VIDEO_TAG} in a turn from {speaker!r}: move it to a human turn")
+            raise InputError(f"{where}: {tag} in 'value': write {VIDEO_TAG if 'v' in tag.lower() else IMAGE_TAG}")
+    if ROLES[speaker] != "user" and (tag := TAG_PATTERN.search(text)):
+        raise InputError(f"{where}: {tag.group()} in a turn from {speaker!r}: move it to a human turn")
     try:
         text.encode()  # JSON may contain lone surrogates, which a tokenizer cannot encode
     except UnicodeEncodeError as error:

@@ -1,6 +1,7 @@
 """Samples -> tensors, decoded ahead of the training loop by worker processes, in an order fixed by the seed alone.
 
-| B | prompts on this rank in a step | P | prompt tokens | C | completion tokens | M | videos | S | vision patches |
+| B | prompts on this rank in a step | P | prompt tokens | C | completion tokens |
+| M | videos and images | S | vision patches |
 """
 
 import dataclasses
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.dataset import InputError, Sample
+from data.media import MediaOptions, load_media
 from data.prompt import encode_prompt
-from data.video import BadVideo, VideoOptions, load_video
+from data.video import PATCH_VALUES, BadMedia
 
 
 @dataclass
@@ -26,15 +28,15 @@ class Prompt:
     """One sample as input for the model."""
 
     sample: Sample
-    prompt_ids: Tensor  # (P,) token ids, one placeholder per video token
+    prompt_ids: Tensor  # (P,) token ids, one placeholder per token of a video or image
     position_ids: Tensor  # (3, P) mRoPE positions
-    pixel_values_videos: Tensor  # (S, 1176) patches of all videos
-    video_grid_thw: Tensor  # (M, 3) patches of each video along time, height, width
+    pixel_values: Tensor  # (S, 1176) patches of all videos and images, in the order of their tags
+    grid_thw: Tensor  # (M, 3) patches of each along time, height, width
     second_per_grid_ts: Tensor  # (M,) seconds between patches along time
     vision_states: Tensor | None = None  # (S, hidden size of the tower): a frozen tower's output, replaces the pixels
     position: int = 0  # in the step's global batch
     is_padding: bool = False  # True: keeps this rank in step with the others; excluded from loss and metrics
-    bad_video: str = ""  # if the sample for this position was left out: why
+    bad_media: str = ""  # if the sample for this position was left out: why
 
     def completion_positions(self, length: int) -> Tensor:
         """Return the positions of the first `length` completion tokens, (3, C): from the prompt's maximum + 1 on."""
@@ -56,50 +58,50 @@ class BatchItem:
     is_padding: bool = False
 
 
-def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: VideoOptions) -> Prompt:
-    """Decode the videos of a sample and encode its conversation.
+def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: MediaOptions) -> Prompt:
+    """Decode the videos and images of a sample and encode its conversation.
 
-    Raises BadVideo or FileNotFoundError, which name the file, and ValueError if the text contains special tokens.
+    Raises BadMedia or FileNotFoundError, which name the file, and ValueError if the text contains special tokens.
     """
-    patches, grids, seconds = zip(*(load_video(path, options) for path in sample.videos), strict=True)
-    video_grid_thw, second_per_grid_ts = torch.tensor(grids), torch.tensor(seconds)
-    prompt_ids, position_ids = encode_prompt(
-        sample.turns, tokenizer, video_grid_thw, second_per_grid_ts, tokens_per_second
-    )
-    return Prompt(sample, prompt_ids, position_ids, torch.cat(patches), video_grid_thw, second_per_grid_ts)
+    loaded = [load_media(media, options) for media in sample.media]
+    patches = torch.cat([one.pixel_values for one in loaded]) if loaded else torch.empty(0, PATCH_VALUES)
+    grid_thw = torch.tensor([one.grid_thw for one in loaded], dtype=torch.long).view(-1, 3)
+    seconds = torch.tensor([one.second_per_grid_t for one in loaded])
+    prompt_ids, position_ids = encode_prompt(sample.turns, tokenizer, grid_thw, seconds, tokens_per_second)
+    return Prompt(sample, prompt_ids, position_ids, patches, grid_thw, seconds)
 
 
 class PromptDataset(Dataset):
     """Maps a `BatchItem` to its decoded prompt.
 
-    With `on_bad_video="skip"` a sample with an unreadable video is replaced by the next readable one, as padding.
+    With `on_bad_media="skip"` a sample with an unreadable file is replaced by the next readable one, as padding.
     Errors are returned, not raised, because an error raised in a worker process prints a page of traceback.
     """
 
     def __init__(
-        self, samples: list[Sample], tokenizer, tokens_per_second: int, options: VideoOptions, on_bad_video: str
+        self, samples: list[Sample], tokenizer, tokens_per_second: int, options: MediaOptions, on_bad_media: str
     ):
         self.samples, self.tokenizer, self.tokens_per_second = samples, tokenizer, tokens_per_second
-        self.options, self.on_bad_video = options, on_bad_video
+        self.options, self.on_bad_media = options, on_bad_media
 
     def __getitem__(self, item: BatchItem) -> Prompt | InputError:
-        bad_video = ""
+        bad_media = ""
         for offset in range(len(self.samples)):
             sample = self.samples[(item.index + offset) % len(self.samples)]
             try:
                 prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, self.options)
-            except (BadVideo, FileNotFoundError) as error:
-                bad_video = bad_video or f"sample {sample.id!r}: {error}"
-                if self.on_bad_video == "error":
-                    return InputError(f"{bad_video}; replace the file, or skip such samples with --on_bad_video skip")
+            except (BadMedia, FileNotFoundError) as error:
+                bad_media = bad_media or f"sample {sample.id!r}: {error}"
+                if self.on_bad_media == "error":
+                    return InputError(f"{bad_media}; replace the file, or skip such samples with --on_bad_video skip")
                 continue
             except ValueError as error:
                 return InputError(f"sample {sample.id!r}: {error}")
-            is_padding = item.is_padding or bool(bad_video)
-            # Padding repeats a sample of the same step; its bad video is reported there, and not a second time here.
-            bad_video = "" if item.is_padding else bad_video
-            return dataclasses.replace(prompt, position=item.position, is_padding=is_padding, bad_video=bad_video)
-        return InputError(f"no sample has readable videos; the first error: {bad_video}")
+            is_padding = item.is_padding or bool(bad_media)
+            # Padding repeats a sample of the same step; its bad file is reported there, and not a second time here.
+            bad_media = "" if item.is_padding else bad_media
+            return dataclasses.replace(prompt, position=item.position, is_padding=is_padding, bad_media=bad_media)
+        return InputError(f"no sample has readable videos and images; the first error: {bad_media}")
 
 
 def checked(batch: list[Prompt | InputError]) -> list[Prompt]:

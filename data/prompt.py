@@ -1,13 +1,15 @@
 """Conversation -> prompt ids and their mRoPE positions.
 
-The tokenizer's chat template writes one <|video_pad|> per video; it is repeated, once per token of the video.
+The tokenizer's chat template writes one <|video_pad|> per video and one <|image_pad|> per image; it is repeated, once
+per token of the video or image.
 Positions have three axes (time, height, width), the multimodal RoPE of Qwen2-VL (arXiv:2409.12191, section 2.1) and
-Qwen2.5-VL (arXiv:2502.13923, section 2.1.2). For text all three count up together; inside a video they are the
-coordinates in its grid, with time in units of 1 / tokens_per_second seconds. Text after a video continues at the
-largest position of any axis, time included, plus 1. The weights were trained with these positions. transformers 5.3 and
-later continue at the longer side of the grid instead, inside the video's own time (data/README.md has the versions).
+Qwen2.5-VL (arXiv:2502.13923, section 2.1.2). For text all three count up together; inside a video or an
+image they are the coordinates in its grid, with time in units of 1 / tokens_per_second seconds. Text after a video
+continues at the largest position of any axis, time included, plus 1. The weights were trained with these positions.
+transformers 5.3 and later continue at the longer side of the grid instead, inside the video's own time (data/README.md
+has the versions).
 
-P prompt tokens with the videos expanded, M videos.
+P prompt tokens with videos and images expanded, M videos and images.
 """
 
 import re
@@ -18,8 +20,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from data.dataset import InputError, first_line
 from data.video import MERGE_SIZE
 
-VIDEO_TAG_PATTERN = re.compile(r"\n?<video>\n?")  # the tag includes one newline on each side
-VIDEO_PLACEHOLDER = "<|video_pad|>"
+TAG_PATTERN = re.compile(r"\n?<(video|image)>\n?")  # the tag includes one newline on each side
+PLACEHOLDERS = ("<|video_pad|>", "<|image_pad|>")
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 # Written in a text, these would become placeholders without a video, or begin and end turns.
@@ -43,50 +45,49 @@ def load_tokenizer(model_id: str):
     if missing or not tokenizer.chat_template:
         lacking = ", ".join(missing) or "chat template"
         raise InputError(f"--model_id {model_id!r}: its tokenizer has no {lacking}: take the tokenizer of a Qwen2.5-VL")
+    content = [{"type": "video"}, {"type": "image"}]
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
     except Exception as error:
         raise InputError(f"--model_id {model_id!r}: its chat template fails ({first_line(error)})") from error
-    if text.count("<|video_pad|>") != 1:
-        raise InputError(f"--model_id {model_id!r}: its chat template knows no videos: take that of a Qwen2.5-VL")
+    if any(text.count(placeholder) != 1 for placeholder in PLACEHOLDERS):
+        raise InputError(
+            f"--model_id {model_id!r}: its chat template knows no videos or images: take that of a Qwen2.5-VL"
+        )
     return tokenizer
 
 
 def encode_prompt(
     turns: tuple[tuple[str, str], ...],
     tokenizer: PreTrainedTokenizerBase,
-    video_grid_thw: torch.Tensor,
+    grid_thw: torch.Tensor,
     second_per_grid_ts: torch.Tensor,
     tokens_per_second: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return prompt_ids (P,) and position_ids (3, P) of a conversation, up to where the assistant's answer begins.
 
-    turns: (role, text) with the roles system, user and assistant. The k-th `<video>` tag in the user texts stands for
-    row k of video_grid_thw (M, 3), in patches. second_per_grid_ts: (M,) seconds. tokens_per_second: from the vision
-    config. Raises ValueError if the numbers of tags and videos differ, or a text contains special tokens.
+    turns: (role, text) with the roles system, user and assistant. The k-th `<video>` or `<image>` tag in the user texts
+    stands for row k of grid_thw (M, 3), in patches. second_per_grid_ts: (M,) seconds, 0 for images. tokens_per_second:
+    from the vision config. Raises ValueError if the numbers of tags and rows differ, or a text contains special tokens.
     """
     check_text(turns)
     messages = []
     for role, text in turns:
-        messages.append({"role": role, "content": split_at_videos(text) if role == "user" else [text_part(text)]})
-    num_tags = sum(part["type"] == "video" for message in messages for part in message["content"])
-    if num_tags != len(video_grid_thw):
-        raise ValueError(f"the text has {num_tags} <video> tags for {len(video_grid_thw)} videos")
+        messages.append({"role": role, "content": split_at_tags(text) if role == "user" else [text_part(text)]})
+    num_tags = sum(part["type"] != "text" for message in messages for part in message["content"])
+    if num_tags != len(grid_thw):
+        raise ValueError(f"the text has {num_tags} tags for {len(grid_thw)} videos and images")
 
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = torch.tensor(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    video_token_id = tokenizer.convert_tokens_to_ids(VIDEO_PLACEHOLDER)
-    is_video = ids == video_token_id
-    if int(is_video.sum()) != num_tags:
-        raise ValueError(f"the chat template wrote {int(is_video.sum())} {VIDEO_PLACEHOLDER} for {num_tags} videos")
+    is_media = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(PLACEHOLDERS)))
+    if int(is_media.sum()) != num_tags:
+        raise ValueError(f"the chat template wrote {int(is_media.sum())} placeholders for {num_tags} videos and images")
     # A special token always becomes exactly one id, so repeating the id equals tokenizing the repeated text.
     repeats = torch.ones_like(ids)
-    repeats[is_video] = video_lengths(video_grid_thw)
-    prompt_ids = ids.repeat_interleave(repeats)  # (P,)
-    position_ids = mrope_positions(
-        prompt_ids, video_grid_thw, second_per_grid_ts, video_token_id, tokens_per_second
-    )  # (3, P)
-    return prompt_ids, position_ids
+    repeats[is_media] = media_lengths(grid_thw)
+    is_media = is_media.repeat_interleave(repeats)  # (P,)
+    return ids.repeat_interleave(repeats), mrope_positions(is_media, grid_thw, second_per_grid_ts, tokens_per_second)
 
 
 def check_text(turns: tuple[tuple[str, str], ...]) -> None:
@@ -101,49 +102,43 @@ def text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def split_at_videos(text: str) -> list[dict[str, str]]:
-    """Split text at its `<video>` tags into the content of a chat message."""
-    before, *others = VIDEO_TAG_PATTERN.split(text)
+def split_at_tags(text: str) -> list[dict[str, str]]:
+    """Split text at its `<video>` and `<image>` tags into the content of a chat message."""
+    before, *others = TAG_PATTERN.split(text)
     content = [text_part(before)]
-    for after in others:
-        content += [{"type": "video"}, text_part(after)]
+    for kind, after in zip(others[::2], others[1::2], strict=True):
+        content += [{"type": kind}, text_part(after)]
     return content
 
 
-def video_lengths(video_grid_thw: torch.Tensor) -> torch.Tensor:
-    """Return the number of tokens of each video: (M, 3) patches -> (M,)."""
-    return video_grid_thw.prod(dim=-1) // MERGE_SIZE**2
+def media_lengths(grid_thw: torch.Tensor) -> torch.Tensor:
+    """Return the number of tokens of each video or image: (M, 3) patches -> (M,)."""
+    return grid_thw.prod(dim=-1) // MERGE_SIZE**2
 
 
 def mrope_positions(
-    prompt_ids: torch.Tensor,
-    video_grid_thw: torch.Tensor,
-    second_per_grid_ts: torch.Tensor,
-    video_token_id: int,
-    tokens_per_second: int,
+    is_media: torch.Tensor, grid_thw: torch.Tensor, second_per_grid_ts: torch.Tensor, tokens_per_second: int
 ) -> torch.Tensor:
     """Return the position of every prompt token on the three axes: (3, P).
 
-    prompt_ids: (P,) with the videos expanded; video_grid_thw: (M, 3) patches; second_per_grid_ts: (M,) seconds.
+    is_media: (P,) True at the tokens of videos and images; grid_thw: (M, 3) patches; second_per_grid_ts: (M,) seconds.
     Equals `rope2d` of Qwen's own fine-tuning code. Raises ValueError if the prompt has more or fewer
     placeholders than the grids have tokens.
     """
-    lengths = video_lengths(video_grid_thw).tolist()
-    placeholders = (prompt_ids == video_token_id).nonzero().flatten()
+    lengths = media_lengths(grid_thw).tolist()
+    placeholders = is_media.nonzero().flatten()
     if len(placeholders) != sum(lengths):
-        raise ValueError(
-            f"the prompt has {len(placeholders)} {VIDEO_PLACEHOLDER} tokens for {sum(lengths)} video tokens"
-        )
+        raise ValueError(f"the prompt has {len(placeholders)} placeholders for {sum(lengths)} tokens")
     # Seconds are multiplied before they are cut to whole positions. In float32, as in Qwen's code: in float64 a product
     # such as 45 * 1.4 falls on the other side of a whole number.
     steps = tokens_per_second * torch.as_tensor(second_per_grid_ts, dtype=torch.float32)  # (M,)
 
     spans = []
     done = 0  # number of prompt tokens that have their positions
-    done_videos = 0  # number of placeholders among them
+    done_media = 0  # number of placeholders among them
     position = 0  # of the next token
-    for (t, h, w), length, step in zip(video_grid_thw.tolist(), lengths, steps, strict=True):
-        num_text = int(placeholders[done_videos]) - done
+    for (t, h, w), length, step in zip(grid_thw.tolist(), lengths, steps, strict=True):
+        num_text = int(placeholders[done_media]) - done
         spans.append((torch.arange(num_text) + position).expand(3, -1))
         position += num_text
 
@@ -153,6 +148,6 @@ def mrope_positions(
         spans.append(torch.stack(grid).flatten(1) + position)
         position += max(int(time[-1]) + 1, h, w)
         done += num_text + length
-        done_videos += length
-    spans.append((torch.arange(len(prompt_ids) - done) + position).expand(3, -1))
+        done_media += length
+    spans.append((torch.arange(len(is_media) - done) + position).expand(3, -1))
     return torch.cat(spans, dim=1)  # (3, P)

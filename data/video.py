@@ -10,7 +10,7 @@ T frames, H x W pixels, S = t·h·w patches of one video with t = T / 2, h = H /
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from data.mp4_check import check_mp4
 PATCH_SIZE = 14
 MERGE_SIZE = 2  # the tower merges 2 x 2 patches into one token
 TEMPORAL_PATCH_SIZE = 2  # frames in a patch
+PATCH_VALUES = 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2
 SIZE_FACTOR = PATCH_SIZE * MERGE_SIZE  # height and width are multiples of 28 pixels
 PIXELS_PER_TOKEN = SIZE_FACTOR**2
 
@@ -33,20 +34,22 @@ MAX_FRAME_PIXELS = 768 * PIXELS_PER_TOKEN
 MAX_VIDEO_PIXELS = 128000 * PIXELS_PER_TOKEN * 0.9  # 90% of the model's context of 128,000 tokens
 MAX_ASPECT_RATIO = 200
 
+FRAME_COUNTS, SIZES = ("fps", "nframes"), ("resized_width", "resized_height")  # one of each set decides
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class BadVideo(Exception):
+class BadMedia(Exception):
     """A file that exists but has no usable frames; the message is one line with its path and the reason."""
 
 
-class TooFewFrames(BadVideo):
+class TooFewFrames(BadMedia):
     """A video has fewer frames than the options ask for."""
 
 
 class Grid(NamedTuple):
-    """Patches of a video along time, height and width."""
+    """Patches of a video or an image along time, height and width."""
 
     t: int
     h: int
@@ -62,6 +65,8 @@ class VideoOptions:
     resized_width, resized_height: pixels, rounded to multiples of 28 (64 x 64 becomes 56 x 56).
     min_pixels, max_pixels: bounds of width x height where no size is given; the aspect ratio is kept. As in
     qwen-vl-utils, max_pixels is at most 768·28·28, and less where more than 300 frames are read.
+    min_frames, max_frames: bounds of the number of frames where fps decides; a video's own, as what follows.
+    video_start, video_end: seconds; frames are read from this part only.
     Raises ValueError if the options contradict each other.
     """
 
@@ -71,6 +76,19 @@ class VideoOptions:
     resized_height: int | None = None
     min_pixels: int = 128 * PIXELS_PER_TOKEN
     max_pixels: int = 768 * PIXELS_PER_TOKEN
+    min_frames: int = MIN_FRAMES
+    max_frames: int = MAX_FRAMES
+    video_start: float = 0.0
+    video_end: float | None = None
+
+    def with_own(self, own: dict[str, float]) -> "VideoOptions":
+        """Return the options with a video's own in their place; raise ValueError, naming them, if they are wrong."""
+        replaced = [names for names in (FRAME_COUNTS, SIZES) if own.keys() & names]
+        try:
+            return replace(self, **{name: None for names in replaced for name in names} | own)
+        except ValueError as error:
+            text = str(error).replace("--video_", "").replace("--", "")
+            raise ValueError(f"has options of its own that cannot be: {text}") from error
 
     def __post_init__(self) -> None:
         if self.fps is not None and self.nframes is not None:
@@ -86,6 +104,10 @@ class VideoOptions:
             raise ValueError(f"--nframes must be at least 2, got {self.nframes}")
         if self.resized_width is None and self.min_pixels > self.max_pixels:
             raise ValueError(f"--video_min_pixels {self.min_pixels} is more than --video_max_pixels {self.max_pixels}")
+        if self.min_frames > self.max_frames or self.max_frames < 2:
+            raise ValueError(f"max_frames {self.max_frames} must be at least 2 and min_frames {self.min_frames}")
+        if self.video_end is not None and not self.video_start < self.video_end:
+            raise ValueError(f"video_end {self.video_end:g} must be after video_start {self.video_start:g}")
         sides = sorted((self.resized_width or 1, self.resized_height or 1))
         if sides[1] > MAX_ASPECT_RATIO * sides[0]:
             raise ValueError(
@@ -97,20 +119,34 @@ class VideoOptions:
             raise ValueError(f"--video_max_pixels {self.max_pixels} is above the limit of qwen-vl-utils: give {limit}")
 
 
+def frame_span(total_frames: int, video_fps: float, options: VideoOptions) -> range:
+    """Return the frames from video_start to video_end, both inclusive; raise ValueError if there are none."""
+    seconds = total_frames / video_fps
+    for name in ("video_start", "video_end"):
+        if (getattr(options, name) or 0) > seconds:
+            raise ValueError(f"lasts {seconds:g} seconds: {name} {getattr(options, name):g} is beyond its end")
+    first = math.ceil(options.video_start * video_fps)
+    last = total_frames - 1
+    if options.video_end is not None:
+        last = min(math.floor(options.video_end * video_fps), last)
+    return range(first, last + 1)
+
+
 def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) -> list[int]:
-    """Choose which frames to read: an even number, evenly spaced from the first to the last.
+    """Choose which frames to read of a video or its part: an even number, evenly spaced from the first to the last.
 
     With nframes: that many, rounded to even. With fps: seconds x fps, clamped to 4..768 and to the frames there are,
     then rounded down to even. Equals smart_nframes and linspace of qwen-vl-utils. A choice that does not span the whole
-    video must change `sampled_fps` in `open_video`, too: positions in time follow from it.
-    Raises ValueError when the video has too few frames.
+    part must change `sampled_fps` in `open_video`, too: positions in time follow from it.
+    Raises ValueError when there are too few frames.
     """
     if options.nframes is not None:
         count = round(options.nframes / 2) * 2
         required = f"--nframes {options.nframes} asks for {count}"
     else:
         wanted = total_frames / video_fps * (DEFAULT_FPS if options.fps is None else options.fps)
-        count = math.floor(min(max(wanted, MIN_FRAMES), MAX_FRAMES, total_frames) / 2) * 2
+        least, most = math.ceil(options.min_frames / 2) * 2, math.floor(options.max_frames / 2) * 2
+        count = math.floor(min(max(wanted, least), most, total_frames) / 2) * 2
         required = "at least 2 are needed"
     if not 2 <= count <= total_frames:
         raise ValueError(f"has {total_frames} frame{'s' * (total_frames != 1)}, {required}")
@@ -213,7 +249,7 @@ def open_video(path: str | Path, options: VideoOptions) -> OpenVideo:
     """Open a video file and choose its frames.
 
     Returns the reader, the indices of the frames to read, and how many of those there are per second of video.
-    Raises FileNotFoundError if there is no such file, BadVideo if it is not a readable video, TooFewFrames if it is
+    Raises FileNotFoundError if there is no such file, BadMedia if it is not a readable video, TooFewFrames if it is
     too short.
     """
     path = str(path)
@@ -227,23 +263,27 @@ def open_video(path: str | Path, options: VideoOptions) -> OpenVideo:
         reader = VideoReader(os.path.abspath(path), num_threads=1, fault_tol=1e-9)
         video_fps, times = reader.get_avg_fps(), reader.get_frame_timestamp(range(len(reader)))[:, 0]
     except OSError as error:
-        raise BadVideo(f"{path!r} cannot be read ({error.strerror})") from error
+        raise BadMedia(f"{path!r} cannot be read ({error.strerror})") from error
     except UnicodeEncodeError as error:  # a ValueError
-        raise BadVideo(f"{path!r} has a name that decord cannot open: it is not UTF-8") from error
+        raise BadMedia(f"{path!r} has a name that decord cannot open: it is not UTF-8") from error
     except ValueError as error:
-        raise BadVideo(f"{path!r} {error}") from error
+        raise BadMedia(f"{path!r} {error}") from error
     except (DECORDError, RuntimeError, AssertionError, IndexError) as error:
-        raise BadVideo(f"{path!r} is not a video that decord can open") from error
+        raise BadMedia(f"{path!r} is not a video that decord can open") from error
     if not 0 < video_fps < math.inf:  # false for nan, too
-        raise BadVideo(f"{path!r} has no valid frame rate (decord reads {video_fps})")
+        raise BadMedia(f"{path!r} has no valid frame rate (decord reads {video_fps})")
     # A video trimmed without re-encoding still stores frames from before its beginning, with negative times. decord
     # counts them but never returns them. Files without times (AVI) have -3e17 for each: those frames do exist.
     total_frames = len(times) - int(((times < 0) & (times > -1e9)).sum())
     try:
-        indices = frame_indices(total_frames, video_fps, options)
+        span = frame_span(total_frames, video_fps, options)
+    except ValueError as error:
+        raise BadMedia(f"{path!r} {error}") from error
+    try:
+        indices = [span[index] for index in frame_indices(len(span), video_fps, options)]
     except ValueError as error:
         raise TooFewFrames(f"{path!r} {error}") from error
-    sampled_fps = len(indices) / total_frames * video_fps  # as in qwen-vl-utils; the frames span the whole video
+    sampled_fps = len(indices) / len(span) * video_fps  # as in qwen-vl-utils; the frames span the whole part
     return OpenVideo(reader, indices, sampled_fps)
 
 
@@ -259,7 +299,7 @@ def without_row_padding(frame: np.ndarray) -> np.ndarray:
 
 
 def decode(path: str | Path, reader: VideoReader, indices: list[int]) -> torch.Tensor:
-    """Decode frames of a video that was just opened: uint8 (T, 3, H, W). Raises BadVideo.
+    """Decode frames of a video that was just opened: uint8 (T, 3, H, W). Raises BadMedia.
 
     indices: ascending. Every frame up to the last index is decoded: decord can seek, but silently returns wrong frames
     where frames shown before a key frame are stored after it (open groups of pictures, common with x265).
@@ -271,7 +311,7 @@ def decode(path: str | Path, reader: VideoReader, indices: list[int]) -> torch.T
             if index in wanted:
                 frames.append(torch.from_numpy(without_row_padding(frame.asnumpy())))  # (H, W, 3)
     except (DECORDError, DECORDLimitReachedError, RuntimeError, StopIteration) as error:
-        raise BadVideo(f"{str(path)!r} is damaged: its frames cannot be decoded") from error
+        raise BadMedia(f"{str(path)!r} is damaged: its frames cannot be decoded") from error
     return torch.stack(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
 
 
@@ -279,18 +319,18 @@ def read_frames(path: str | Path, options: VideoOptions) -> tuple[torch.Tensor, 
     """Decode the frames that the options ask for.
 
     Returns the frames, uint8 (T, 3, H, W), and how many of them there are per second of video.
-    Raises FileNotFoundError if there is no such file, BadVideo if the frames cannot be decoded.
+    Raises FileNotFoundError if there is no such file, BadMedia if the frames cannot be decoded.
     """
     reader, indices, sampled_fps = open_video(path, options)
     return decode(path, reader, indices), sampled_fps
 
 
 def grid_of(path: str | Path, frames: torch.Tensor, num_frames: int, options: VideoOptions) -> Grid:
-    """Return the grid (t, h, w) of num_frames frames of this size, (T, 3, H, W). Raises BadVideo if too narrow."""
+    """Return the grid (t, h, w) of num_frames frames of this size, (T, 3, H, W). Raises BadMedia if too narrow."""
     try:
         height, width = target_size(frames.shape[2], frames.shape[3], num_frames, options)
     except ValueError as error:
-        raise BadVideo(f"{str(path)!r} {error}") from error
+        raise BadMedia(f"{str(path)!r} {error}") from error
     return Grid(num_frames // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE)
 
 
@@ -300,22 +340,26 @@ def video_grid(path: str | Path, options: VideoOptions) -> Grid:
     return grid_of(path, decode(path, reader, indices[:1]), len(indices), options)
 
 
-class LoadedVideo(NamedTuple):
-    """A video as input of the vision tower."""
+class LoadedMedia(NamedTuple):
+    """A video or an image as input of the vision tower."""
 
     pixel_values: torch.Tensor  # (S, 1176) float32
     grid_thw: Grid
-    second_per_grid_t: float  # seconds of video between two steps of the grid's time axis
+    second_per_grid_t: float  # seconds of video between two steps of the grid's time axis; of an image 0
 
 
-def load_video(path: str | Path, options: VideoOptions) -> LoadedVideo:
+def load_video(path: str | Path, options: VideoOptions) -> LoadedMedia:
     """Read a video file as input for the vision tower.
 
-    Returns pixel_values_videos (S, 1176) float32, its grid (t, h, w), and second_per_grid_t: seconds of video per step
+    Returns pixel_values (S, 1176) float32, its grid (t, h, w), and second_per_grid_t: seconds of video per step
     along t.
-    Raises FileNotFoundError if there is no such file, BadVideo if it has no usable frames.
+    Raises FileNotFoundError if there is no such file, BadMedia if it has no usable frames.
     """
-    frames, sampled_fps = read_frames(path, options)
+    return as_patches(path, *read_frames(path, options), options)
+
+
+def as_patches(path: str | Path, frames: torch.Tensor, sampled_fps: float, options: VideoOptions) -> LoadedMedia:
+    """Resize the frames of a video, uint8 (T, 3, H, W), and cut them into patches. Raises BadMedia if too narrow."""
     _, h, w = grid_of(path, frames, len(frames), options)
     pixel_values, grid_thw = patchify(resize(frames, h * PATCH_SIZE, w * PATCH_SIZE))
-    return LoadedVideo(pixel_values, grid_thw, TEMPORAL_PATCH_SIZE / sampled_fps)
+    return LoadedMedia(pixel_values, grid_thw, TEMPORAL_PATCH_SIZE / sampled_fps)

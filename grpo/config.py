@@ -12,6 +12,7 @@ from typing import Literal
 from transformers import HfArgumentParser
 
 from data.dataset import InputError, first_line
+from data.media import ImageOptions, MediaOptions
 from data.video import VideoOptions
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
 
@@ -22,9 +23,9 @@ BestModelMetric = Literal[
 ]  # fmt: skip
 
 
-def flag(default, help: str, heading: str | None = None, demo=None):
-    """Describe a flag; a heading starts a section of --help, demo is the default with --demo."""
-    metadata = {"help": help, "heading": heading, "demo": demo}
+def flag(default, help: str, heading: str | None = None, demo=None, alias: str | None = None):
+    """Describe a flag; a heading starts a section of --help, demo is the default with --demo, alias a second name."""
+    metadata = {"help": help, "heading": heading, "demo": demo, "aliases": [alias] if alias else []}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -46,7 +47,10 @@ class Config:
     demo: bool = flag(False, "make synthetic beating hearts and a small model, train on them, show before and after")
     demo_task: DemoTask = flag("easy", "the demo's hearts: a few clear clips, or up to 30 of differing quality")
 
-    max_videos: int = flag(5, "videos kept per sample, a memory setting; 0: all of them", heading="videos", demo=0)
+    max_videos: int = flag(
+        5, "videos kept per sample, a memory setting; 0: all of them", heading="videos and images", demo=0
+    )
+    max_images: int = flag(0, "images kept per sample; 0: all of them")
     fps: float | None = flag(None, "frames per second read from a video (2 if --nframes is not given either)")
     nframes: int | None = flag(None, "frames read from every video (rounded to even), instead of --fps", demo=8)
     video_resized_width: int | None = flag(None, "width of the frames in pixels, rounded to a multiple of 28", demo=56)
@@ -55,7 +59,11 @@ class Config:
     )
     video_min_pixels: int = flag(128 * 28 * 28, "least pixels per frame, where width and height are not given")
     video_max_pixels: int = flag(768 * 28 * 28, "most pixels per frame, where width and height are not given")
-    on_bad_video: Literal["error", "skip"] = flag("error", "a video without readable frames: stop, or leave it out")
+    image_min_pixels: int = flag(4 * 28 * 28, "least pixels per image")
+    image_max_pixels: int = flag(16384 * 28 * 28, "most pixels per image")
+    on_bad_video: Literal["error", "skip"] = flag(
+        "error", "a video or image that cannot be read: stop, or leave its sample out", alias="--on_bad_media"
+    )
     dataloader_num_workers: int = flag(2, "processes per rank that decode videos ahead; 0: decode in the loop")
 
     num_generations: int = flag(8, "completions sampled per prompt (G)", heading="group sampling", demo=16)
@@ -188,7 +196,7 @@ def parse_flags(cls: type, argv: list[str], prog: str, defaults: dict | None = N
         known += [f"with --demo: {as_typed(demo)}"] if demo is not None else []
         text = field.metadata["help"] + (f" ({'; '.join(known)})" if known else "")
         described = copy.copy(field)
-        described.metadata = {"help": text.replace("%", "%%")}
+        described.metadata = {"help": text.replace("%", "%%"), "aliases": field.metadata["aliases"]}
         sections.setdefault(heading, []).append((field.name, field.type, described))
     groups = [
         dataclasses.make_dataclass("Section", fields, namespace={"_argument_group_name": heading})
@@ -251,15 +259,15 @@ POSITIVE = """
     max_bad_steps per_device_eval_batch_size num_samples
 """.split()
 NOT_NEGATIVE = """
-    max_videos dataloader_num_workers max_steps weight_decay log_completions save_steps seed beta top_k save_total_limit
-    eval_steps temperature
+    max_videos max_images dataloader_num_workers max_steps weight_decay log_completions save_steps seed beta top_k
+    save_total_limit eval_steps temperature
 """.split()
 
 
 def check_bounds(config) -> None:
     """Raise InputError for values out of bounds, and contradictions about videos, in any dataclass of such flags."""
     try:
-        video_options(config)
+        media_options(config)
     except ValueError as error:
         raise InputError(str(error)) from error
     config.system_prompt = read_system_prompt(config.system_prompt)  # so that it is kept, wherever the file goes
@@ -319,9 +327,9 @@ def _check_what_is_trained(config: Config) -> None:
         raise InputError("--merger_lr has no effect with --freeze_merger: leave out one of them")
 
 
-def video_options(config: Config) -> VideoOptions:
-    """Return the flags about frames and their size; raise ValueError for a contradiction."""
-    return VideoOptions(
+def media_options(config: Config) -> MediaOptions:
+    """Return the flags about frames, images and their size; raise ValueError for a contradiction."""
+    video = VideoOptions(
         fps=config.fps,
         nframes=config.nframes,
         resized_width=config.video_resized_width,
@@ -329,6 +337,7 @@ def video_options(config: Config) -> VideoOptions:
         min_pixels=config.video_min_pixels,
         max_pixels=config.video_max_pixels,
     )
+    return MediaOptions(video, ImageOptions(config.image_min_pixels, config.image_max_pixels))
 
 
 def count_steps(config: Config, num_samples: int) -> int:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from data.loader import Prompt
+from data.video import MERGE_SIZE, PATCH_VALUES
 from grpo.attention import matmul_float32, packed
 
 TOKENS_PER_CHUNK = 1024  # logits of this many tokens exist at a time: 0.6 GB in float32, with Qwen's 152k words
@@ -52,10 +53,16 @@ def _chosen_logprobs(hidden, ids, lm_head, temperature, suppress_tokens) -> tupl
     return logprobs.gather(1, ids[:, None])[:, 0], entropy
 
 
-def video_features(model, prompts: list[Prompt]) -> list[Tensor]:
-    """Encode the videos of some prompts, a few at a time; return per video the embeddings (tokens, E)."""
-    pixels = torch.cat([prompt.pixel_values_videos for prompt in prompts])
-    grids = torch.cat([prompt.video_grid_thw for prompt in prompts])  # (M of all, 3)
+def media_features(model, prompts: list[Prompt]) -> list[Tensor]:
+    """Encode the videos and images of some prompts, a few at a time; return each one's embeddings (tokens, E).
+
+    Prompts of text only give those of a blank image, which no token takes: sharded ranks must all run the tower.
+    """
+    pixels = torch.cat([prompt.pixel_values for prompt in prompts])
+    grids = torch.cat([prompt.grid_thw for prompt in prompts])  # (M of all, 3)
+    if not len(grids):
+        grids = grids.new_tensor([[1, MERGE_SIZE, MERGE_SIZE]])
+        pixels = pixels.new_zeros(MERGE_SIZE**2, PATCH_VALUES)
     sizes = grids.prod(dim=1)
     # With FSDP every pass gathers the weights again, so there is only one.
     at_once = len(grids) if isinstance(model, FSDPModule) else max(1, PATCHES_PER_PASS // int(sizes.max()))
@@ -65,18 +72,18 @@ def video_features(model, prompts: list[Prompt]) -> list[Tensor]:
 
 
 def embed(model, token_ids: Tensor, prompts: list[Prompt]) -> Tensor:
-    """Embed a row of tokens, (L,), with the encoded videos of its prompts in place of the placeholders: (1, L, E)."""
+    """Embed a row of tokens, (L,), with the encoded videos and images in place of their placeholders: (1, L, E)."""
     embeddings = model.get_input_embeddings()(token_ids[None])
     if prompts[0].vision_states is None:
-        features = torch.cat(video_features(model, prompts))
+        features = torch.cat(media_features(model, prompts))
     else:
         features = model.model.visual.merger(torch.cat([prompt.vision_states for prompt in prompts]))
-    is_video = (token_ids == model.config.video_token_id)[None, :, None]
-    return embeddings.masked_scatter(is_video, features.to(embeddings.dtype))
+    is_media = (token_ids == model.config.video_token_id) | (token_ids == model.config.image_token_id)
+    return embeddings.masked_scatter(is_media[None, :, None], features.to(embeddings.dtype))
 
 
 @torch.no_grad()
-def encode_videos(model, prompt: Prompt) -> Prompt:
+def encode_media(model, prompt: Prompt) -> Prompt:
     """Return the prompt with the vision tower's output, (S, E of the tower), in place of pixels.
 
     For a frozen tower, which then runs once for sampling and all updates. The merger, which follows the tower and may
@@ -85,11 +92,12 @@ def encode_videos(model, prompt: Prompt) -> Prompt:
     # Replace the merger by its own input, four neighbouring patches a row; the tower then restores their order.
     hook = model.model.visual.merger.register_forward_hook(lambda _, inputs, out: inputs[0].reshape(len(out), -1))
     try:
-        states = video_features(model, [prompt])
+        states = media_features(model, [prompt])
     finally:
         hook.remove()
-    states = torch.cat(states).view(len(prompt.pixel_values_videos), -1)
-    return dataclasses.replace(prompt, vision_states=states, pixel_values_videos=states.new_empty(0))
+    states = torch.cat(states).unflatten(1, (MERGE_SIZE**2, -1)).flatten(0, 1)
+    states = states[: len(prompt.pixel_values)]  # none for a prompt of text only
+    return dataclasses.replace(prompt, vision_states=states, pixel_values=states.new_empty(0))
 
 
 def completion_logprobs(

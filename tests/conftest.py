@@ -25,13 +25,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
 
 from data.dataset import load_samples  # noqa: E402
 from data.loader import Prompt, load_prompt  # noqa: E402
+from data.media import MediaOptions  # noqa: E402
 from data.video import VideoOptions  # noqa: E402
 from grpo.demo.demo import CHAT_WORDS, build_model  # noqa: E402
 from grpo.demo.mp4 import write_mp4  # noqa: E402
 from grpo.demo.tiny_tokenizer import build_tokenizer  # noqa: E402
 from grpo.model.load import SpecialTokens, special_tokens  # noqa: E402
 
-OPTIONS = VideoOptions(nframes=4, resized_width=56, resized_height=56)
+OPTIONS = MediaOptions(VideoOptions(nframes=4, resized_width=56, resized_height=56))
 FLAGS = "--nframes 4 --video_resized_width 56 --video_resized_height 56 --max_completion_length 6".split()
 
 

@@ -89,8 +89,8 @@ def test_the_packed_pass_equals_hugging_faces_in_float32(tiny):
         logits = twin(
             input_ids=torch.cat([prompt.prompt_ids, ids[g]])[None],
             position_ids=torch.cat([prompt.position_ids, prompt.completion_positions(6)], dim=1)[:, None],
-            pixel_values_videos=prompt.pixel_values_videos,
-            video_grid_thw=prompt.video_grid_thw,
+            pixel_values_videos=prompt.pixel_values,
+            video_grid_thw=prompt.grid_thw,
             use_cache=False,
         ).logits[0, P - 1 : -1]
         expected = torch.log_softmax(logits.index_fill(1, suppressed, -torch.inf), dim=1)

@@ -137,7 +137,7 @@ def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_second
         return sum(parameter.numel() for parameter in module.parameters())
 
     G, C = options.num_generations, options.completion_length
-    P, S = len(prompt.prompt_ids), len(prompt.pixel_values_videos)
+    P, S = len(prompt.prompt_ids), len(prompt.pixel_values)
     text, visual, merger = model.config.text_config, model.model.visual, size(model.model.visual.merger)
     layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads

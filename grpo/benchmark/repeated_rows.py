@@ -20,8 +20,8 @@ def repeated_rollout(model, prompt: Prompt, G: int, C: int, suppress_tokens: Ten
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         position_ids=prompt.position_ids[:, None].expand(-1, G, -1),  # (3, G, P)
-        pixel_values_videos=prompt.pixel_values_videos.repeat(G, 1),
-        video_grid_thw=prompt.video_grid_thw.repeat(G, 1),
+        pixel_values_videos=prompt.pixel_values.repeat(G, 1),
+        video_grid_thw=prompt.grid_thw.repeat(G, 1),
         min_new_tokens=C,
         max_new_tokens=C,
         do_sample=True,
@@ -38,8 +38,8 @@ def repeated_update(model, optimizer, prompt: Prompt, ids: Tensor, advantages: T
     logits = model(
         input_ids=torch.cat([prompt.prompt_ids.expand(G, -1), ids], dim=1),
         position_ids=positions[:, None].expand(-1, G, -1),
-        pixel_values_videos=prompt.pixel_values_videos.repeat(G, 1),
-        video_grid_thw=prompt.video_grid_thw.repeat(G, 1),
+        pixel_values_videos=prompt.pixel_values.repeat(G, 1),
+        video_grid_thw=prompt.grid_thw.repeat(G, 1),
         logits_to_keep=C + 1,
         use_cache=False,
     ).logits[:, :-1]  # (G, C, V)

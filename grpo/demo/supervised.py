@@ -21,6 +21,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from data.dataset import InputError, load_samples
 from data.loader import Prompt, load_prompt
+from data.media import MediaOptions
 from data.prompt import load_tokenizer
 from data.video import VideoOptions
 from grpo.config import flag, parse_flags
@@ -29,7 +30,7 @@ from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND
 
 BATCH, WARMUP_STEPS, WEIGHT_DECAY = 8, 20, 0.01
-VIDEO_OPTIONS = VideoOptions(nframes=NUM_FRAMES, resized_width=SIZE, resized_height=SIZE)
+VIDEO_OPTIONS = MediaOptions(VideoOptions(nframes=NUM_FRAMES, resized_width=SIZE, resized_height=SIZE))
 
 
 @dataclass
@@ -56,8 +57,8 @@ def supervised_loss(model, prompts: list[Prompt], answer_ids: list[Tensor]) -> T
     return model(
         input_ids=pad(rows, batch_first=True),
         position_ids=pad(positions, batch_first=True).permute(2, 0, 1),  # (3, N, L)
-        pixel_values_videos=torch.cat([prompt.pixel_values_videos for prompt in prompts]),
-        video_grid_thw=torch.cat([prompt.video_grid_thw for prompt in prompts]),
+        pixel_values_videos=torch.cat([prompt.pixel_values for prompt in prompts]),
+        video_grid_thw=torch.cat([prompt.grid_thw for prompt in prompts]),
         labels=pad(labels, batch_first=True, padding_value=-100),
         use_cache=False,
     ).loss

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data.dataset import InputError, first_line
 from data.loader import PromptDataset, worker_failure
 from data.prompt import load_tokenizer
-from grpo.config import Config, check_bounds, default_of, flag, parse_flags, video_options
+from grpo.config import Config, check_bounds, default_of, flag, media_options, parse_flags
 from grpo.evaluate.answer import AnswerOptions, Prediction, answer
 from grpo.evaluate.predictions import Predictions
 from grpo.evaluate.report import report
@@ -84,21 +84,24 @@ class EvaluateConfig:
     valid_range: list[float] = shared("valid_range", heading="figures")
     cuts: list[float] = shared("cuts")
 
-    max_videos: int = shared("max_videos", heading="videos")
+    max_videos: int = shared("max_videos", heading="videos and images")
+    max_images: int = shared("max_images")
     fps: float | None = shared("fps")
     nframes: int | None = shared("nframes")
     video_resized_width: int | None = shared("video_resized_width")
     video_resized_height: int | None = shared("video_resized_height")
     video_min_pixels: int = shared("video_min_pixels")
     video_max_pixels: int = shared("video_max_pixels")
+    image_min_pixels: int = shared("image_min_pixels")
+    image_max_pixels: int = shared("image_max_pixels")
     on_bad_video: Literal["error", "skip"] = shared("on_bad_video")
     dataloader_num_workers: int = shared("dataloader_num_workers")
 
 
 # What decides the answers; other flags may differ when an evaluation continues.
 DECISIVE = """
-    num_samples temperature max_completion_length per_device_eval_batch_size max_videos fps nframes
-    video_resized_width video_resized_height video_min_pixels video_max_pixels
+    num_samples temperature max_completion_length per_device_eval_batch_size max_videos max_images fps nframes
+    video_resized_width video_resized_height video_min_pixels video_max_pixels image_min_pixels image_max_pixels
 """.split()
 
 
@@ -194,7 +197,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     predictions = raise_together(Predictions, config.output_dir, settings, samples)
     done = broadcast_object(set(predictions.done))  # ids
     tokens_per_second = model.config.vision_config.tokens_per_second
-    dataset = PromptDataset(samples, tokenizer, tokens_per_second, video_options(config), config.on_bad_video)
+    dataset = PromptDataset(samples, tokenizer, tokens_per_second, media_options(config), config.on_bad_video)
     if done:
         print_rank0(f"{len(done)} of {len(samples)} samples are answered already")
     bar = tqdm(
@@ -207,7 +210,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     with bar:
         for answered in answer(model, dataset, options, done.__contains__):
             raise_together(predictions.append, answered.predictions)
-            print_rank0(*(f"left out: {line}" for line in answered.bad_videos))
+            print_rank0(*(f"left out: {line}" for line in answered.bad_media))
             bar.update(len(answered.predictions))
             bar.set_postfix_str(f"mean error {running_error(predictions.done):.2f}", refresh=False)
     if dist.get_rank() == 0:  # the others have nothing to wait for

@@ -69,7 +69,7 @@ class Round:
     """What all ranks have answered since the last round."""
 
     predictions: list[Prediction]
-    bad_videos: list[str]  # why samples were left out
+    bad_media: list[str]  # why samples were left out
 
 
 def answer(
@@ -92,16 +92,16 @@ def answer(
     for _ in range(0, len(batches), world_size):
         own_round = raise_together(answer_batch, model, dataset.tokenizer, tokens, next(prompts, []), options)
         rounds = all_gather_object(own_round)
-        yield Round([p for r in rounds for p in r.predictions], [line for r in rounds for line in r.bad_videos])
+        yield Round([p for r in rounds for p in r.predictions], [line for r in rounds for line in r.bad_media])
 
 
 def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: AnswerOptions) -> Round:
     """Answer the prompts of a batch together; a sample without readable videos is left out."""
     began, batch = time.perf_counter(), checked(batch)
-    bad_videos = [prompt.bad_video for prompt in batch if prompt.bad_video]
+    bad_media = [prompt.bad_media for prompt in batch if prompt.bad_media]
     prompts = [prompt.to(tokens.device) for prompt in batch if not prompt.is_padding]
     if not prompts:
-        return Round([], bad_videos)
+        return Round([], bad_media)
     N = options.num_samples
     params = SamplingParams(N, options.max_completion_length, options.temperature or 1.0)
     # Steps of training count from 1, so that step 0 draws other numbers than they do.
@@ -136,7 +136,7 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
                 seconds=seconds,
             )
         )
-    return Round(predictions, bad_videos)
+    return Round(predictions, bad_media)
 
 
 def truths_of(samples: list[Sample], options: AnswerOptions) -> Truths:

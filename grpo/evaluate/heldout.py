@@ -70,7 +70,7 @@ class HeldOut:
                 if is_stopped():
                     return None
                 predictions |= {prediction.id: prediction for prediction in done.predictions}
-                print_rank0(*(f"left out of the evaluation: {line}" for line in done.bad_videos))
+                print_rank0(*(f"left out of the evaluation: {line}" for line in done.bad_media))
                 bar.update(len(done.predictions))
         answered = [i for i, sample_id in enumerate(self.ids) if sample_id in predictions]
         if not answered:

@@ -40,7 +40,7 @@ def load_capped_samples(path: str, config, messages: list[str]) -> list[Sample]:
 
     Adds a line to `messages` if videos are left out.
     """
-    samples, num_cut = cap_all(load_samples(path, config.image_folder), config.max_videos)
+    samples, num_cut = cap_all(load_samples(path, config.image_folder), config.max_videos, config.max_images)
     if config.system_prompt:
         turn = ("system", config.system_prompt)
         samples = [
@@ -49,7 +49,8 @@ def load_capped_samples(path: str, config, messages: list[str]) -> list[Sample]:
         ]
     if num_cut:
         messages.append(
-            f"{path!r}: {num_cut} samples have more than --max_videos {config.max_videos} videos: the rest is left out"
+            f"{path!r}: {num_cut} samples have more than --max_videos {config.max_videos} videos or --max_images "
+            f"{config.max_images} images: the rest is left out"
         )
     for sample in samples:
         try:

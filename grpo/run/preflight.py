@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from data.dataset import InputError, Sample
 from data.loader import BatchItem, Prompt, PromptDataset, checked
+from data.media import media_grid
 from data.prompt import encode_prompt
-from data.video import BadVideo, video_grid
+from data.video import BadMedia
 from grpo.config import Config
 from grpo.model.optimizer import init_optimizer_state
 from grpo.ranks import abort_rank, all_gather_object, raise_together
@@ -28,12 +29,13 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def prompt_length(dataset: PromptDataset, sample: Sample) -> int:
-    """Count the prompt tokens of a sample, from the headers of its videos; 0 if one cannot be read."""
+    """Count the prompt tokens of a sample, from the headers of its videos and images; 0 if one cannot be read."""
     try:
-        grids = torch.tensor([video_grid(path, dataset.options) for path in sample.videos])
+        grids = [media_grid(media, dataset.options) for media in sample.media]
+        grids = torch.tensor(grids, dtype=torch.long).view(-1, 3)
         seconds = torch.ones(len(grids))
         return len(encode_prompt(sample.turns, dataset.tokenizer, grids, seconds, dataset.tokens_per_second)[0])
-    except (BadVideo, FileNotFoundError, ValueError):
+    except (BadMedia, FileNotFoundError, ValueError):
         return 0  # reported when the sample is trained on
 
 
@@ -68,8 +70,8 @@ def memory_preflight(
     sample = prompt.sample  # another one, if its videos are broken and --on_bad_video is skip
     G, C, world_size = config.num_generations, config.max_completion_length, dist.get_world_size()
     what = (
-        f"sample {sample.id!r} with {len(sample.videos)} videos ({len(prompt.prompt_ids):,} prompt tokens, {G} "
-        f"completions of {C} tokens, {config.per_device_train_batch_size} such prompts at a time)"
+        f"sample {sample.id!r} with {len(sample.media)} videos or images ({len(prompt.prompt_ids):,} prompt tokens, "
+        f"{G} completions of {C} tokens, {config.per_device_train_batch_size} such prompts at a time)"
     )
     learning_rates = [group["lr"] for group in optimizer.param_groups]
     try:

@@ -42,7 +42,7 @@ class StepRecords:
     """The groups of all ranks in a step, by position and without padding, and why samples were left out."""
 
     groups: list[GroupRecord]
-    bad_videos: list[str]
+    bad_media: list[str]
 
     def set_advantages(self, scale_rewards: str, reward_std: float) -> None:
         """Compute the advantages of all groups, as the training loop does those of its own."""
@@ -69,8 +69,8 @@ def gather_records(rollouts: list[Rollout], by_function: dict[str, Tensor]) -> S
         for b, rollout in enumerate(rollouts)
         if not rollout.prompt.is_padding
     ]
-    bad_videos = [rollout.prompt.bad_video for rollout in rollouts if rollout.prompt.bad_video]
-    all_ranks = all_gather_object((groups, bad_videos))
+    bad_media = [rollout.prompt.bad_media for rollout in rollouts if rollout.prompt.bad_media]
+    all_ranks = all_gather_object((groups, bad_media))
     groups = sorted((group for groups, _ in all_ranks for group in groups), key=lambda group: group.position)
     return StepRecords(groups, [line for _, lines in all_ranks for line in lines])
 

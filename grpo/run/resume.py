@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data.dataset import InputError, Sample, first_line
+from data.dataset import InputError, Media, Sample, first_line
 from grpo.config import Config, count_steps, default_of
 from grpo.run.checkpoint import PROGRESS, checkpoints
 from grpo.run.scoring import Scorer
@@ -173,8 +173,15 @@ def is_same(name: str, new, old) -> bool:
 
 
 def fingerprint(samples: list[Sample]) -> str:
-    """Return a digest of the samples' texts and video names, without the folders of the videos."""
-    return digest([[s.id, s.turns, s.answer, [Path(video).name for video in s.videos]] for s in samples])
+    """Return a digest of the samples' texts, and the names and options of their videos and images, without folders."""
+    return digest([[s.id, s.turns, s.answer, [name_of(media) for media in s.media]] for s in samples])
+
+
+def name_of(media: Media) -> str | list:
+    """Return what a video or image is known by, wherever it lies: of an ordinary video its name."""
+    if media.kind == "video" and isinstance(media.path, str) and not media.options:
+        return Path(media.path).name
+    return [media.kind, [Path(path).name for path in media.files], media.options]
 
 
 def digest(value) -> str:

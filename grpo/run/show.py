@@ -59,7 +59,7 @@ def contact_sheet(prompt: Prompt, group, step: int) -> np.ndarray:
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf")), TEXT_SIZE)
     columns = int((WIDTH - 2 * MARGIN) / font.getlength("0"))
     strips = video_strips(prompt)
-    head = wrapped(f"step {step}, sample {group.sample_id}, {len(prompt.video_grid_thw)} videos", columns)
+    head = wrapped(f"step {step}, sample {group.sample_id}, {len(prompt.grid_thw)} videos and images", columns)
     head += wrapped(f"question: {group.question}", columns) + wrapped(f"truth: {group.truth}", columns)
     tail = [f"{'reward':>8} {'advantage':>9} {'number':>12}  completion"]
     for i in range(min(len(group.texts), MAX_COMPLETIONS)):
@@ -97,28 +97,29 @@ def columns_for(num_videos: int) -> int:
 
 
 def video_strips(prompt: Prompt) -> list[tuple[str, Image.Image]]:
-    """Draw the frames of each video of a prompt side by side, with a line about them."""
-    num_columns = columns_for(len(prompt.video_grid_thw))
+    """Draw the frames of each video and image of a prompt side by side, with a line about them."""
+    num_columns = columns_for(len(prompt.grid_thw))
     width = (WIDTH - MARGIN) // num_columns - MARGIN
     strips = []
     videos = zip(
-        prompt.sample.videos,
-        prompt.pixel_values_videos.split(prompt.video_grid_thw.prod(dim=1).tolist()),
-        prompt.video_grid_thw.tolist(),
+        prompt.sample.media,
+        prompt.pixel_values.split(prompt.grid_thw.prod(dim=1).tolist()),
+        prompt.grid_thw.tolist(),
         strict=True,
     )
-    for path, pixels, (t, h, w) in list(videos)[:MAX_VIDEOS]:
-        num_shown = min(2 * t, MAX_FRAMES, width // FRAME_SIZES[0])
+    for media, pixels, (t, h, w) in list(videos)[:MAX_VIDEOS]:
+        num_shown = 1 if media.kind == "image" else min(2 * t, MAX_FRAMES, width // FRAME_SIZES[0])
         shown = np.linspace(0, 2 * t - 1, num_shown).round().astype(int)
         frames = unpatchify(pixels, (t, h, w))[shown].permute(0, 2, 3, 1).numpy()  # (frames, H, W, 3)
         strip = Image.fromarray(np.concatenate(list(frames), axis=1))
         scale = min(width / strip.width, FRAME_SIZES[1] / strip.height, 2.0)
         strip = strip.resize((max(1, int(strip.width * scale)), max(1, int(strip.height * scale))))
         some = "" if num_shown == 2 * t else f"{num_shown} of "
-        label = f"{some}{2 * t} frames of {w * PATCH_SIZE}x{h * PATCH_SIZE}: {Path(path).name}"
+        what = "image" if media.kind == "image" else f"{some}{2 * t} frames"
+        label = f"{what} of {w * PATCH_SIZE}x{h * PATCH_SIZE}: {media.name}"
         strips.append((one_line(label), strip))
-    if len(prompt.video_grid_thw) > MAX_VIDEOS:
-        strips.append((f"… and {len(prompt.video_grid_thw) - MAX_VIDEOS} more", Image.new("RGB", (1, 1), "white")))
+    if len(prompt.grid_thw) > MAX_VIDEOS:
+        strips.append((f"… and {len(prompt.grid_thw) - MAX_VIDEOS} more", Image.new("RGB", (1, 1), "white")))
     return strips
 
 

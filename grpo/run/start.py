@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from data.loader import PromptDataset
-from grpo.config import Config, count_steps, video_options
+from grpo.config import Config, count_steps, media_options
 from grpo.model.load import ModelFiles, SpecialTokens, processor_files, special_tokens
 from grpo.model.lora import gather_adapter
 from grpo.model.optimizer import components_table, make_optimizer
@@ -72,7 +72,7 @@ def start(config: Config, device: torch.device, trial_step: Callable) -> Run | N
     total_steps = count_steps(config, len(samples))
     optimizer, schedule = make_optimizer(policy, config, total_steps)
     tokens_per_second = policy.config.vision_config.tokens_per_second
-    options = tokenizer, tokens_per_second, video_options(config), config.on_bad_video
+    options = tokenizer, tokens_per_second, media_options(config), config.on_bad_video
     dataset = PromptDataset(samples, *options)
     heldout = PromptDataset(inputs.heldout, *options) if inputs.heldout else None
     if config.memory_preflight or (config.memory_preflight is None and device.type == "cuda"):

@@ -222,8 +222,8 @@ class Tracker:
     def count(self, step: int, records: StepRecords, metrics: dict[str, float]) -> None:
         """Count what went wrong in a step, and print warnings."""
         counts = self.counts
-        counts["skipped_samples"] += len(records.bad_videos)
-        print_rank0(*(f"left out: {line}" for line in records.bad_videos))
+        counts["skipped_samples"] += len(records.bad_media)
+        print_rank0(*(f"left out: {line}" for line in records.bad_media))
         is_zero_std = metrics.get("frac_reward_zero_std", 0) >= 0.9
         counts["monotonous_in_a_row"] = counts["monotonous_in_a_row"] + 1 if is_zero_std else 0
         if counts["monotonous_in_a_row"] == ZERO_STD_STEPS and not counts["warnings"]:

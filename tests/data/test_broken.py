@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.dataset import InputError, Sample
+from data.dataset import InputError, Media, Sample
 from data.loader import BatchItem, Prompt, PromptDataset
+from data.media import MediaOptions
 from data.video import VideoOptions
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer
 from tests.data.test_video import gray_clip, gray_levels, with_index_first
 
-OPTIONS = VideoOptions(nframes=4, resized_width=56, resized_height=56)
+OPTIONS = MediaOptions(VideoOptions(nframes=4, resized_width=56, resized_height=56))
 LEVELS = [0, 50, 100, 150]  # of frames 0, 5, 10, 15
 START_OF_FRAME = b"\xff\xc0\x00\x11\x08"  # of a JPEG; height and width follow
 
@@ -35,7 +36,7 @@ def mp4(tmp_path_factory) -> bytes:
 
 
 def load(path, tokenizer, options=OPTIONS) -> Prompt | InputError:
-    sample = Sample("s1", (str(path),), (("user", "<video>\nWhat is the EF?"),), "55%")
+    sample = Sample("s1", (Media("video", str(path)),), (("user", "<video>\nWhat is the EF?"),), "55%")
     return PromptDataset([sample], tokenizer, 2, options, "error")[BatchItem(0, 0)]
 
 
@@ -174,7 +175,7 @@ def test_a_file_that_only_looks_odd_gives_all_its_frames(what, mp4, tmp_path, to
     (tmp_path / "clip.mp4").write_bytes(FINE[what](mp4))
     assert (tmp_path / "clip.mp4").read_bytes() != mp4
     prompt = load(tmp_path / "clip.mp4", tokenizer)
-    assert gray_levels(prompt.pixel_values_videos, prompt.video_grid_thw[0].tolist()) == pytest.approx(LEVELS, abs=1.5)
+    assert gray_levels(prompt.pixel_values, prompt.grid_thw[0].tolist()) == pytest.approx(LEVELS, abs=1.5)
 
 
 @pytest.mark.parametrize("name", ["clip.txt", "clip.png", "clip", "view:2.mp4", "http:a.mp4", "ünï\n.mp4"])
@@ -182,7 +183,7 @@ def test_a_good_file_may_have_any_name(name, mp4, tmp_path, tokenizer, monkeypat
     (tmp_path / name).write_bytes(mp4)
     monkeypatch.chdir(tmp_path)  # FFmpeg takes a relative "view:2.mp4" for an address
     prompt = load(name, tokenizer)
-    assert gray_levels(prompt.pixel_values_videos, prompt.video_grid_thw[0].tolist()) == pytest.approx(LEVELS, abs=1.5)
+    assert gray_levels(prompt.pixel_values, prompt.grid_thw[0].tolist()) == pytest.approx(LEVELS, abs=1.5)
 
 
 def test_a_name_that_is_not_utf_8_is_named(mp4, tmp_path, tokenizer):
@@ -195,7 +196,8 @@ def test_a_name_that_is_not_utf_8_is_named(mp4, tmp_path, tokenizer):
 def test_what_is_no_file_is_named(tmp_path, tokenizer):
     (tmp_path / "folder.mp4").mkdir()
     os.mkfifo(tmp_path / "pipe.mp4")  # to open it would wait without end
-    for name in ("folder.mp4", "pipe.mp4", "gone.mp4", "gone\0.mp4", "clip" * 1000):
+    assert "folder.mp4' has 0 frames" in error_of(f"{tmp_path}/folder.mp4", tokenizer)
+    for name in ("pipe.mp4", "gone.mp4", "gone\0.mp4", "clip" * 1000):
         assert "no video at" in error_of(f"{tmp_path}/{name}", tokenizer)
 
 
@@ -221,10 +223,10 @@ def test_a_file_that_may_not_be_read_is_named(mp4, tmp_path, tokenizer):
 def test_short_videos_give_what_they_have_or_say_what_is_missing(num_frames, options, outcome, tmp_path, tokenizer):
     path = tmp_path / "clip.mp4"
     write_mp4(path, gray_clip(num_frames), fps=8)
-    options = VideoOptions(resized_width=56, resized_height=56, **options)
+    options = MediaOptions(VideoOptions(resized_width=56, resized_height=56, **options))
     if isinstance(outcome, str):
         assert outcome in error_of(path, tokenizer, options)
     else:
         prompt = load(path, tokenizer, options)
-        levels = gray_levels(prompt.pixel_values_videos, prompt.video_grid_thw[0].tolist())
+        levels = gray_levels(prompt.pixel_values, prompt.grid_thw[0].tolist())
         assert levels == pytest.approx(outcome, abs=1.5)

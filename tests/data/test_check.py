@@ -12,10 +12,11 @@ import time
 import numpy as np
 import pytest
 
-from data.check import PROBLEMS, check, check_video, check_video_in_own_process, main, parse
-from data.dataset import InputError, load_samples
+from data.check import PROBLEMS, check, check_in_own_process, check_media, main, parse
+from data.dataset import InputError, Media, load_samples
+from data.media import MediaOptions
 from data.video import VideoOptions
-from grpo.config import Config, video_options
+from grpo.config import Config, media_options
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer
 from tests.conftest import OPTIONS, ROOT, make_tiny
@@ -72,24 +73,26 @@ def test_every_problem_is_counted_and_named(folder, capsys):
     assert code == 1
     assert table == {
         "malformed sample": (3, "left out", "#2, 'special', 'turns'"),
-        "tags and videos differ": (1, "left out", "'tags'"),
+        "tags and files differ": (1, "left out", "'tags'"),
         "duplicate id": (1, "left out", "'fine'"),
-        "missing video": (2, "left out", r"'gone\n\x1b[31m', 'broken'"),
+        "missing file": (2, "left out", r"'gone\n\x1b[31m', 'broken'"),
         "undecodable video": (1, "left out", "'broken'"),
+        "undecodable image": (0, None, ""),
         "too few frames": (1, "left out", "'short'"),
         "no number in the truth": (1, "kept", "'words'"),
         "over --max_videos": (1, "kept", "'many'"),
+        "over --max_images": (0, None, ""),
     }
-    assert re.search(r"^missing video.*\n    no video at '.*/videos/x\\n\.mp4'$", text, re.MULTILINE)
+    assert re.search(r"^missing file.*\n    no video at '.*/videos/x\\n\.mp4'$", text, re.MULTILINE)
     assert re.search(r"^undecodable.*\n    '.*/videos/d\.mp4' is not a video that decord can open$", text, re.MULTILINE)
     assert re.search(r"^too few.*\n    '.*/c\.mp4' has 3 frames, --nframes 4 asks for 4$", text, re.MULTILINE)
     assert "11 samples, 6 videos: 3 valid samples, 8 left out" in text
     assert text.replace("\n", "").isprintable()
 
 
-def test_images_and_misspelt_keys_are_malformed_samples(folder, capsys):
+def test_misspelt_keys_are_malformed_samples(folder, capsys):
     samples = [entry("fine"), entry("vidoe") | {"vidoe": "a.mp4"}, entry("conversation") | {"conversation": []}]
-    samples += [entry("key") | {"image": "a.png"}, entry("tag", question="<video>\n<image>")]
+    samples += [entry("key") | {"images": "a.png"}, entry("tag", question="<video>\n<images>")]
     code, text, table = run(folder, capsys, samples)
     assert code == 1 and table["malformed sample"] == (4, "left out", "'vidoe', 'conversation', 'key', ...")
     assert re.search(r"\n    '.*/train\.json': sample 'vidoe': unknown key 'vidoe', did you mean 'video'\?\n", text)
@@ -101,14 +104,14 @@ def test_a_narrow_video_is_checked_by_its_real_size(folder, capsys, width):
     write_mp4(folder / "videos" / "narrow.mp4", np.zeros((4, 56, width, 3), np.uint8), fps=8)
     assert run(folder, capsys, [entry("narrow", ["narrow.mp4"])])[0] == 0
     write_mp4(folder / "videos" / "thread.mp4", np.zeros((4, 201 * width, width, 3), np.uint8), fps=8)
-    path, options = str(folder / "videos" / "thread.mp4"), VideoOptions(nframes=4)
+    path, options = str(folder / "videos" / "thread.mp4"), MediaOptions(VideoOptions(nframes=4))
     reason = f"{path!r} has frames of {width}x{201 * width} pixels: the longer side is more than 200 times the shorter"
-    assert check_video(path, options) == ("undecodable video", reason)
+    assert check_media(Media("video", path), options) == ("undecodable video", reason)
 
 
 def test_more_than_three_ids_are_counted_not_listed(folder, capsys):
     _, _, table = run(folder, capsys, [entry(i, ["gone.mp4"]) for i in range(5)])
-    assert table["missing video"] == (5, "left out", "'0', '1', '2', ...")
+    assert table["missing file"] == (5, "left out", "'0', '1', '2', ...")
 
 
 def test_samples_that_are_kept_do_not_make_the_check_fail(folder, capsys):
@@ -121,7 +124,7 @@ def test_samples_that_are_kept_do_not_make_the_check_fail(folder, capsys):
 def test_a_bad_video_beyond_the_cap_is_kept_since_the_trainer_does_not_open_it_but_misses_it(folder, capsys):
     entries = [entry("bad", ["a.mp4", "d.mp4"]), entry("gone", ["a.mp4", "gone.mp4"])]
     code, text, table = run(folder, capsys, entries, "--max_videos", "1", "--write_clean", str(folder / "clean.json"))
-    assert code == 1 and table["undecodable video"][0] == 0 and table["missing video"] == (1, "left out", "'gone'")
+    assert code == 1 and table["undecodable video"][0] == 0 and table["missing file"] == (1, "left out", "'gone'")
     assert re.search(r"^    2 videos, only 1 are used; not used: '.*/d\.mp4' is not a", text, re.MULTILINE)
     assert [sample.id for sample in load_samples(str(folder / "clean.json"), str(folder / "videos"))] == ["bad"]
 
@@ -216,15 +219,16 @@ def test_a_file_that_is_no_json_is_one_line_and_exit_code_2(folder, capsys):
 
 def test_the_flags_about_videos_are_those_of_the_trainer():
     names = "max_videos fps nframes video_resized_width video_resized_height video_min_pixels video_max_pixels".split()
+    names += ["max_images", "image_min_pixels", "image_max_pixels"]
     arguments, options, functions = parse(["--data_path", "x"])
     assert {name: getattr(arguments, name) for name in names} == {name: getattr(Config(), name) for name in names}
-    assert options == video_options(Config())
+    assert options == media_options(Config())
     given = {"fps": 3.0, "video_min_pixels": 28 * 28, "video_max_pixels": 9 * 28 * 28}
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    assert parse(["--data_path", "x", *flags])[1] == video_options(Config(**given))
+    assert parse(["--data_path", "x", *flags])[1] == media_options(Config(**given))
     sizes = {"nframes": 6, "video_resized_width": 84, "video_resized_height": 56}
     flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    assert parse(["--data_path", "x", *flags])[1] == video_options(Config(**sizes))
+    assert parse(["--data_path", "x", *flags])[1] == media_options(Config(**sizes))
 
 
 def test_sizes_are_those_that_are_trained(tmp_path, capsys):
@@ -238,7 +242,9 @@ def test_sizes_are_those_that_are_trained(tmp_path, capsys):
     median, mean = (lengths[1] + lengths[2]) / 2, sum(lengths) / 4
     assert rows["prompt tokens"].split() == [str(lengths[0]), f"{median:.1f}", f"{mean:.1f}", str(lengths[3])]
     assert main([*flags, "--max_videos", "2"]) == 0
-    tokens = re.search(r"^video tokens .*text not counted\) +(\d+) .* (\d+)$", capsys.readouterr().out, re.MULTILINE)
+    tokens = re.search(
+        r"^video and image tokens .*text not counted\) +(\d+) .* (\d+)$", capsys.readouterr().out, re.MULTILINE
+    )
     assert tokens.groups() == ("8", "16")  # 2 x 2 x 2 per video, at most 2 videos
 
 
@@ -267,14 +273,14 @@ def hang(path, options):
 
 
 def test_a_file_that_crashes_or_hangs_the_decoder_is_undecodable(folder):
-    problem, reason = check_video_in_own_process("a\n.mp4", OPTIONS, function=crash)
+    problem, reason = check_in_own_process(Media("video", "a\n.mp4"), OPTIONS, function=crash)
     assert problem == "undecodable video" and reason == r"'a\n.mp4' crashes the decoder (exit code -11)"
     began = time.monotonic()
-    problem, reason = check_video_in_own_process("a\n.mp4", OPTIONS, timeout=0.2, function=hang)
+    problem, reason = check_in_own_process(Media("video", "a\n.mp4"), OPTIONS, timeout=0.2, function=hang)
     assert problem == "undecodable video" and reason == r"'a\n.mp4' hangs the decoder: no frames within 0.2 s"
     assert time.monotonic() - began < 60
-    path = str(folder / "videos" / "a.mp4")
-    assert check_video_in_own_process(path, OPTIONS) == check_video(path, OPTIONS) == (2, 4, 4)
+    media = Media("video", str(folder / "videos" / "a.mp4"))
+    assert check_in_own_process(media, OPTIONS) == check_media(media, OPTIONS) == (2, 4, 4)
 
 
 def test_the_command_prints_its_table_and_only_that(folder):
@@ -291,7 +297,7 @@ def test_the_command_prints_its_table_and_only_that(folder):
     assert result.stdout.startswith("problem ") and result.stdout.endswith("3 valid samples, 8 left out\n")
     lines = [line for line in result.stderr.splitlines() if line]
     assert "6/6" in lines[-1] and all(
-        "s/video" in line or "video/s" in line for line in lines
+        "s/file" in line or "file/s" in line for line in lines
     )  # the bar, and no word of FFmpeg
 
 

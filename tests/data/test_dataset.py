@@ -1,8 +1,9 @@
 import json
+import math
 
 import pytest
 
-from data.dataset import DuplicateId, InputError, Sample, load_samples, read_samples
+from data.dataset import DuplicateId, InputError, Media, Sample, load_samples, read_samples
 
 HUMAN = {"from": "human", "value": "What is the EF?"}
 GPT = {"from": "gpt", "value": "55%"}
@@ -49,7 +50,7 @@ def test_a_sample_holds_its_videos_prompt_and_answer(folder):
     (sample,) = load_samples(write(folder, [entry(conversations=turns)]), str(folder))
     assert sample == Sample(
         id="s1",
-        videos=(str(folder / "a.mp4"), str(folder / "b.mp4")),
+        media=(Media("video", str(folder / "a.mp4")), Media("video", str(folder / "b.mp4"))),
         turns=(
             ("system", "You read echos."),
             ("user", "<video>\nWhich view?"),
@@ -73,7 +74,7 @@ def test_videos_come_before_the_first_question_when_there_are_no_tags(folder):
 
 def test_one_video_may_be_a_plain_string(folder):
     (sample,) = load_samples(write(folder, [entry(video="a.mp4")]), str(folder))
-    assert sample.videos == (str(folder / "a.mp4"),)
+    assert sample.media == (Media("video", str(folder / "a.mp4")),)
 
 
 def test_a_path_that_exists_is_used_as_it_is(folder, monkeypatch):
@@ -85,7 +86,7 @@ def test_a_path_that_exists_is_used_as_it_is(folder, monkeypatch):
     (elsewhere / "b.mp4").mkdir()  # a folder of that name is no video
     videos = ["a.mp4", "b.mp4", str(folder / "c.mp4")]
     (sample,) = load_samples(write(folder, [entry(video=videos)]), str(folder))
-    assert sample.videos == ("a.mp4", str(folder / "b.mp4"), str(folder / "c.mp4"))
+    assert [media.path for media in sample.media] == ["a.mp4", str(folder / "b.mp4"), str(folder / "c.mp4")]
 
 
 def test_ids_are_strings_and_a_missing_one_is_the_position(folder):
@@ -182,12 +183,9 @@ def test_an_id_that_occurs_twice_is_named(folder):
         ([HUMAN, {"from": "gpt", "value": " \n"}], "empty answer"),
         ([HUMAN, {"from": "gpt", "value": "<video>5%"}], "turn 2: <video> in a turn from 'gpt'"),
         ([{"from": "system", "value": "<video>"}, HUMAN, GPT], "turn 1: <video> in a turn from 'system'"),
-        (
-            [{"from": "human", "value": "<image>\nEF?"}, GPT],
-            "turn 1: <image> in 'value': this trainer reads videos only",
-        ),
-        ([HUMAN, {"from": "gpt", "value": "5% <image>"}], "turn 2: <image> in 'value': this trainer reads videos only"),
-        ([{"from": "system", "value": "<image>"}, HUMAN, GPT], "turn 1: <image> in 'value': this trainer reads videos"),
+        ([{"from": "human", "value": "<image>\nEF?"}, GPT], "1 <image> tag(s) in the human turns but 0 in 'image'"),
+        ([HUMAN, {"from": "gpt", "value": "5% <image>"}], "turn 2: <image> in a turn from 'gpt'"),
+        ([{"from": "human", "value": "<Images>"}, GPT], "turn 1: <Images> in 'value': write <image>"),
         ([{"from": "human", "value": "\ud800"}, GPT], "turn 1: 'value' contains half a character"),
         ([{"from": "human", "value": "<video>"}, GPT], "1 <video> tag(s) in the human turns but 2 in 'video'"),
         ([{"from": "human", "value": "<video>" * 3}, GPT], "3 <video> tag(s) in the human turns but 2 in 'video'"),
@@ -202,13 +200,23 @@ def test_a_wrong_conversation_is_an_error_that_names_the_sample(folder, turns, m
 @pytest.mark.parametrize(
     ("video", "message"),
     [
-        (None, "has no video"),
-        ([], "has no video"),
         ("", "'video' contains an empty string"),
         (["a.mp4", " "], "'video' contains an empty string"),
         (["a.mp4", 3], "'video' contains a number"),
-        ([["a.mp4", "b.mp4"]], "'video' contains a list"),
-        ({"a": 1}, "'video' is an object"),
+        ([[]], "'video' contains a list"),
+        ([["a.png", 3]], "'video' contains a number"),
+        ([[["a.png"]]], "'video' contains a list"),
+        (["a.png", "b.PNG"], "'video' contains 'a.png': put the frames of a video in a list of their own, [[...]]"),
+        ({"a": 1}, "'video' contains an object without 'video'"),
+        ({"video": {"video": "a.mp4"}}, "'video' contains an object"),
+        ({"video": "a.mp4", "nframe": 4}, "'video': unknown option 'nframe': did you mean 'nframes'?"),
+        ({"video": "a.mp4", "zoom": 4}, "'video': unknown option 'zoom': known ones are fps, nframes, "),
+        ({"video": "a.mp4", "nframes": 4.5}, "'video': 'nframes' is 4.5: give a whole number"),
+        ({"video": "a.mp4", "fps": "2"}, "'video': 'fps' is '2': give a number"),
+        ({"video": "a.mp4", "fps": True}, "'video': 'fps' is True: give a number"),
+        ({"video": "a.mp4", "fps": 0}, "'video': 'fps' is 0: give a number above 0"),
+        ({"video": "a.mp4", "video_start": -1}, "'video': 'video_start' is -1: give a number above 0"),
+        ({"video": "a.mp4", "video_end": math.nan}, "'video': 'video_end' is nan: give a number above 0"),
         (3, "'video' is a number"),
     ],
 )
@@ -218,16 +226,58 @@ def test_a_wrong_video_is_an_error_that_names_the_sample(folder, video, message)
 
 
 def test_a_key_that_is_not_there_is_an_error(folder):
-    for key, message in (("video", "has no video"), ("conversations", "has no 'conversations'")):
-        incomplete = entry()
-        del incomplete[key]
-        assert f"sample 's1' {message}" in error_of(folder, [incomplete])
+    incomplete = entry()
+    del incomplete["conversations"]
+    assert "sample 's1' has no 'conversations'" in error_of(folder, [incomplete])
 
 
-@pytest.mark.parametrize("key", ["image", "images", "Image", "IMAGES "])
-def test_a_key_of_images_is_an_error(folder, key):
-    line = error_of(folder, [entry(id="ok"), entry(**{key: ["a.png"]})])
-    assert f"sample 's1': key {key!r}: this trainer reads videos only" in line
+def test_videos_and_images_stand_in_the_order_of_their_tags(folder):
+    (folder / "a.png").touch()
+    (folder / "frames").mkdir()
+    turns = [{"from": "human", "value": "<image> of <video>,\n<video><image>"}, GPT]
+    own = {"video": "b.mp4", "nframes": 4, "video_start": 0.5}
+    images = ["a.png", {"image": "a.png", "resized_width": 56, "resized_height": 84}]
+    (sample,) = load_samples(
+        write(folder, [entry(video=["frames", own], image=images, conversations=turns)]), str(folder)
+    )
+    assert sample.media == (
+        Media("image", str(folder / "a.png")),
+        Media("video", str(folder / "frames")),
+        Media("video", str(folder / "b.mp4"), (("nframes", 4), ("video_start", 0.5))),
+        Media("image", str(folder / "a.png"), (("resized_height", 84), ("resized_width", 56))),
+    )
+
+
+def test_what_has_no_tags_comes_first_images_before_videos(folder):
+    for name in ("a.png", "b.png"):
+        (folder / name).touch()
+    frames = {"video": ["a.png", "b.png"], "fps": 8}
+    (sample,) = load_samples(
+        write(folder, [entry(video=frames, image="a.png", conversations=[HUMAN, GPT])]), str(folder)
+    )
+    assert sample.turns == (("user", "<image>\n<video>\nWhat is the EF?"),)
+    paths = str(folder / "a.png"), str(folder / "b.png")
+    assert sample.media == (Media("image", paths[0]), Media("video", paths, (("fps", 8),)))
+    assert [media.name for media in sample.media] == ["a.png", "a.png and 1 more frames"]
+
+
+@pytest.mark.parametrize("keys", [{}, {"video": None, "image": None}, {"video": [], "image": []}])
+def test_a_sample_may_be_text_only(folder, keys):
+    text_only = {"id": "s1", "conversations": [HUMAN, GPT], **keys}
+    (sample,) = load_samples(write(folder, [text_only]), str(folder))
+    assert sample.media == () and sample.turns == (("user", "What is the EF?"),)
+
+
+def test_a_wrong_image_is_an_error_that_names_the_sample(folder):
+    for image, message in [
+        (["a.png", 3], "'image' contains a number"),
+        ([["a.png"]], "'image' contains a list"),
+        ({"image": "a.png", "fps": 2}, "'image': unknown option 'fps': known ones are resized_width, "),
+        ("gone.png", "1 file(s) missing"),
+        (str(folder), "1 file(s) missing"),
+    ]:
+        line = error_of(folder, [entry(id="ok"), entry(image=image)])
+        assert message in line and "sample 's1'" in line
 
 
 @pytest.mark.parametrize(
@@ -253,16 +303,15 @@ def test_a_misspelt_key_is_named_with_the_one_that_was_meant(folder, key, meant,
 
 def test_keys_of_the_users_own_are_allowed(folder):
     own = {"ef": 55.0, "split": "train", "view": "A4C", "": 0, "video_id": 1, "conversation_id": 2, "Videographer": "x"}
-    own |= {"videoId": 3, "conversationId": 4, "video1": "x", "image": None, "images": []}
+    own |= {"videoId": 3, "conversationId": 4, "video1": "x", "image": None, "image_id": 5}
     (sample,) = load_samples(write(folder, [entry(**own)]), str(folder))
     assert sample.id == "s1"
 
 
 def test_all_missing_videos_are_counted_and_three_are_named(folder):
-    (folder / "gone.mp4").mkdir()  # a folder is no video
     entries = [entry(id=i, video=["a.mp4", f"gone{i}.mp4", "gone.mp4"]) for i in range(4)]
     line = error_of(folder, entries)
-    assert "5 video file(s) missing" in line and "--image_folder" in line
+    assert "5 file(s) missing" in line and "--image_folder" in line
     named = ", ".join(f"{str(folder / name)!r} (sample {i!r})" for name, i in (("gone0.mp4", "0"), ("gone.mp4", "0")))
     assert f"missing: {named}, {str(folder / 'gone1.mp4')!r} (sample '1'), ...: set" in line
 
@@ -282,11 +331,11 @@ def test_all_entries_can_be_read_beside_what_is_wrong_with_them(folder):
     read = list(read_samples(write(folder, entries), str(folder)))
     assert [written for written, _ in read] == entries
     assert [type(sample) for _, sample in read] == [Sample, InputError, InputError, DuplicateId, Sample]
-    assert read[0][1].videos == (str(folder / "gone.mp4"),)
+    assert read[0][1].media == (Media("video", str(folder / "gone.mp4")),)
 
 
 def test_control_characters_do_not_break_the_line(folder):
     line = error_of(folder, [entry(id="a\nb\x1b", video=["x\ny.mp4", "\x00", "\ud800.mp4"])], image_folder="f\n")
-    assert r"'f\n/x\ny.mp4' (sample 'a\nb\x1b')" in line and "3 video file(s) missing" in line
+    assert r"'f\n/x\ny.mp4' (sample 'a\nb\x1b')" in line and "3 file(s) missing" in line
     with pytest.raises(InputError, match=r"gone\\n\.json"):
         load_samples(str(folder / "gone\n.json"))

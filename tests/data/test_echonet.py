@@ -85,11 +85,13 @@ def test_splits_become_files_whose_videos_and_answers_the_trainer_reads(root, tm
     for split in ("train", "val", "test"):
         for sample in load_samples(str(output / f"{split}.json"), str(root / "Videos")):
             answers[sample.id] = (split, sample.answer, extract_number(sample.answer))
-            frames, sampled_fps = read_frames(sample.videos[0], VideoOptions(nframes=8))
+            frames, sampled_fps = read_frames(sample.media[0].path, VideoOptions(nframes=8))
             number = ("0X1A", "0X1B", "0X2A", "0X3A").index(sample.id)
             expected = np.repeat(grey(number)[:, None], 3, axis=1)
             assert abs(frames.numpy().astype(int) - expected).max() <= 2  # JPEG
-            assert sampled_fps == pytest.approx(FPS) and open_video(sample.videos[0], VideoOptions()).indices[-1] == 7
+            assert (
+                sampled_fps == pytest.approx(FPS) and open_video(sample.media[0].path, VideoOptions()).indices[-1] == 7
+            )
     assert answers == {
         "0X1A": ("train", "The ejection fraction is 55.3%.", 55.3),
         "0X1B": ("train", "The ejection fraction is 20.0%.", 20.0),
@@ -101,7 +103,7 @@ def test_splits_become_files_whose_videos_and_answers_the_trainer_reads(root, tm
 def test_the_frames_reach_the_model_as_they_were_drawn(root, tmp_path):
     assert main(["--root", str(root), "--output", str(tmp_path / "out")]) == 0
     for number, sample in enumerate(load_samples(str(tmp_path / "out" / "train.json"), str(root / "Videos"))):
-        loaded = load_video(sample.videos[0], VideoOptions(nframes=4, resized_width=56, resized_height=56))
+        loaded = load_video(sample.media[0].path, VideoOptions(nframes=4, resized_width=56, resized_height=56))
         frames = unpatchify(loaded.pixel_values, loaded.grid_thw)
         expected = grey(number)[[0, 2, 5, 7], :56, :56][:, None]
         assert frames.shape == (4, 3, 56, 56) and abs(frames.numpy().astype(int) - expected).max() <= 2  # JPEG

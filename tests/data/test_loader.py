@@ -71,9 +71,9 @@ def test_a_bad_video_is_left_out_and_its_place_filled_with_padding(broken):
     dataset = PromptDataset(samples, tiny.tokenizer, 2, OPTIONS, "skip")
     prompt = dataset[BatchItem(5, 1)]
     assert (prompt.sample.id, prompt.position, prompt.is_padding) == ("s2", 5, True)
-    assert "1_1.mp4" in prompt.bad_video
+    assert "1_1.mp4" in prompt.bad_media
     good = dataset[BatchItem(0, 0)]
-    assert (good.sample.id, good.is_padding, good.bad_video) == ("s0", False, "")
+    assert (good.sample.id, good.is_padding, good.bad_media) == ("s0", False, "")
 
 
 def test_when_no_sample_can_be_read_the_run_stops(broken):
@@ -100,7 +100,7 @@ def test_workers_hand_over_the_prompts_of_each_step_in_order(tiny, num_workers):
     for batch in batches:
         for prompt in batch:
             original = tiny.prompts[int(prompt.sample.id[1:])]
-            for name in ("prompt_ids", "position_ids", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
+            for name in ("prompt_ids", "position_ids", "pixel_values", "grid_thw", "second_per_grid_ts"):
                 assert torch.equal(getattr(prompt, name), getattr(original, name)), name
 
 

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.video import (
     CLIP_MEAN,
     CLIP_STD,
-    BadVideo,
+    BadMedia,
     VideoOptions,
     frame_indices,
     load_video,
@@ -272,7 +272,7 @@ def test_a_video_too_narrow_for_its_height_is_named_in_one_line(tmp_path):
     write_mp4(path, gray_clip(4, height=402, width=2), fps=8)
     line = f"{str(path)!r} has frames of 2x402 pixels: the longer side is more than 200 times the shorter"
     for read in (load_video, video_grid):
-        with pytest.raises(BadVideo) as error:
+        with pytest.raises(BadMedia) as error:
             read(path, VideoOptions(nframes=4))
         assert str(error.value) == line
 
@@ -324,7 +324,7 @@ def test_the_grid_is_known_without_the_last_frame(tmp_path):
     with open(path, "r+b") as file:
         file.seek(last_frame)
         file.write(bytes(500))
-    with pytest.raises(BadVideo):
+    with pytest.raises(BadMedia):
         load_video(path, options)
     assert video_grid(path, options) == (2, 4, 4)
 
@@ -335,9 +335,9 @@ def test_the_grid_of_a_bad_video_is_the_error_of_loading_it(tmp_path):
     write_mp4(short, gray_clip(1), fps=8)
     text.write_text("no video")
     for path in (long, short, text):
-        with pytest.raises(BadVideo) as expected:
+        with pytest.raises(BadMedia) as expected:
             load_video(path, VideoOptions())
-        with pytest.raises(BadVideo) as error:
+        with pytest.raises(BadMedia) as error:
             video_grid(path, VideoOptions())
         assert str(error.value) == str(expected.value)
     with pytest.raises(FileNotFoundError):
@@ -372,7 +372,7 @@ def test_a_broken_file_is_a_bad_video_whose_message_is_one_line_with_the_path(tm
     path = tmp_path / "heart\nbeat.mp4"
     write_mp4(path, random_frames(16, 64, 64, 3).numpy(), fps=8)
     path.write_bytes(damaged_files()[damage](path.read_bytes()))
-    with pytest.raises(BadVideo) as error:
+    with pytest.raises(BadMedia) as error:
         load_video(path, VideoOptions())
     assert repr(str(path)) in str(error.value)
     assert "\n" not in str(error.value)
@@ -389,7 +389,7 @@ def test_the_file_with_its_index_first_is_good_until_it_is_cut(tmp_path):
 def test_a_video_with_too_few_frames_is_a_bad_video(tmp_path):
     path = tmp_path / "short.mp4"
     write_mp4(path, gray_clip(10), fps=8)
-    with pytest.raises(BadVideo) as error:
+    with pytest.raises(BadMedia) as error:
         load_video(path, VideoOptions(nframes=16))
     assert str(error.value) == f"{str(path)!r} has 10 frames, --nframes 16 asks for 16"
 

@@ -1,11 +1,11 @@
 import pytest
 
-from data.dataset import VIDEO_TAG, InputError, Sample
+from data.dataset import VIDEO_TAG, InputError, Media, Sample
 from data.video_cap import cap_all, cap_videos
 
 
 def sample_of(*turns, videos=("a", "b", "c")):
-    return Sample(id="s", videos=tuple(videos), turns=tuple(turns), answer="55%")
+    return Sample(id="s", media=tuple(Media("video", path) for path in videos), turns=tuple(turns), answer="55%")
 
 
 def test_videos_and_tags_are_cut_together():
@@ -55,12 +55,12 @@ def test_tags_and_videos_agree_after_every_cap():
     sample = sample_of(("user", "<video>" * 4), ("assistant", "x"), ("user", "<video>\n" * 3), videos="abcdefg")
     for cap in range(1, 9):
         capped = cap_videos(sample, cap)
-        assert sum(text.count(VIDEO_TAG) for _, text in capped.turns) == len(capped.videos) == min(cap, 7)
+        assert sum(text.count(VIDEO_TAG) for _, text in capped.turns) == len(capped.media) == min(cap, 7)
 
 
 def test_all_samples_are_capped_in_order_and_the_cut_ones_counted():
     long, short = sample_of(("user", "<video>" * 3)), sample_of(("user", "<video>"), videos="z")
     samples, cut = cap_all(iter([long, short, long]), 2)
-    assert [sample.videos for sample in samples] == [("a", "b"), ("z",), ("a", "b")]
+    assert [[media.path for media in sample.media] for sample in samples] == [["a", "b"], ["z"], ["a", "b"]]
     assert cut == 2
     assert cap_all([long, short], 0) == ([long, short], 0)

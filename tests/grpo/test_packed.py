@@ -10,7 +10,7 @@ import torch
 import grpo.logprobs
 from grpo.attention import varlen_attention
 from grpo.decoding import SharedPrefixKVCache
-from grpo.logprobs import completion_logprobs, sampling_logprobs, video_features
+from grpo.logprobs import completion_logprobs, media_features, sampling_logprobs
 from grpo.rollout import SamplingParams, generate
 from tests.conftest import make_tiny
 
@@ -42,8 +42,8 @@ def separate_rows(model, prompt, ids, mask, suppress_tokens):
         out = model(
             input_ids=torch.cat([prompt.prompt_ids, completion])[None],
             position_ids=torch.cat([prompt.position_ids, own.expand(3, -1)], dim=1)[:, None],
-            pixel_values_videos=prompt.pixel_values_videos,
-            video_grid_thw=prompt.video_grid_thw,
+            pixel_values_videos=prompt.pixel_values,
+            video_grid_thw=prompt.grid_thw,
             use_cache=False,
         ).logits[0, P - 1 : -1]
         logprobs = torch.log_softmax((out / T).index_fill(1, suppress_tokens, -torch.inf), dim=1)
@@ -128,8 +128,8 @@ def test_the_videos_and_their_order_reach_the_logprobs(tiny):
     prompt = tiny.prompts[1]  # three videos, of 4, 8 and 12 frames but 4 each are read: equal grids
     ids, masks = completions_for([prompt], 2, 4, len(tiny.tokenizer), tiny.suppress_tokens)
     swapped = copy.copy(prompt)
-    first, second, third = prompt.pixel_values_videos.chunk(3)
-    swapped.pixel_values_videos = torch.cat([second, first, third])
+    first, second, third = prompt.pixel_values.chunk(3)
+    swapped.pixel_values = torch.cat([second, first, third])
     ((one, _),) = completion_logprobs(tiny.model, [prompt], ids, masks, T, tiny.suppress_tokens)
     ((other, _),) = completion_logprobs(tiny.model, [swapped], ids, masks, T, tiny.suppress_tokens)
     assert (one - other).abs().max() > 1e-3
@@ -227,16 +227,16 @@ def test_the_last_layer_works_for_the_tokens_alone_that_predict(tiny):
 @pytest.mark.parametrize("patches_per_pass, num_passes", [(1, 4), (450, 2)])
 def test_videos_encoded_some_at_a_time_equal_videos_encoded_at_once(tiny, monkeypatch, patches_per_pass, num_passes):
     prompts = [
-        replace(prompt, pixel_values_videos=torch.randn(patches, 1176), video_grid_thw=torch.tensor(grids))
+        replace(prompt, pixel_values=torch.randn(patches, 1176), grid_thw=torch.tensor(grids))
         for prompt, patches, grids in zip(
             tiny.prompts[:2], (200 + 96, 96 + 64), ([[2, 10, 10], [1, 8, 12]], [[1, 8, 12], [4, 4, 4]]), strict=True
         )
     ]
     with torch.no_grad():
-        at_once = video_features(tiny.model, prompts)
+        at_once = media_features(tiny.model, prompts)
         monkeypatch.setattr("grpo.logprobs.PATCHES_PER_PASS", patches_per_pass)
         encode, passes = tiny.model.model.get_video_features, []
         monkeypatch.setattr(tiny.model.model, "get_video_features", lambda *x: passes.append(x) or encode(*x))
-        in_passes = video_features(tiny.model, prompts)
+        in_passes = media_features(tiny.model, prompts)
     assert [len(states) for states in in_passes] == [50, 24, 24, 16] and len(passes) == num_passes
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(in_passes, at_once, strict=True))

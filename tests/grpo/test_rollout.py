@@ -32,8 +32,8 @@ def test_greedy_completions_equal_those_of_hugging_faces_generate(tiny):
             input_ids=full,
             attention_mask=torch.ones_like(full),
             position_ids=prompt.position_ids[:, None],
-            pixel_values_videos=prompt.pixel_values_videos,
-            video_grid_thw=prompt.video_grid_thw,
+            pixel_values_videos=prompt.pixel_values,
+            video_grid_thw=prompt.grid_thw,
             max_new_tokens=12,
             do_sample=False,
             suppress_tokens=tiny.suppress_tokens.tolist(),
@@ -121,8 +121,8 @@ def test_a_decoder_serves_many_rollouts_and_remembers_nothing_of_them(tiny):
     decoder_for.cache_clear()
     first = sample(tiny, tiny.prompts[:2], C=7)
     sample(tiny, tiny.prompts[2:], C=7, seed=5)  # shorter or longer ones in between
-    pixels = torch.full_like(tiny.prompts[1].pixel_values_videos, torch.nan)
-    sample(tiny, [tiny.prompts[0], dataclasses.replace(tiny.prompts[1], pixel_values_videos=pixels)], C=7)
+    pixels = torch.full_like(tiny.prompts[1].pixel_values, torch.nan)
+    sample(tiny, [tiny.prompts[0], dataclasses.replace(tiny.prompts[1], pixel_values=pixels)], C=7)
     again = sample(tiny, tiny.prompts[:2], C=7)
     assert decoder_for.cache_info().hits > 0
     for a, b in zip(first, again, strict=True):

@@ -211,8 +211,8 @@ def test_prompts_and_completions_stay_aligned(tiny, tmp_path, monkeypatch):
     assert [(line["sample_id"], line["text"]) for line in lines] == texts
     for rollout in seen:  # 1, 3, 2 and 1 videos
         original = tiny.prompts[int(rollout.prompt.sample.id[1:])]
-        assert len(rollout.prompt.sample.videos) == len(rollout.prompt.video_grid_thw)
-        assert torch.equal(rollout.prompt.pixel_values_videos, original.pixel_values_videos)
+        assert len(rollout.prompt.sample.media) == len(rollout.prompt.grid_thw)
+        assert torch.equal(rollout.prompt.pixel_values, original.pixel_values)
 
 
 @pytest.mark.parametrize("more", [["--freeze_merger"], []], ids=["its own reference", "a frozen copy"])

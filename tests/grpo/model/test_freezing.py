@@ -11,7 +11,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 import train
 from data.dataset import InputError
 from grpo.config import Config, parse_config
-from grpo.logprobs import completion_logprobs, encode_videos
+from grpo.logprobs import completion_logprobs, encode_media
 from grpo.model import sharding
 from grpo.model.lora import add_adapters
 from grpo.model.optimizer import component_of, freeze, make_optimizer
@@ -146,8 +146,8 @@ def test_a_frozen_tower_encodes_once_and_gives_the_same_log_probabilities_and_gr
     for encode in (False, True):
         model = copy.deepcopy(tiny.model)
         freeze(model, Config(freeze_vision_tower=True))
-        prompts = [encode_videos(model, prompt) for prompt in tiny.prompts] if encode else tiny.prompts
-        assert all(len(prompt.pixel_values_videos) == 0 for prompt in prompts) == encode
+        prompts = [encode_media(model, prompt) for prompt in tiny.prompts] if encode else tiny.prompts
+        assert all(len(prompt.pixel_values) == 0 for prompt in prompts) == encode
         logprobs = [
             logprobs for logprobs, _ in completion_logprobs(model, prompts, ids, masks, 0.7, tiny.suppress_tokens)
         ]

@@ -53,8 +53,8 @@ def test_a_strip_shows_the_frames_that_the_model_saw(tiny):
     prompt = tiny.prompts[1]  # 3 videos
     strips = video_strips(prompt)
     assert [label for label, _ in strips] == [f"4 frames of 56x56: 1_{i}.mp4" for i in range(3)]
-    for path, (_, strip) in zip(prompt.sample.videos, strips, strict=True):
-        frames = resize(read_frames(path, OPTIONS)[0], 56, 56).permute(0, 2, 3, 1).numpy()  # (T, H, W, 3)
+    for media, (_, strip) in zip(prompt.sample.media, strips, strict=True):
+        frames = resize(read_frames(media.path, OPTIONS.video)[0], 56, 56).permute(0, 2, 3, 1).numpy()  # (T, H, W, 3)
         drawn = np.asarray(strip.resize((4 * 56, 56), Image.Resampling.BOX))  # twice as large on the sheet
         assert abs(drawn.astype(int) - np.concatenate(list(frames), axis=1)).mean() < 20  # noise, enlarged and reduced
 
@@ -63,7 +63,7 @@ def test_a_strip_shows_the_frames_that_the_model_saw(tiny):
 def test_a_contact_sheet_holds_all_videos_and_any_text(tiny, num_videos, columns):
     sample = dataclasses.replace(
         tiny.prompts[0].sample,
-        videos=tiny.prompts[0].sample.videos * num_videos,
+        media=tiny.prompts[0].sample.media * num_videos,
         turns=(("user", "<video>" * num_videos + "EF?"),),
     )
     prompt = load_prompt(sample, tiny.tokenizer, 2, OPTIONS)
