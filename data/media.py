@@ -130,7 +130,10 @@ def frame_files(media: Media, options: VideoOptions) -> FrameFiles:
     """
     paths, fps = list(media.files), dict(media.options).get("fps", DEFAULT_FPS)
     if isinstance(media.path, str):
-        names = [name for name in os.listdir(media.path) if name.lower().endswith(IMAGE_SUFFIXES)]
+        try:
+            names = [name for name in os.listdir(media.path) if name.lower().endswith(IMAGE_SUFFIXES)]
+        except OSError as error:
+            raise BadMedia(f"{media.path!r} cannot be read ({error.strerror})") from error
         paths = [os.path.join(media.path, name) for name in sorted(names, key=natural_order)]
     name = f"{media.path!r}" if isinstance(media.path, str) else f"the list of {len(paths)} frames from {paths[0]!r} on"
     if len(paths) < 2:

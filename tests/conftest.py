@@ -1,5 +1,6 @@
 """A small Qwen2.5-VL of the real class, a real tokenizer, and samples with real mp4 files."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
+from PIL import Image  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nothing waits for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
@@ -83,9 +85,46 @@ def make_tiny(folder: Path, num_videos=(1, 3, 2, 1), size=56) -> Tiny:
     return Tiny(folder, model, tokenizer, prompts, special_tokens(model, tokenizer, torch.device("cpu")))
 
 
+def make_mixed(folder: Path) -> Tiny:
+    """The same model; seven samples, in which every form occurs; the second and the fourth are text only."""
+    tiny, rng = make_tiny(folder, num_videos=(2,)), np.random.default_rng(1)
+    for name, size in (
+        ("a.png", (56, 84)),
+        ("b.jpg", (90, 70)),
+        ("frames/1.png", (56, 56)),
+        ("frames/2.png", (56, 56)),
+    ):
+        (folder / "videos" / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / "videos" / name)
+    own = {"video": "0_1.mp4", "nframes": 2, "video_start": 0.5, "resized_width": 84, "resized_height": 56}
+    question, frames = "What is the ejection fraction", ["frames/1.png", "frames/2.png", "frames/1.png", "frames/2.png"]
+    forms = [
+        ("<image> and <video>, then <image>\n" + question, {"video": "0_0.mp4", "image": ["a.png", "b.jpg"]}),
+        (question + "?", {}),
+        (question, {"video": [frames, own]}),
+        (question + " of this patient?", {}),
+        (question, {"image": {"image": "b.jpg", "max_pixels": 6 * 28 * 28}}),
+        (question, {"video": [{"video": "frames", "nframes": 2, "fps": 1}]}),
+        (question + "?", {"video": "0_0.mp4"}),
+    ]
+    samples = []
+    for i, (text, media) in enumerate(forms):
+        turns = [{"from": "human", "value": text}, {"from": "gpt", "value": f"The ejection fraction is {40 + i}%."}]
+        samples.append({"id": f"s{i}", "conversations": turns} | media)
+    (folder / "data.json").write_text(json.dumps(samples))
+    loaded = load_samples(str(folder / "data.json"), str(folder / "videos"))
+    prompts = [load_prompt(sample, tiny.tokenizer, 2, OPTIONS) for sample in loaded]
+    return dataclasses.replace(tiny, prompts=prompts)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
     return make_tiny(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory) -> Tiny:
+    return make_mixed(tmp_path_factory.mktemp("mixed") / "mixed")
 
 
 def free_port() -> int:

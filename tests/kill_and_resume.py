@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from grpo.run import rollout_log  # noqa: E402
 from grpo.run.checkpoint import PROGRESS, checkpoints  # noqa: E402
-from tests.conftest import FLAGS, as_rank, free_port, make_tiny  # noqa: E402
+from tests.conftest import FLAGS, as_rank, free_port, make_mixed  # noqa: E402
 
 REWARDS = Path(__file__).parent / "grpo" / "rewards.py"
 
@@ -158,7 +158,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments, more = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        make_tiny(Path(folder) / "tiny", num_videos=(1, 2, 1, 1, 1))
+        make_mixed(Path(folder) / "tiny")
         more += [*evaluating(Path(folder) / "tiny"), *rewarded()]
         number = getattr(signal, f"SIG{arguments.signal}")
         is_right = kill_and_resume(

@@ -130,8 +130,14 @@ def test_a_saved_model_can_be_trained_on_and_its_processor_goes_with_it(tiny, ru
     assert (tmp_path / "out" / "final" / "preprocessor_config.json").read_text() == "{}"
 
 
-def test_two_ranks_do_what_one_does(tiny, tmp_path):
-    more = ["--global_batch_size", "4", "--num_train_epochs", "2", "--num_iterations", "2"]
+@pytest.mark.parametrize(
+    ("data", "frozen"),
+    [("tiny", []), ("mixed", []), ("mixed", ["--freeze_vision_tower"])],
+    ids=["videos", "all forms of samples", "all forms, a frozen tower"],
+)
+def test_two_ranks_do_what_one_does(request, data, frozen, tmp_path):
+    tiny = request.getfixturevalue(data)
+    more = ["--global_batch_size", "4", "--num_train_epochs", "2", "--num_iterations", "2", *frozen]
     one, two = tmp_path / "one", tmp_path / "two"
     run_main(1, flags(tiny, one, *more), tmp_path)
     run_main(2, flags(tiny, two, *more, "--per_device_train_batch_size", "1"), tmp_path)

@@ -31,6 +31,20 @@ def completions_for(prompts, G, C, vocabulary, suppress_tokens):
     return ids, masks
 
 
+def pixels_of(prompt) -> dict:
+    """The inputs of Hugging Face's model, which takes videos and images apart."""
+    inputs = {}
+    pieces = prompt.pixel_values.split(prompt.grid_thw.prod(dim=1).tolist())
+    for kind, pixels, grid in (
+        ("video", "pixel_values_videos", "video_grid_thw"),
+        ("image", "pixel_values", "image_grid_thw"),
+    ):
+        chosen = [n for n, media in enumerate(prompt.sample.media) if media.kind == kind]
+        if chosen:
+            inputs |= {pixels: torch.cat([pieces[n] for n in chosen]), grid: prompt.grid_thw[chosen]}
+    return inputs
+
+
 def separate_rows(model, prompt, ids, mask, suppress_tokens):
     """Log-probabilities from G rows `[prompt | completion]`, each with its own copy of the videos: plain HF."""
     rows = []
@@ -42,9 +56,8 @@ def separate_rows(model, prompt, ids, mask, suppress_tokens):
         out = model(
             input_ids=torch.cat([prompt.prompt_ids, completion])[None],
             position_ids=torch.cat([prompt.position_ids, own.expand(3, -1)], dim=1)[:, None],
-            pixel_values_videos=prompt.pixel_values,
-            video_grid_thw=prompt.grid_thw,
             use_cache=False,
+            **pixels_of(prompt),
         ).logits[0, P - 1 : -1]
         logprobs = torch.log_softmax((out / T).index_fill(1, suppress_tokens, -torch.inf), dim=1)
         rows.append(logprobs.gather(1, completion[:, None])[:, 0])
@@ -65,7 +78,9 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["one prompt a row", "all prompts in one row"])
-def test_packed_logprobs_and_gradients_equal_separate_rows(tiny, together):
+@pytest.mark.parametrize("data", ["tiny", "mixed"])
+def test_packed_logprobs_and_gradients_equal_separate_rows(request, data, together):
+    tiny = request.getfixturevalue(data)
     ids, masks = completions_for(tiny.prompts, 3, 5, len(tiny.tokenizer), tiny.suppress_tokens)
     model, twin = copy.deepcopy(tiny.model), hf_twin(tiny.model)
     batches = [range(len(ids))] if together else [[n] for n in range(len(ids))]

@@ -158,6 +158,19 @@ def test_no_variant_of_the_loss_depends_on_the_number_of_ranks(tiny, one_rank, t
     check_split(tiny, one_rank, tmp_path, variant, world_size, {})
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2, "beta": 0.1}], ids=["plain", "with KL"])
+def test_a_rank_whose_prompts_are_text_only_keeps_in_step(mixed, tmp_path, settings):
+    four, results = dataclasses.replace(mixed, prompts=mixed.prompts[:4]), []
+    assert [len(prompt.pixel_values) > 0 for prompt in four.prompts] == [True, False, True, False]
+    for world_size in (1, 2):
+        run_ranks(step, world_size, four, str(tmp_path / "step.pt"), {"global_batch_size": 4} | settings)
+        results.append(torch.load(tmp_path / "step.pt"))
+    whole, split = results
+    assert relative(split["gradients"], whole["gradients"]) < 1e-5
+    assert relative(split["weights"], whole["weights"]) < 1e-5
+    assert split["metrics"] == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-6)
+
+
 def test_the_variants_differ(one_rank):
     gradients = [torch.cat([g.flatten() for g in one_rank(variant)["gradients"]]) for variant in VARIANTS]
     for i, first in enumerate(gradients):
