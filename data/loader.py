@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.augment import Augmentation
 from data.dataset import InputError, Sample
-from data.media import MediaOptions, load_media
+from data.media import MediaOptions, load_media, media_grid
 from data.prompt import encode_prompt
 from data.video import PATCH_VALUES, BadMedia
+from data.video_cap import keep
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Prompt:
     position: int = 0  # in the step's global batch
     is_padding: bool = False  # True: keeps this rank in step with the others; excluded from loss and metrics
     bad_media: str = ""  # if the sample for this position was left out: why
+    shortened: str = ""  # if videos were left out because the prompt was too long: which sample and how many
 
     def completion_positions(self, length: int) -> Tensor:
         """Return the positions of the first `length` completion tokens, (3, C): from the prompt's maximum + 1 on."""
@@ -56,6 +59,22 @@ class BatchItem:
     position: int
     index: int  # of the sample
     is_padding: bool = False
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How samples become prompts."""
+
+    media: MediaOptions
+    on_bad_media: str = "error"  # or "skip"
+    max_prompt_length: int = 0  # tokens; 0: any
+    on_long_prompt: str = "error"  # or "skip" or "fewer_videos"
+    augmentation: Augmentation | None = None
+
+
+class LongPrompt(Exception):
+    """A prompt has more tokens than it may; the message says how many."""
 
 
 def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: MediaOptions) -> Prompt:
@@ -71,37 +90,73 @@ def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: Medi
     return Prompt(sample, prompt_ids, position_ids, patches, grid_thw, seconds)
 
 
+def fit_prompt(sample: Sample, tokenizer, options: PromptOptions) -> tuple[Sample, int]:
+    """Return a sample and its number of prompt tokens, known from the headers of its videos and images.
+
+    One that is too long loses its last videos, or else LongPrompt is raised. Also raises what `load_prompt` does.
+    """
+    grids = [media_grid(media, options.media) for media in sample.media]
+    grid_thw, most = torch.tensor(grids, dtype=torch.long).view(-1, 3), options.max_prompt_length
+    videos = [place for place, media in enumerate(sample.media) if media.kind == "video"]
+    for left in range(len(videos), -1, -1):
+        is_kept = [place not in videos[left:] for place in range(len(sample.media))]
+        shorter = keep(sample, is_kept)
+        kept = grid_thw[torch.tensor(is_kept, dtype=torch.bool)]
+        length = len(encode_prompt(shorter.turns, tokenizer, kept, torch.ones(len(kept)), 1)[0])
+        if not most or length <= most:
+            return shorter, length
+        if options.on_long_prompt != "fewer_videos":
+            break
+    raise LongPrompt(f"its prompt has {length:,} tokens, more than --max_prompt_length {most:,}")
+
+
 class PromptDataset(Dataset):
     """Maps a `BatchItem` to its decoded prompt.
 
-    With `on_bad_media="skip"` a sample with an unreadable file is replaced by the next readable one, as padding.
-    Errors are returned, not raised, because an error raised in a worker process prints a page of traceback.
+    With `on_bad_media="skip"` a sample with an unreadable file is replaced by the next readable one, as padding; with
+    `on_long_prompt="skip"` one whose prompt is too long likewise. Errors are returned, not raised, because an error
+    raised in a worker process prints a page of traceback.
     """
 
-    def __init__(
-        self, samples: list[Sample], tokenizer, tokens_per_second: int, options: MediaOptions, on_bad_media: str
-    ):
+    def __init__(self, samples: list[Sample], tokenizer, tokens_per_second: int, options: PromptOptions):
         self.samples, self.tokenizer, self.tokens_per_second = samples, tokenizer, tokens_per_second
-        self.options, self.on_bad_media = options, on_bad_media
+        self.options = options
+
+    def sample(self, item: BatchItem, offset: int = 0) -> Sample:
+        """Return the sample of an item, or one behind it, as the item's epoch sees it."""
+        sample = self.samples[(item.index + offset) % len(self.samples)]
+        return self.options.augmentation.of(sample, item.epoch) if self.options.augmentation else sample
 
     def __getitem__(self, item: BatchItem) -> Prompt | InputError:
-        bad_media = ""
+        bad_media, options = "", self.options
         for offset in range(len(self.samples)):
-            sample = self.samples[(item.index + offset) % len(self.samples)]
+            sample = whole = self.sample(item, offset)
             try:
-                prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, self.options)
+                if options.max_prompt_length:
+                    sample, _ = fit_prompt(whole, self.tokenizer, options)
+                prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, options.media)
             except (BadMedia, FileNotFoundError) as error:
                 bad_media = bad_media or f"sample {sample.id!r}: {error}"
-                if self.on_bad_media == "error":
+                if options.on_bad_media == "error":
                     return InputError(f"{bad_media}; replace the file, or skip such samples with --on_bad_video skip")
+                continue
+            except LongPrompt as error:
+                bad_media = bad_media or f"sample {sample.id!r}: {error}"
+                if options.on_long_prompt != "skip":
+                    return InputError(f"{bad_media}; raise it, or choose another --on_long_prompt")
                 continue
             except ValueError as error:
                 return InputError(f"sample {sample.id!r}: {error}")
             is_padding = item.is_padding or bool(bad_media)
             # Padding repeats a sample of the same step; its bad file is reported there, and not a second time here.
             bad_media = "" if item.is_padding else bad_media
-            return dataclasses.replace(prompt, position=item.position, is_padding=is_padding, bad_media=bad_media)
-        return InputError(f"no sample has readable videos and images; the first error: {bad_media}")
+            cut, shortened = len(whole.media) - len(sample.media), ""
+            if cut and not is_padding:
+                shortened = f"sample {sample.id!r}: its prompt is too long, and has {cut} videos fewer"
+            return dataclasses.replace(
+                prompt, position=item.position, is_padding=is_padding, bad_media=bad_media, shortened=shortened
+            )
+        return InputError(f"no sample can be used; the first error: {bad_media}")
 
 
 def checked(batch: list[Prompt | InputError]) -> list[Prompt]:
@@ -140,10 +195,10 @@ def rank_batches(
         if step_in_epoch == 0 or step == start_step:
             order = epoch_order(num_samples, seed, epoch)
         batch = order[step_in_epoch * global_batch_size :][:global_batch_size]
-        items = [BatchItem(position, index) for position, index in enumerate(batch)]
+        items = [BatchItem(position, index, epoch=epoch) for position, index in enumerate(batch)]
         while len(items) % world_size:
             repeated = items[len(items) - len(batch)].index
-            items.append(BatchItem(len(items), repeated, is_padding=True))
+            items.append(BatchItem(len(items), repeated, is_padding=True, epoch=epoch))
         yield items[rank::world_size]
 
 

@@ -67,6 +67,7 @@ class VideoOptions:
     qwen-vl-utils, max_pixels is at most 768·28·28, and less where more than 300 frames are read.
     min_frames, max_frames: bounds of the number of frames where fps decides; a video's own, as what follows.
     video_start, video_end: seconds; frames are read from this part only.
+    jitter: how far the frames are moved, in steps between them, from -0.5 to 0.5.
     Raises ValueError if the options contradict each other.
     """
 
@@ -80,6 +81,7 @@ class VideoOptions:
     max_frames: int = MAX_FRAMES
     video_start: float = 0.0
     video_end: float | None = None
+    jitter: float = 0.0
 
     def with_own(self, own: dict[str, float]) -> "VideoOptions":
         """Return the options with a video's own in their place; raise ValueError, naming them, if they are wrong."""
@@ -150,7 +152,10 @@ def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) ->
         required = "at least 2 are needed"
     if not 2 <= count <= total_frames:
         raise ValueError(f"has {total_frames} frame{'s' * (total_frames != 1)}, {required}")
-    return torch.linspace(0, total_frames - 1, count).round().long().tolist()
+    places = torch.linspace(0, total_frames - 1, count)
+    if options.jitter and count < total_frames:
+        places = (places + options.jitter * (total_frames - 1) / (count - 1)).clamp(0, total_frames - 1)
+    return places.round().long().tolist()
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:

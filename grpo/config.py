@@ -11,12 +11,16 @@ from typing import Literal
 
 from transformers import HfArgumentParser
 
+from data.augment import Augmentation
 from data.dataset import InputError, first_line
+from data.loader import PromptOptions
 from data.media import ImageOptions, MediaOptions
 from data.video import VideoOptions
+from data.video_cap import VideoCap
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
 
 DemoTask = Literal["easy", "hard"]
+OnLongPrompt = Literal["error", "skip", "fewer_videos"]
 BestModelMetric = Literal[
     "eval/mae", "eval/median_error", "eval/rmse", "eval/bias", "eval/r2", "eval/pearson", "eval/ccc", "eval/within_5",
     "eval/reward", "eval/parse_rate",
@@ -50,6 +54,9 @@ class Config:
     max_videos: int = flag(
         5, "videos kept per sample, a memory setting; 0: all of them", heading="videos and images", demo=0
     )
+    video_cap: VideoCap = flag(
+        "first", "which of more than --max_videos: the first, evenly spread ones, or others at random in each epoch"
+    )
     max_images: int = flag(0, "images kept per sample; 0: all of them")
     fps: float | None = flag(None, "frames per second read from a video (2 if --nframes is not given either)")
     nframes: int | None = flag(None, "frames read from every video (rounded to even), instead of --fps", demo=8)
@@ -61,6 +68,11 @@ class Config:
     video_max_pixels: int = flag(768 * 28 * 28, "most pixels per frame, where width and height are not given")
     image_min_pixels: int = flag(4 * 28 * 28, "least pixels per image")
     image_max_pixels: int = flag(16384 * 28 * 28, "most pixels per image")
+    frame_jitter: bool = flag(False, "move the frames read from a video by up to half a step, anew in each epoch")
+    max_prompt_length: int = flag(0, "tokens of a prompt, its videos and images included; 0: any")
+    on_long_prompt: OnLongPrompt = flag(
+        "error", "a longer prompt: stop, leave its sample out, or leave out the last of its videos"
+    )
     on_bad_video: Literal["error", "skip"] = flag(
         "error", "a video or image that cannot be read: stop, or leave its sample out", alias="--on_bad_media"
     )
@@ -259,8 +271,8 @@ POSITIVE = """
     max_bad_steps per_device_eval_batch_size num_samples
 """.split()
 NOT_NEGATIVE = """
-    max_videos max_images dataloader_num_workers max_steps weight_decay log_completions save_steps seed beta top_k
-    save_total_limit eval_steps temperature
+    max_videos max_images max_prompt_length dataloader_num_workers max_steps weight_decay log_completions save_steps
+    seed beta top_k save_total_limit eval_steps temperature
 """.split()
 
 
@@ -338,6 +350,16 @@ def media_options(config: Config) -> MediaOptions:
         max_pixels=config.video_max_pixels,
     )
     return MediaOptions(video, ImageOptions(config.image_min_pixels, config.image_max_pixels))
+
+
+def prompt_options(config, is_training: bool = False) -> PromptOptions:
+    """Return the flags about how samples become prompts; what differs between epochs does so in training only."""
+    augmentation = None
+    if is_training and (config.frame_jitter or config.video_cap == "random"):
+        max_videos = config.max_videos if config.video_cap == "random" else 0
+        augmentation = Augmentation(config.seed, max_videos, config.frame_jitter)
+    long = config.max_prompt_length, config.on_long_prompt
+    return PromptOptions(media_options(config), config.on_bad_video, *long, augmentation)
 
 
 def count_steps(config: Config, num_samples: int) -> int:

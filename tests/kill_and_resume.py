@@ -160,6 +160,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         make_mixed(Path(folder) / "tiny")
         more += [*evaluating(Path(folder) / "tiny"), *rewarded()]
+        more += "--max_videos 1 --video_cap random --frame_jitter --num_train_epochs 2".split()
         number = getattr(signal, f"SIG{arguments.signal}")
         is_right = kill_and_resume(
             Path(folder) / "tiny", arguments.ranks, arguments.kills, number, arguments.seed, more

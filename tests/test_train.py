@@ -190,6 +190,27 @@ def test_a_bad_video_stops_all_ranks_with_one_line(with_a_bad_video, tmp_path):
     )
 
 
+def test_long_prompts_lose_videos_and_are_counted_on_all_ranks(tiny, tmp_path):
+    _, *lengths = sorted(len(prompt.prompt_ids) for prompt in tiny.prompts)
+    limits = ["--max_prompt_length", lengths[0], "--on_long_prompt", "fewer_videos", "--global_batch_size", "4"]
+    printed = run_main(2, flags(tiny, tmp_path / "out", *limits), tmp_path)
+    num_long = sum(length > lengths[0] for length in lengths)
+    assert num_long > 0 and printed.count("its prompt is too long, and has ") == num_long
+    assert curves(tmp_path / "out")["run/shortened_prompts"] == [num_long]
+
+
+def test_random_videos_are_seen_over_the_epochs_and_named_in_the_log(tiny, tmp_path):
+    more = ["--max_videos", "1", "--video_cap", "random", "--num_train_epochs", "3", "--global_batch_size", "4"]
+    printed = run_main(1, flags(tiny, tmp_path / "out", *more, "--frame_jitter"), tmp_path)
+    assert "2 samples have more than --max_videos 1 videos" in printed and "is left out of each epoch" in printed
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()]
+    assert {tuple(line["media"]) for line in lines if line["sample_id"] == "s1"} == {
+        ("1_0.mp4",),
+        ("1_1.mp4",),
+        ("1_2.mp4",),
+    }
+
+
 def test_32_videos_in_one_sample_train(tmp_path):
     tiny = make_tiny(tmp_path / "tiny", num_videos=(32, 7))
     all_videos = flags(tiny, tmp_path / "all", "--max_videos", "0", "--global_batch_size", "2")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from data.dataset import InputError, load_samples
-from data.loader import PromptDataset
+from data.loader import PromptDataset, PromptOptions
 from data.prompt import load_tokenizer
 from grpo.config import DEMO_DEFAULTS, Config, default_of
 from grpo.demo.supervised import VIDEO_OPTIONS, SupervisedConfig, fit, load_prompts
@@ -164,10 +164,8 @@ def report(config: Config, began: float) -> None:
     tokenizer = load_tokenizer(config.model_id)
     for when, folder in {"before": config.model_id, "after": output / "final"}.items():
         model = load_model(str(folder)).eval()
-        answers = {
-            name: answer_all(model, PromptDataset(some, tokenizer, TOKENS_PER_SECOND, VIDEO_OPTIONS, "error"), options)
-            for name, some in samples.items()
-        }
+        how = tokenizer, TOKENS_PER_SECOND, PromptOptions(VIDEO_OPTIONS)
+        answers = {name: answer_all(model, PromptDataset(some, *how), options) for name, some in samples.items()}
         truths = truths_of(samples["heldout"], options)
         rows[when] = {
             name: figure["value"]

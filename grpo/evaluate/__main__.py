@@ -30,7 +30,8 @@ from tqdm import tqdm
 from data.dataset import InputError, first_line
 from data.loader import PromptDataset, worker_failure
 from data.prompt import load_tokenizer
-from grpo.config import Config, check_bounds, default_of, flag, media_options, parse_flags
+from data.video_cap import VideoCap
+from grpo.config import Config, OnLongPrompt, check_bounds, default_of, flag, parse_flags, prompt_options
 from grpo.evaluate.answer import AnswerOptions, Prediction, answer
 from grpo.evaluate.predictions import Predictions
 from grpo.evaluate.report import report
@@ -94,6 +95,9 @@ class EvaluateConfig:
     video_max_pixels: int = shared("video_max_pixels")
     image_min_pixels: int = shared("image_min_pixels")
     image_max_pixels: int = shared("image_max_pixels")
+    video_cap: VideoCap = shared("video_cap")
+    max_prompt_length: int = shared("max_prompt_length")
+    on_long_prompt: OnLongPrompt = shared("on_long_prompt")
     on_bad_video: Literal["error", "skip"] = shared("on_bad_video")
     dataloader_num_workers: int = shared("dataloader_num_workers")
 
@@ -102,6 +106,7 @@ class EvaluateConfig:
 DECISIVE = """
     num_samples temperature max_completion_length per_device_eval_batch_size max_videos max_images fps nframes
     video_resized_width video_resized_height video_min_pixels video_max_pixels image_min_pixels image_max_pixels
+    video_cap max_prompt_length on_long_prompt
 """.split()
 
 
@@ -197,7 +202,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     predictions = raise_together(Predictions, config.output_dir, settings, samples)
     done = broadcast_object(set(predictions.done))  # ids
     tokens_per_second = model.config.vision_config.tokens_per_second
-    dataset = PromptDataset(samples, tokenizer, tokens_per_second, media_options(config), config.on_bad_video)
+    dataset = PromptDataset(samples, tokenizer, tokens_per_second, prompt_options(config))
     if done:
         print_rank0(f"{len(done)} of {len(samples)} samples are answered already")
     bar = tqdm(

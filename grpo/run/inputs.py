@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from data.dataset import InputError, Sample, load_samples
 from data.prompt import check_text, load_tokenizer
-from data.video_cap import cap_all
+from data.video_cap import cap_all, cap_videos, even, first
 from grpo.config import Config, resolve_batch_sizes
 from grpo.model.load import load_model
 from grpo.model.lora import layers_to_adapt
@@ -35,12 +35,17 @@ class Inputs:
     messages: list[str]  # lines about the samples, for the user
 
 
-def load_capped_samples(path: str, config, messages: list[str]) -> list[Sample]:
+def load_capped_samples(path: str, config, messages: list[str], is_training: bool = False) -> list[Sample]:
     """Load samples, cap their videos, and put the system prompt before their conversations; raises InputError.
 
-    Adds a line to `messages` if videos are left out.
+    Adds a line to `messages` if videos are left out. Where each epoch of the training samples sees other videos, they
+    keep all; held-out samples then have those of the even choice.
     """
-    samples, num_cut = cap_all(load_samples(path, config.image_folder), config.max_videos, config.max_images)
+    caps = config.max_videos, config.max_images, first if config.video_cap == "first" else even
+    whole = load_samples(path, config.image_folder)
+    samples, num_cut = cap_all(whole, *caps)
+    if is_training and config.video_cap == "random":
+        samples = [cap_videos(sample, 0, config.max_images, even) for sample in whole]
     if config.system_prompt:
         turn = ("system", config.system_prompt)
         samples = [
@@ -48,9 +53,10 @@ def load_capped_samples(path: str, config, messages: list[str]) -> list[Sample]:
             for sample in samples
         ]
     if num_cut:
+        each = " of each epoch" if is_training and config.video_cap == "random" else ""
         messages.append(
             f"{path!r}: {num_cut} samples have more than --max_videos {config.max_videos} videos or --max_images "
-            f"{config.max_images} images: the rest is left out"
+            f"{config.max_images} images: the rest is left out{each}"
         )
     for sample in samples:
         try:
@@ -83,7 +89,7 @@ def load_inputs(config: Config) -> Inputs:
     """Load and check what a run needs; raise InputError."""
     config = resolve_batch_sizes(config, dist.get_world_size())
     messages = []
-    samples = load_capped_samples(config.data_path, config, messages)
+    samples = load_capped_samples(config.data_path, config, messages, is_training=True)
     heldout = load_capped_samples(config.eval_data_path, config, messages) if config.eval_data_path else []
     if heldout:
         check_truths(heldout, "--eval_data_path", config.eval_data_path, config.valid_range, messages)

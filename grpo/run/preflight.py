@@ -6,10 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 
-from data.dataset import InputError, Sample
-from data.loader import BatchItem, Prompt, PromptDataset, checked
-from data.media import media_grid
-from data.prompt import encode_prompt
+from data.dataset import InputError
+from data.loader import BatchItem, LongPrompt, Prompt, PromptDataset, checked, fit_prompt
 from data.video import BadMedia
 from grpo.config import Config
 from grpo.model.optimizer import init_optimizer_state
@@ -28,14 +26,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-def prompt_length(dataset: PromptDataset, sample: Sample) -> int:
-    """Count the prompt tokens of a sample, from the headers of its videos and images; 0 if one cannot be read."""
+def length_of(dataset: PromptDataset, index: int) -> int:
+    """Count the prompt tokens of a sample as the first epoch sees it; 0 if it cannot be read or is too long."""
     try:
-        grids = [media_grid(media, dataset.options) for media in sample.media]
-        grids = torch.tensor(grids, dtype=torch.long).view(-1, 3)
-        seconds = torch.ones(len(grids))
-        return len(encode_prompt(sample.turns, dataset.tokenizer, grids, seconds, dataset.tokens_per_second)[0])
-    except (BadMedia, FileNotFoundError, ValueError):
+        return fit_prompt(dataset.sample(BatchItem(0, index)), dataset.tokenizer, dataset.options)[1]
+    except (BadMedia, FileNotFoundError, LongPrompt, ValueError):
         return 0  # reported when the sample is trained on
 
 
@@ -43,7 +38,7 @@ def longest_prompt(dataset: PromptDataset) -> tuple[int, int]:
     """Return the length of the longest prompt and the index of its sample; the ranks share the work. Collective."""
     own = range(dist.get_rank(), len(dataset.samples), dist.get_world_size())
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        lengths = pool.map(lambda i: prompt_length(dataset, dataset.samples[i]), own)
+        lengths = pool.map(lambda i: length_of(dataset, i), own)
         longest = max(zip(lengths, own, strict=True), default=(0, 0))
     return max(all_gather_object(longest))
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.dataset import VIDEO_TAG
+from data.dataset import TAG_PATTERN
 from grpo.loss import group_advantages, has_zero_std
 from grpo.ranks import all_gather_object
 from grpo.rollout import Rollout
@@ -27,6 +27,7 @@ class GroupRecord:
     sample_id: str
     question: str  # the last turn of the prompt, without its tags
     truth: str
+    media: list[str]  # names of the videos and images that the prompt has
     texts: list[str]  # G completions
     numbers: list[float | None]  # that the completions answer with
     rewards: Tensor  # (G,), nan where a completion was not scored
@@ -43,6 +44,7 @@ class StepRecords:
 
     groups: list[GroupRecord]
     bad_media: list[str]
+    shortened: list[str]  # of which samples videos were left out, and how many
 
     def set_advantages(self, scale_rewards: str, reward_std: float) -> None:
         """Compute the advantages of all groups, as the training loop does those of its own."""
@@ -56,8 +58,9 @@ def gather_records(rollouts: list[Rollout], by_function: dict[str, Tensor]) -> S
         GroupRecord(
             position=rollout.prompt.position,
             sample_id=rollout.prompt.sample.id,
-            question=rollout.prompt.sample.turns[-1][1].replace(VIDEO_TAG, "").strip(),
+            question=TAG_PATTERN.sub("", rollout.prompt.sample.turns[-1][1]).strip(),
             truth=rollout.prompt.sample.answer,
+            media=[media.name for media in rollout.prompt.sample.media],
             texts=rollout.texts,
             numbers=[extract_number(text) for text in rollout.texts],
             rewards=rollout.rewards.cpu(),
@@ -70,9 +73,10 @@ def gather_records(rollouts: list[Rollout], by_function: dict[str, Tensor]) -> S
         if not rollout.prompt.is_padding
     ]
     bad_media = [rollout.prompt.bad_media for rollout in rollouts if rollout.prompt.bad_media]
-    all_ranks = all_gather_object((groups, bad_media))
-    groups = sorted((group for groups, _ in all_ranks for group in groups), key=lambda group: group.position)
-    return StepRecords(groups, [line for _, lines in all_ranks for line in lines])
+    shortened = [rollout.prompt.shortened for rollout in rollouts if rollout.prompt.shortened]
+    of_ranks = zip(*all_gather_object((groups, bad_media, shortened)), strict=True)
+    groups, bad_media, shortened = ([one for own in ranks for one in own] for ranks in of_ranks)
+    return StepRecords(sorted(groups, key=lambda group: group.position), bad_media, shortened)
 
 
 @dataclass
@@ -133,6 +137,7 @@ def completion_lines(step: int, groups: list[GroupRecord]) -> list[dict]:
                     "step": step,
                     "sample_id": group.sample_id,
                     "truth": group.truth,
+                    "media": group.media,
                     "text": text,
                     "number": number,
                     "reward": finite_or_none(group.rewards[i].item()),

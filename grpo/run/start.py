@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from data.loader import PromptDataset
-from grpo.config import Config, count_steps, media_options
+from grpo.config import Config, count_steps, prompt_options
 from grpo.model.load import ModelFiles, SpecialTokens, processor_files, special_tokens
 from grpo.model.lora import gather_adapter
 from grpo.model.optimizer import components_table, make_optimizer
@@ -72,11 +72,11 @@ def start(config: Config, device: torch.device, trial_step: Callable) -> Run | N
     total_steps = count_steps(config, len(samples))
     optimizer, schedule = make_optimizer(policy, config, total_steps)
     tokens_per_second = policy.config.vision_config.tokens_per_second
-    options = tokenizer, tokens_per_second, media_options(config), config.on_bad_video
-    dataset = PromptDataset(samples, *options)
-    heldout = PromptDataset(inputs.heldout, *options) if inputs.heldout else None
+    options, varied = prompt_options(config), prompt_options(config, is_training=True)
+    dataset = PromptDataset(samples, tokenizer, tokens_per_second, varied)
+    heldout = PromptDataset(inputs.heldout, tokenizer, tokens_per_second, options) if inputs.heldout else None
     if config.memory_preflight or (config.memory_preflight is None and device.type == "cuda"):
-        everyone = PromptDataset(samples + inputs.heldout, *options)
+        everyone = PromptDataset(samples + inputs.heldout, tokenizer, tokens_per_second, varied)
         step_on = partial(trial_step, models, optimizer, tokens, config)
         print_rank0(memory_preflight(everyone, optimizer, config, step_on))
     checkpoint.load(resume.folder, resume.step, policy, optimizer, schedule)

@@ -101,8 +101,8 @@ class Tracker:
         self.zero_skill_reward = zero_skill_reward
         self.config, self.is_main, self.writer = config, dist.get_rank() == 0, None
         self.output, self.is_full = Path(config.output_dir), False
-        self.counts = {"skipped_samples": 0, "monotonous_in_a_row": 0, "warnings": 0, "bad_steps": 0, "bad_in_a_row": 0}
-        self.counts |= resume.counts
+        self.counts = {"skipped_samples": 0, "shortened_prompts": 0, "warnings": 0, "bad_steps": 0}
+        self.counts |= {"monotonous_in_a_row": 0, "bad_in_a_row": 0} | resume.counts
         self.start_step = resume.step
         self.evaluations, self.best_step = list(resume.evaluations), resume.best_step
         # A contact sheet takes a tenth of a second and up to a megabyte: about a hundred per run.
@@ -155,6 +155,8 @@ class Tracker:
         metrics["run/tokens_per_second"] = sum(int(group.lengths.sum()) for group in records.groups) / seconds
         metrics["run/peak_memory_gb"] = peak_memory_gb()
         metrics["run/skipped_samples"] = self.counts["skipped_samples"]
+        if self.config.on_long_prompt == "fewer_videos":
+            metrics["run/shortened_prompts"] = self.counts["shortened_prompts"]
         metrics["run/bad_steps"] = self.counts["bad_steps"]
         if self.zero_skill_reward is not None:
             metrics["zero_skill_reward"] = self.zero_skill_reward
@@ -223,7 +225,8 @@ class Tracker:
         """Count what went wrong in a step, and print warnings."""
         counts = self.counts
         counts["skipped_samples"] += len(records.bad_media)
-        print_rank0(*(f"left out: {line}" for line in records.bad_media))
+        counts["shortened_prompts"] += len(records.shortened)
+        print_rank0(*(f"left out: {line}" for line in records.bad_media), *records.shortened)
         is_zero_std = metrics.get("frac_reward_zero_std", 0) >= 0.9
         counts["monotonous_in_a_row"] = counts["monotonous_in_a_row"] + 1 if is_zero_std else 0
         if counts["monotonous_in_a_row"] == ZERO_STD_STEPS and not counts["warnings"]:

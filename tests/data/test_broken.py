@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data.dataset import InputError, Media, Sample
-from data.loader import BatchItem, Prompt, PromptDataset
+from data.loader import BatchItem, Prompt, PromptDataset, PromptOptions
 from data.media import MediaOptions
 from data.video import VideoOptions
 from grpo.demo.mp4 import write_mp4
@@ -37,7 +37,7 @@ def mp4(tmp_path_factory) -> bytes:
 
 def load(path, tokenizer, options=OPTIONS) -> Prompt | InputError:
     sample = Sample("s1", (Media("video", str(path)),), (("user", "<video>\nWhat is the EF?"),), "55%")
-    return PromptDataset([sample], tokenizer, 2, options, "error")[BatchItem(0, 0)]
+    return PromptDataset([sample], tokenizer, 2, PromptOptions(options))[BatchItem(0, 0)]
 
 
 def error_of(path, tokenizer, options=OPTIONS) -> str:

@@ -6,8 +6,17 @@ import multiprocessing
 import pytest
 import torch
 
+from data.augment import Augmentation
 from data.dataset import InputError, load_samples
-from data.loader import BatchItem, PromptDataset, epoch_order, prompt_batches, rank_batches, worker_failure
+from data.loader import (
+    BatchItem,
+    PromptDataset,
+    PromptOptions,
+    epoch_order,
+    prompt_batches,
+    rank_batches,
+    worker_failure,
+)
 from tests.conftest import OPTIONS, make_tiny
 
 
@@ -61,14 +70,14 @@ def broken(tmp_path):
 
 def test_a_bad_video_stops_the_run_with_its_path(broken):
     tiny, samples = broken
-    item = PromptDataset(samples, tiny.tokenizer, 2, OPTIONS, "error")[BatchItem(0, 1)]
+    item = PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, "error"))[BatchItem(0, 1)]
     assert isinstance(item, InputError)
     assert "'s1'" in str(item) and "1_1.mp4" in str(item) and "\n" not in str(item)
 
 
 def test_a_bad_video_is_left_out_and_its_place_filled_with_padding(broken):
     tiny, samples = broken
-    dataset = PromptDataset(samples, tiny.tokenizer, 2, OPTIONS, "skip")
+    dataset = PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, "skip"))
     prompt = dataset[BatchItem(5, 1)]
     assert (prompt.sample.id, prompt.position, prompt.is_padding) == ("s2", 5, True)
     assert "1_1.mp4" in prompt.bad_media
@@ -80,20 +89,20 @@ def test_when_no_sample_can_be_read_the_run_stops(broken):
     tiny, samples = broken
     for path in (tiny.folder / "videos").iterdir():
         path.write_bytes(b"no video")
-    item = PromptDataset(samples, tiny.tokenizer, 2, OPTIONS, "skip")[BatchItem(0, 1)]
-    assert isinstance(item, InputError) and "no sample has readable videos" in str(item)
+    item = PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, "skip"))[BatchItem(0, 1)]
+    assert isinstance(item, InputError) and "no sample can be used" in str(item)
 
 
 def test_a_question_with_special_tokens_stops_the_run_with_the_sample(tiny):
     sample = dataclasses.replace(tiny.prompts[0].sample, turns=(("user", "<video>\n<|image_pad|>"),))
-    item = PromptDataset([sample], tiny.tokenizer, 2, OPTIONS, "error")[BatchItem(0, 0)]
+    item = PromptDataset([sample], tiny.tokenizer, 2, PromptOptions(OPTIONS, "error"))[BatchItem(0, 0)]
     assert isinstance(item, InputError) and "'s0'" in str(item) and "<|image_pad|>" in str(item)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_workers_hand_over_the_prompts_of_each_step_in_order(tiny, num_workers):
     samples = [prompt.sample for prompt in tiny.prompts]
-    dataset = PromptDataset(samples, tiny.tokenizer, 2, OPTIONS, "error")
+    dataset = PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, "error"))
     slots = list(rank_batches(4, 3, 5, 0, rank=0, world_size=1))
     batches = list(prompt_batches(dataset, iter(slots), num_workers))
     assert [[p.sample.id for p in batch] for batch in batches] == [[f"s{s.index}" for s in step] for step in slots]
@@ -130,10 +139,57 @@ def end_while_workers_wait(dataset) -> None:
 
 
 def test_a_process_that_fails_does_not_wait_for_workers_without_work(tiny):
-    dataset = PromptDataset([prompt.sample for prompt in tiny.prompts], tiny.tokenizer, 2, OPTIONS, "error")
+    samples = [prompt.sample for prompt in tiny.prompts]
+    dataset = PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS))
     process = multiprocessing.get_context("forkserver").Process(target=end_while_workers_wait, args=(dataset,))
     process.start()
     process.join(30)
     is_over = not process.is_alive()
     process.kill()
     assert is_over
+
+
+def test_an_epoch_has_its_own_videos_and_frames_whoever_loads_them(tiny):
+    samples = [prompt.sample for prompt in tiny.prompts]
+    options = PromptOptions(OPTIONS, augmentation=Augmentation(seed=3, max_videos=2, frame_jitter=True))
+    dataset, again = (PromptDataset(samples, tiny.tokenizer, 2, options) for _ in range(2))
+    epochs = [dataset[BatchItem(0, 1, epoch=epoch)] for epoch in range(4)]  # of 3 videos
+    assert {media.name for prompt in epochs for media in prompt.sample.media} == {"1_0.mp4", "1_1.mp4", "1_2.mp4"}
+    assert all(len(prompt.grid_thw) == prompt.sample.turns[0][1].count("<video>") == 2 for prompt in epochs)
+    assert len({tuple(media.options for media in prompt.sample.media) for prompt in epochs}) == 4
+    for epoch in (3, 1):
+        same = again[BatchItem(7, 1, epoch=epoch)]
+        assert same.sample == epochs[epoch].sample and torch.equal(same.pixel_values, epochs[epoch].pixel_values)
+    moved = PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, augmentation=Augmentation(3, 0, True)))
+    pixels = [moved[BatchItem(0, 1, epoch=epoch)].pixel_values for epoch in range(3)]
+    assert not torch.equal(pixels[0], pixels[1]) and not torch.equal(pixels[1], pixels[2])
+
+
+def test_every_item_knows_its_epoch():
+    steps = list(rank_batches(5, 2, 7, seed=0, rank=1, world_size=2))
+    assert [{item.epoch for item in step} for step in steps] == [{0}, {0}, {0}, {1}, {1}, {1}, {2}]
+    assert list(rank_batches(5, 2, 7, seed=0, rank=1, world_size=2, start_step=4)) == steps[4:]
+
+
+def test_a_long_prompt_stops_is_left_out_or_loses_its_last_videos(tiny):
+    samples = [prompt.sample for prompt in tiny.prompts]  # of 1, 3, 2 and 1 videos
+    lengths = [len(prompt.prompt_ids) for prompt in tiny.prompts]
+
+    def load(index, most, on_long):
+        options = PromptOptions(OPTIONS, "error", most, on_long)
+        return PromptDataset(samples, tiny.tokenizer, 2, options)[BatchItem(5, index)]
+
+    for on_long in ("error", "skip", "fewer_videos"):
+        whole = load(1, lengths[1], on_long)
+        assert torch.equal(whole.prompt_ids, tiny.prompts[1].prompt_ids) and not whole.shortened
+    error = load(1, lengths[1] - 1, "error")
+    assert isinstance(error, InputError) and f"'s1': its prompt has {lengths[1]} tokens, more than" in str(error)
+    other = load(1, lengths[1] - 1, "skip")
+    assert other.sample.id == "s2" and other.is_padding and "'s1': its prompt has" in other.bad_media
+    shorter = load(1, lengths[1] - 1, "fewer_videos")
+    assert len(shorter.grid_thw) == 2 and len(shorter.prompt_ids) < lengths[1] and not shorter.is_padding
+    assert [media.name for media in shorter.sample.media] == ["1_0.mp4", "1_1.mp4"]
+    assert shorter.shortened == "sample 's1': its prompt is too long, and has 1 videos fewer"
+    assert len(load(1, lengths[1] - 20, "fewer_videos").grid_thw) < 2
+    assert "its prompt has" in str(load(1, 5, "fewer_videos"))  # the text alone is longer
+    assert "no sample can be used" in str(load(1, 5, "skip"))

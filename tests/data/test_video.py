@@ -329,6 +329,20 @@ def test_the_grid_is_known_without_the_last_frame(tmp_path):
     assert video_grid(path, options) == (2, 4, 4)
 
 
+@pytest.mark.parametrize(("total", "count"), [(100, 8), (9, 8), (100, 2), (30, 30)])
+def test_frames_are_moved_by_at_most_half_a_step(total, count):
+    still = np.array(frame_indices(total, 8.0, VideoOptions(nframes=count)))
+    half = 0.5 * (total - 1) / (count - 1)
+    for jitter in (-0.5, -0.2, 0.3, 0.5):
+        moved = np.array(frame_indices(total, 8.0, VideoOptions(nframes=count, jitter=jitter)))
+        assert len(moved) == count and moved.min() >= 0 and moved.max() < total
+        assert abs(moved - still).max() <= half + 1 and (np.diff(moved) >= 0).all()
+        inner = (moved - still)[1:-1]  # the first and the last cannot leave the video
+        if total == 100 and count == 8:
+            assert abs(inner - jitter * 99 / 7).max() <= 1
+    assert frame_indices(30, 8.0, VideoOptions(nframes=30, jitter=0.5)) == list(range(30))  # there are no others
+
+
 def test_the_grid_of_a_bad_video_is_the_error_of_loading_it(tmp_path):
     long, short, text = tmp_path / "long.mp4", tmp_path / "short.mp4", tmp_path / "text.mp4"
     write_mp4(long, random_frames(4, 8, 2000, 3).numpy(), fps=8)

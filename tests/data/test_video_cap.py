@@ -1,7 +1,7 @@
 import pytest
 
 from data.dataset import VIDEO_TAG, InputError, Media, Sample
-from data.video_cap import cap_all, cap_videos
+from data.video_cap import cap_all, cap_videos, even, random_of
 
 
 def sample_of(*turns, videos=("a", "b", "c")):
@@ -39,6 +39,46 @@ def test_tags_are_counted_across_user_turns_in_order():
 def test_a_sample_within_the_cap_is_left_alone():
     sample = sample_of(("user", "<video>\n<video>\n<video>\nEF?"))
     assert cap_videos(sample, 3) == cap_videos(sample, 5) == sample
+
+
+def test_an_even_cap_is_spread_over_the_list():
+    assert [sorted(even(10, most)) for most in (1, 2, 3, 5, 10, 11)] == [
+        [5],
+        [2, 7],
+        [1, 5, 8],
+        [1, 3, 5, 7, 9],
+        list(range(10)),
+        list(range(10)),
+    ]
+    assert all(len(even(num, most)) == min(num, most) for num in range(1, 40) for most in range(1, 45))
+    sample = sample_of(("user", "a<video>b<video>c<video>d"))
+    assert cap_videos(sample, 1, choose=even) == sample_of(("user", "ab<video>cd"), videos="b")
+
+
+def test_a_random_cap_shows_all_videos_over_the_epochs_and_depends_on_seed_epoch_and_sample_only():
+    for num, most in ((7, 3), (30, 5), (4, 4), (2, 5), (1, 1)):
+        epochs = [random_of("s", 0, epoch)(num, most) for epoch in range(-(-num // most))]
+        assert all(len(chosen) == min(num, most) for chosen in epochs)
+        assert set().union(*epochs) == set(range(num))
+        assert epochs == [random_of("s", 0, epoch)(num, most) for epoch in range(-(-num // most))]
+    orders = {
+        tuple(sorted(random_of(name, seed, epoch)(30, 5))) for name in "st" for seed in (0, 1) for epoch in (0, 1)
+    }
+    assert len(orders) == 8
+
+
+def test_images_have_a_cap_of_their_own():
+    turns = (("user", "<image> a <video> b <image> c <video>"),)
+    media = tuple(Media(kind, name) for kind, name in (("image", "i"), ("video", "v"), ("image", "j"), ("video", "w")))
+    sample = Sample("s", media, turns, "55%")
+    capped = cap_videos(sample, 0, 1)
+    assert capped.turns == (("user", "<image> a <video> b  c <video>"),) and [m.path for m in capped.media] == list(
+        "ivw"
+    )
+    capped = cap_videos(sample, 1, 1)
+    assert capped.turns == (("user", "<image> a <video> b  c "),) and [m.path for m in capped.media] == list("iv")
+    with pytest.raises(InputError, match="--max_images is -1"):
+        cap_videos(sample, 0, -1)
 
 
 def test_zero_means_no_cap():

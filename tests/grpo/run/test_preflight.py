@@ -10,7 +10,8 @@ import torch
 from torch.multiprocessing.spawn import ProcessExitedException
 
 import train
-from data.loader import PromptDataset
+from data.dataset import Media
+from data.loader import PromptDataset, PromptOptions
 from grpo.ranks import start_processes
 from grpo.run.preflight import longest_prompt
 from tests.conftest import OPTIONS, run_ranks
@@ -30,8 +31,8 @@ def test_the_longest_prompt_is_found_without_decoding_and_broken_videos_do_not_m
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"junk")
     samples = [prompt.sample for prompt in tiny.prompts]
-    samples[0] = type(samples[0])("broken", (str(broken),) * 9, samples[0].turns, samples[0].answer)
-    dataset = PromptDataset(samples, tiny.tokenizer, 2, OPTIONS, "skip")
+    samples[0] = type(samples[0])("broken", (Media("video", str(broken)),) * 9, samples[0].turns, samples[0].answer)
+    dataset = PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, "skip"))
     run_ranks(find_longest, world_size, dataset, str(tmp_path / "found"))
     lengths = [len(prompt.prompt_ids) for prompt in tiny.prompts]
     assert lengths[1] == max(lengths)

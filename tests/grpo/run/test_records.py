@@ -24,6 +24,7 @@ def group(rewards, lengths, num_trained, is_stopped, texts=("1%", "none", "4%"),
         position=position,
         sample_id=f"s{position}",
         question="EF?",
+        media=["a.mp4"],
         truth="It is 3%.",
         texts=list(texts),
         numbers=[1.0, None, 4.0],
@@ -43,10 +44,10 @@ GROUPS = [
 
 
 def test_counts_are_over_what_is_trained():
-    counts = GlobalCounts.of(StepRecords(GROUPS, []))
+    counts = GlobalCounts.of(StepRecords(GROUPS, [], []))
     assert (counts.num_tokens, counts.num_completions) == (14, 5)
     assert counts.reward_std == pytest.approx(0.125**0.5)  # of 0, 1, 0.5, 0.5, 0.5: squares of 0.25 + 0.25, over 4
-    nothing = GlobalCounts.of(StepRecords([], []))
+    nothing = GlobalCounts.of(StepRecords([], [], []))
     assert (nothing.num_tokens, nothing.num_completions, nothing.reward_std) == (1, 1, 0.0)
 
 
@@ -76,6 +77,7 @@ def test_every_completion_of_a_step_has_a_line():
         "step": 7,
         "sample_id": "s0",
         "truth": "It is 3%.",
+        "media": ["a.mp4"],
         "text": "none",
         "number": None,
         "reward": 1.0,
