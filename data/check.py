@@ -23,6 +23,8 @@ import torch
 from tqdm import tqdm
 
 from data.dataset import DuplicateId, InputError, Media, Sample, TagMismatch, first_line, read_samples
+from data.fetch import DEFAULT_CACHE, shown
+from data.frame_cache import CacheError, FrameCache
 from data.media import ImageOptions, MediaOptions, has_frame_files, load_media
 from data.prompt import check_text, encode_prompt, load_tokenizer, media_lengths
 from data.video import BadMedia, Grid, TooFewFrames, VideoOptions
@@ -47,10 +49,12 @@ class MediaProblem(NamedTuple):
     reason: str  # one line that names the file
 
 
-def check_media(media: Media, options: MediaOptions) -> Grid | MediaProblem:
-    """Load a video or an image as the trainer would; return its grid, or what is wrong with it."""
+def check_media(media: Media, options: MediaOptions) -> Grid | MediaProblem | CacheError:
+    """Load a video or an image as the trainer would; return its grid, or what is wrong with it or with a cache."""
     try:
         return load_media(media, options).grid_thw
+    except CacheError as error:
+        return error
     except FileNotFoundError as error:
         return MediaProblem("missing file", str(error))
     except TooFewFrames as error:
@@ -61,7 +65,7 @@ def check_media(media: Media, options: MediaOptions) -> Grid | MediaProblem:
 
 def check_in_own_process(
     media: Media, options: MediaOptions, timeout: float = 600.0, function=check_media
-) -> Grid | MediaProblem:
+) -> Grid | MediaProblem | CacheError:
     """Call `check_media` in a process of its own, because a broken file may crash the decoder or hang it.
 
     timeout: in seconds.
@@ -73,10 +77,10 @@ def check_in_own_process(
     try:
         if receiver.poll(timeout):
             return receiver.recv()
-        reason = f"{media.files[0]!r} hangs the decoder: no frames within {timeout:g} s"
+        reason = f"{shown(media.files[0])!r} hangs the decoder: no frames within {timeout:g} s"
     except EOFError:
         process.join()
-        reason = f"{media.files[0]!r} crashes the decoder (exit code {process.exitcode})"
+        reason = f"{shown(media.files[0])!r} crashes the decoder (exit code {process.exitcode})"
     finally:
         process.kill()
         process.join()
@@ -169,6 +173,9 @@ def check(args: argparse.Namespace, options: MediaOptions, functions: list[Rewar
     with ThreadPoolExecutor(args.num_workers) as threads:
         results = threads.map(partial(check_in_own_process, options=options), media)
         checked = dict(zip(media, tqdm(results, total=len(media), unit="file"), strict=True))
+    for result in checked.values():
+        if isinstance(result, CacheError):
+            raise InputError(f"{result}: make room, or name another place")
 
     found, valid = {problem: [] for problem in PROBLEMS}, []
     for position, (entry, sample) in enumerate(entries, start=1):
@@ -279,6 +286,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, MediaOptions, list[Rewar
     flag("--video_max_pixels", type=int, default=VideoOptions.max_pixels, help=f"most {pixels}")
     flag("--image_min_pixels", type=int, default=ImageOptions.min_pixels, help="least pixels per image (%(default)s)")
     flag("--image_max_pixels", type=int, default=ImageOptions.max_pixels, help="most pixels per image (%(default)s)")
+    flag("--media_cache", default=DEFAULT_CACHE, help="folder for files at http(s) addresses (%(default)s)")
+    flag("--frame_cache", default="", help="folder that is filled with decoded frames, for training")
+    flag("--frame_cache_gb", type=float, default=100.0, help="size of that folder (%(default)g)")
     flag = partial(parser.add_argument_group("rewards, as in train.py").add_argument, metavar="")
     one = ["numerical_video_reward"]
     flag("--reward_funcs", nargs="+", default=one, help="reward functions: names in reward/, or file.py:function")
@@ -298,7 +308,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, MediaOptions, list[Rewar
     rewards = args.reward_funcs, args.reward_weights, args.reward_kwargs, args.valid_range
     try:
         video = VideoOptions(args.fps, args.nframes, *size, args.video_min_pixels, args.video_max_pixels)
-        options = MediaOptions(video, ImageOptions(args.image_min_pixels, args.image_max_pixels))
+        image = ImageOptions(args.image_min_pixels, args.image_max_pixels)
+        frames = FrameCache(args.frame_cache, int(args.frame_cache_gb * 1e9)) if args.frame_cache else None
+        options = MediaOptions(video, image, args.media_cache, frames)
         return args, options, load_reward_functions(*rewards)
     except ValueError as error:
         return _fail(str(error))

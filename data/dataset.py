@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data.fetch import FetchError, check_address, is_address, shown
+
 VIDEO_TAG, IMAGE_TAG = "<video>", "<image>"
 TAG_PATTERN = re.compile(f"{VIDEO_TAG}|{IMAGE_TAG}")
 KEYS = ("id", "video", "image", "conversations")
@@ -56,7 +58,7 @@ class Media:
     @property
     def name(self) -> str:
         """Its name without folders, to show; equal for equal names in another place."""
-        first, *others = [self.path] if isinstance(self.path, str) else self.path
+        first, *others = map(shown, self.files)
         return os.path.basename(first.rstrip("/")) + (f" and {len(others)} more frames" if others else "")
 
     @property
@@ -67,7 +69,8 @@ class Media:
     def missing(self) -> list[str]:
         """Return those of its paths at which there is nothing."""
         may_be_folder = self.kind == "video" and isinstance(self.path, str)
-        return [path for path in self.files if not (os.path.isfile(path) or (may_be_folder and os.path.isdir(path)))]
+        is_there = (is_address, os.path.isfile, *[os.path.isdir] * may_be_folder)
+        return [path for path in self.files if not any(test(path) for test in is_there)]
 
 
 @dataclass(frozen=True)
@@ -233,11 +236,18 @@ def _read_one(written, kind: str, where: str, image_folder: str) -> Media:
     for path in frames:
         if not isinstance(path, str) or not path.strip():
             raise InputError(f"{where} contains {_json_type(path)}: every entry must be a path")
-    paths = tuple(_resolve(path, image_folder) for path in frames)
+        if is_address(path):
+            try:
+                check_address(path)
+            except FetchError as error:
+                raise InputError(f"{where}: {error}") from error
+    paths = tuple(path if is_address(path) else _resolve(path, image_folder) for path in frames)
     if isinstance(written, list):
         return Media(kind, paths, options)
-    if kind == "video" and written.lower().endswith(IMAGE_SUFFIXES):
-        raise InputError(f"{where} contains {written!r}: put the frames of a video in a list of their own, [[...]]")
+    if kind == "video" and shown(written).lower().endswith(IMAGE_SUFFIXES):
+        raise InputError(
+            f"{where} contains {shown(written)!r}: put the frames of a video in a list of their own, [[...]]"
+        )
     return Media(kind, paths[0], options)
 
 

@@ -10,6 +10,7 @@ import multiprocessing
 import re
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.augment import Augmentation
 from data.dataset import InputError, Sample
+from data.frame_cache import CacheError
 from data.media import MediaOptions, load_media, media_grid
 from data.prompt import encode_prompt
 from data.video import PATCH_VALUES, BadMedia
@@ -82,7 +84,8 @@ def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: Medi
 
     Raises BadMedia or FileNotFoundError, which name the file, and ValueError if the text contains special tokens.
     """
-    loaded = [load_media(media, options) for media in sample.media]
+    with ThreadPoolExecutor(options.threads) as pool:
+        loaded = list(pool.map(lambda media: load_media(media, options), sample.media))
     patches = torch.cat([one.pixel_values for one in loaded]) if loaded else torch.empty(0, PATCH_VALUES)
     grid_thw = torch.tensor([one.grid_thw for one in loaded], dtype=torch.long).view(-1, 3)
     seconds = torch.tensor([one.second_per_grid_t for one in loaded])
@@ -140,6 +143,8 @@ class PromptDataset(Dataset):
                 if options.on_bad_media == "error":
                     return InputError(f"{bad_media}; replace the file, or skip such samples with --on_bad_video skip")
                 continue
+            except CacheError as error:
+                return InputError(f"{error}: make room, or name another place")
             except LongPrompt as error:
                 bad_media = bad_media or f"sample {sample.id!r}: {error}"
                 if options.on_long_prompt != "skip":

@@ -18,6 +18,8 @@ import torch
 from PIL import Image, ImageOps
 
 from data.dataset import IMAGE_SUFFIXES, Media
+from data.fetch import DEFAULT_CACHE, FetchError, fetch, is_address
+from data.frame_cache import FrameCache
 from data.video import (
     DEFAULT_FPS,
     PATCH_SIZE,
@@ -34,6 +36,7 @@ from data.video import (
     load_video,
     patchify,
     resize,
+    resize_frames,
     smart_resize,
     video_grid,
 )
@@ -64,6 +67,9 @@ class MediaOptions(NamedTuple):
 
     video: VideoOptions
     image: ImageOptions = ImageOptions()
+    media_cache: str = DEFAULT_CACHE  # folder for files at http(s) addresses
+    frame_cache: FrameCache | None = None  # of the frames of video files
+    threads: int = 1  # that decode the videos of a sample side by side
 
 
 def read_image(path: str) -> torch.Tensor:
@@ -184,21 +190,36 @@ def has_frame_files(media: Media) -> bool:
     return not isinstance(media.path, str) or os.path.isdir(media.path)
 
 
+def fetched(media: Media, cache: str) -> Media:
+    """Return a video or an image with files in place of addresses. Raises BadMedia."""
+    if not any(map(is_address, media.files)):
+        return media
+    try:
+        files = tuple(fetch(path, cache) if is_address(path) else path for path in media.files)
+    except FetchError as error:
+        raise BadMedia(str(error)) from error
+    return replace(media, path=files[0] if isinstance(media.path, str) else files)
+
+
 def load_media(media: Media, options: MediaOptions) -> LoadedMedia:
     """Read a video or an image as input for the vision tower. Raises FileNotFoundError, BadMedia, naming the file."""
+    media = fetched(media, options.media_cache)
     if media.kind == "image":
         image = read_image(media.path)
         image = resize(image[None], *image_size(media.path, image, media, options.image))
         return LoadedMedia(*patchify(image.expand(2, -1, -1, -1)), 0.0)
     video_options = own_video_options(media, options.video)
-    if not has_frame_files(media):
-        return load_video(media.path, video_options)
-    paths, sampled_fps = frame_files(media, video_options)
-    return as_patches(paths[0], read_frame_files(paths), sampled_fps, video_options)
+    if has_frame_files(media):
+        paths, sampled_fps = frame_files(media, video_options)
+        return as_patches(resize_frames(paths[0], read_frame_files(paths), video_options), sampled_fps)
+    if options.frame_cache:
+        return as_patches(*options.frame_cache.frames(media.path, video_options))
+    return load_video(media.path, video_options)
 
 
 def media_grid(media: Media, options: MediaOptions) -> Grid:
     """Return the grid (t, h, w) of `load_media`, decoding only a first frame. Raises FileNotFoundError, BadMedia."""
+    media = fetched(media, options.media_cache)
     if media.kind == "image":
         height, width = image_size(media.path, read_image(media.path), media, options.image)
         return Grid(1, height // PATCH_SIZE, width // PATCH_SIZE)

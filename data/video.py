@@ -360,11 +360,21 @@ def load_video(path: str | Path, options: VideoOptions) -> LoadedMedia:
     along t.
     Raises FileNotFoundError if there is no such file, BadMedia if it has no usable frames.
     """
-    return as_patches(path, *read_frames(path, options), options)
+    return as_patches(*resized_frames(path, options))
 
 
-def as_patches(path: str | Path, frames: torch.Tensor, sampled_fps: float, options: VideoOptions) -> LoadedMedia:
-    """Resize the frames of a video, uint8 (T, 3, H, W), and cut them into patches. Raises BadMedia if too narrow."""
+def resized_frames(path: str | Path, options: VideoOptions) -> tuple[torch.Tensor, float]:
+    """Decode and resize the frames of a video: uint8 (T, 3, H, W), and how many there are per second of video."""
+    frames, sampled_fps = read_frames(path, options)
+    return resize_frames(path, frames, options), sampled_fps
+
+
+def resize_frames(path: str | Path, frames: torch.Tensor, options: VideoOptions) -> torch.Tensor:
+    """Resize the frames of a video, uint8 (T, 3, H, W), as the options say. Raises BadMedia if they are too narrow."""
     _, h, w = grid_of(path, frames, len(frames), options)
-    pixel_values, grid_thw = patchify(resize(frames, h * PATCH_SIZE, w * PATCH_SIZE))
-    return LoadedMedia(pixel_values, grid_thw, TEMPORAL_PATCH_SIZE / sampled_fps)
+    return resize(frames, h * PATCH_SIZE, w * PATCH_SIZE)
+
+
+def as_patches(frames: torch.Tensor, sampled_fps: float) -> LoadedMedia:
+    """Cut resized frames, uint8 (T, 3, H, W), into patches."""
+    return LoadedMedia(*patchify(frames), TEMPORAL_PATCH_SIZE / sampled_fps)

@@ -13,6 +13,8 @@ from transformers import HfArgumentParser
 
 from data.augment import Augmentation
 from data.dataset import InputError, first_line
+from data.fetch import DEFAULT_CACHE
+from data.frame_cache import FrameCache
 from data.loader import PromptOptions
 from data.media import ImageOptions, MediaOptions
 from data.video import VideoOptions
@@ -73,10 +75,15 @@ class Config:
     on_long_prompt: OnLongPrompt = flag(
         "error", "a longer prompt: stop, leave its sample out, or leave out the last of its videos"
     )
+    media_cache: str = flag("", "folder for files at http(s) addresses, which are fetched once (default: in ~/.cache)")
     on_bad_video: Literal["error", "skip"] = flag(
         "error", "a video or image that cannot be read: stop, or leave its sample out", alias="--on_bad_media"
     )
-    dataloader_num_workers: int = flag(2, "processes per rank that decode videos ahead; 0: decode in the loop")
+    frame_cache: str = flag("", "folder for decoded frames, which later epochs and runs then need not decode")
+    frame_cache_gb: float = flag(100.0, "size of that folder; frames that were not used for longest are removed")
+    dataloader_num_workers: int | None = flag(
+        None, "processes per rank that decode videos ahead (by the cores there are, at most 8); 0: decode in the loop"
+    )
 
     num_generations: int = flag(8, "completions sampled per prompt (G)", heading="group sampling", demo=16)
     max_completion_length: int = flag(512, "tokens after which a completion is cut", demo=16)
@@ -233,6 +240,8 @@ def parse_flags(cls: type, argv: list[str], prog: str, defaults: dict | None = N
 
 def _check(config: Config) -> None:
     c = config
+    if c.frame_jitter and c.frame_cache:
+        raise InputError("--frame_jitter reads other frames in each epoch: leave out --frame_cache, or it")
     if c.demo:
         for name in ("model_id", "data_path", "image_folder", "eval_data_path"):
             if getattr(c, name):
@@ -268,7 +277,7 @@ def _check(config: Config) -> None:
 POSITIVE = """
     max_completion_length epsilon_high num_iterations global_batch_size learning_rate per_device_train_batch_size
     gradient_accumulation_steps num_train_epochs max_grad_norm logging_steps lora_rank lora_alpha vision_lr merger_lr
-    max_bad_steps per_device_eval_batch_size num_samples
+    max_bad_steps per_device_eval_batch_size num_samples frame_cache_gb
 """.split()
 NOT_NEGATIVE = """
     max_videos max_images max_prompt_length dataloader_num_workers max_steps weight_decay log_completions save_steps
@@ -288,7 +297,7 @@ def check_bounds(config) -> None:
         if values.get(name) is not None and not 0 < values[name] <= 1e9:
             raise InputError(f"--{name} {values[name]}: must be above 0, and at most 1e9")
     for name in NOT_NEGATIVE:
-        if not 0 <= values.get(name, 0) <= 1e9:
+        if not 0 <= (values.get(name) or 0) <= 1e9:
             raise InputError(f"--{name} {values[name]}: must lie between 0 and 1e9")
     if not 0 < config.reward_timeout <= 1500:  # the other ranks wait meanwhile: see `start_processes`
         raise InputError(f"--reward_timeout {config.reward_timeout}: must be above 0, and at most 1500 seconds")
@@ -349,7 +358,22 @@ def media_options(config: Config) -> MediaOptions:
         min_pixels=config.video_min_pixels,
         max_pixels=config.video_max_pixels,
     )
-    return MediaOptions(video, ImageOptions(config.image_min_pixels, config.image_max_pixels))
+    image = ImageOptions(config.image_min_pixels, config.image_max_pixels)
+    frames = FrameCache(config.frame_cache, int(config.frame_cache_gb * 1e9)) if config.frame_cache else None
+    threads = max(1, cores_per_rank() // max(1, config.dataloader_num_workers or 0))
+    return MediaOptions(video, image, config.media_cache or DEFAULT_CACHE, frames, threads)
+
+
+def cores_per_rank() -> int:
+    """Return the cores of this machine that a rank may use, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def resolve_workers(config):
+    """Fill in --dataloader_num_workers if it was not given: a core for each, and one for the rank itself."""
+    if config.dataloader_num_workers is not None:
+        return config
+    return dataclasses.replace(config, dataloader_num_workers=min(8, max(1, cores_per_rank() - 1)))
 
 
 def prompt_options(config, is_training: bool = False) -> PromptOptions:

@@ -31,7 +31,16 @@ from data.dataset import InputError, first_line
 from data.loader import PromptDataset, worker_failure
 from data.prompt import load_tokenizer
 from data.video_cap import VideoCap
-from grpo.config import Config, OnLongPrompt, check_bounds, default_of, flag, parse_flags, prompt_options
+from grpo.config import (
+    Config,
+    OnLongPrompt,
+    check_bounds,
+    default_of,
+    flag,
+    parse_flags,
+    prompt_options,
+    resolve_workers,
+)
 from grpo.evaluate.answer import AnswerOptions, Prediction, answer
 from grpo.evaluate.predictions import Predictions
 from grpo.evaluate.report import report
@@ -98,8 +107,11 @@ class EvaluateConfig:
     video_cap: VideoCap = shared("video_cap")
     max_prompt_length: int = shared("max_prompt_length")
     on_long_prompt: OnLongPrompt = shared("on_long_prompt")
+    media_cache: str = shared("media_cache")
+    frame_cache: str = shared("frame_cache")
+    frame_cache_gb: float = shared("frame_cache_gb")
     on_bad_video: Literal["error", "skip"] = shared("on_bad_video")
-    dataloader_num_workers: int = shared("dataloader_num_workers")
+    dataloader_num_workers: int | None = shared("dataloader_num_workers")
 
 
 # What decides the answers; other flags may differ when an evaluation continues.
@@ -128,7 +140,7 @@ def parse(argv: list[str]) -> EvaluateConfig:
         )
     if 0 < config.temperature < 0.01:
         raise InputError(f"--temperature {config.temperature}: must be 0.01 or more, or 0 for greedy answers")
-    return config
+    return resolve_workers(config)
 
 
 def defaults_of_run(given: EvaluateConfig) -> dict:

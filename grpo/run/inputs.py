@@ -9,7 +9,7 @@ import torch.distributed as dist
 from data.dataset import InputError, Sample, load_samples
 from data.prompt import check_text, load_tokenizer
 from data.video_cap import cap_all, cap_videos, even, first
-from grpo.config import Config, resolve_batch_sizes
+from grpo.config import Config, media_options, resolve_batch_sizes, resolve_workers
 from grpo.model.load import load_model
 from grpo.model.lora import layers_to_adapt
 from grpo.run.lock import lock_folder
@@ -87,8 +87,11 @@ def note_truths_outside(samples: list[Sample], path: str, valid_range: list[floa
 
 def load_inputs(config: Config) -> Inputs:
     """Load and check what a run needs; raise InputError."""
-    config = resolve_batch_sizes(config, dist.get_world_size())
-    messages = []
+    config = resolve_workers(resolve_batch_sizes(config, dist.get_world_size()))
+    threads = media_options(config).threads
+    messages = [
+        f"{config.dataloader_num_workers} data workers per rank, each of which decodes {threads} videos at a time"
+    ]
     samples = load_capped_samples(config.data_path, config, messages, is_training=True)
     heldout = load_capped_samples(config.eval_data_path, config, messages) if config.eval_data_path else []
     if heldout:
@@ -112,6 +115,13 @@ def load_inputs(config: Config) -> Inputs:
         os.makedirs(output, exist_ok=True)
     except OSError as error:
         raise InputError(f"{error.filename!r} cannot be written ({error.strerror}): name another place") from error
+    if config.frame_cache:
+        try:
+            os.makedirs(config.frame_cache, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--frame_cache {config.frame_cache!r} cannot be written ({error.strerror}): name another place"
+            ) from error
     if not os.access(output, os.W_OK):
         raise InputError(f"--output_dir {output!r} cannot be written: name another folder")
     if is_main:

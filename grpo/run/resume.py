@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data.dataset import InputError, Media, Sample, first_line
+from data.fetch import shown
 from grpo.config import Config, count_steps, default_of
 from grpo.run.checkpoint import PROGRESS, checkpoints
 from grpo.run.scoring import Scorer
@@ -18,7 +19,8 @@ from grpo.run.scoring import Scorer
 # not change results. With another number of steps the learning rate continues as in a run of the new length.
 MAY_CHANGE = """
     output_dir resume_from_checkpoint save_steps save_total_limit logging_steps log_completions dataloader_num_workers
-    reward_timeout max_bad_steps on_bad_video data_path image_folder max_steps num_train_epochs demo
+    media_cache frame_cache frame_cache_gb reward_timeout max_bad_steps on_bad_video data_path image_folder max_steps
+    num_train_epochs demo
     per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing memory_preflight
     eval_data_path eval_steps eval_on_start per_device_eval_batch_size cuts
 """.split()
@@ -180,8 +182,8 @@ def fingerprint(samples: list[Sample]) -> str:
 def name_of(media: Media) -> str | list:
     """Return what a video or image is known by, wherever it lies: of an ordinary video its name."""
     if media.kind == "video" and isinstance(media.path, str) and not media.options:
-        return Path(media.path).name
-    return [media.kind, [Path(path).name for path in media.files], media.options]
+        return Path(shown(media.path)).name
+    return [media.kind, [Path(shown(path)).name for path in media.files], media.options]
 
 
 def digest(value) -> str:

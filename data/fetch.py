@@ -1,0 +1,134 @@
+"""Files at http(s) addresses: fetched once into a folder that all ranks, workers and runs share.
+
+An entry is written whole or not at all: it gets its name when the last byte is there. Whoever fetches it holds a lock,
+so that others wait for it and do not fetch it again. Credentials (user:password@, and all behind "?") reach no message.
+"""
+
+import base64
+import fcntl
+import hashlib
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from ssl import SSLError
+
+SCHEMES = ("http", "https")
+DEFAULT_CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "multi-video-grpo")
+MAX_BYTES = 4 * 2**30
+SECONDS_WITHOUT_DATA, SECONDS_IN_ALL = 30.0, 1800.0
+PAUSES = (1.0, 4.0, 15.0)  # seconds before each further try
+CHUNK = 2**20
+
+
+class FetchError(Exception):
+    """An address whose file cannot be had; the message is one line without credentials."""
+
+
+def is_address(path: str) -> bool:
+    """Say whether a path is an address such as https://…, of whatever scheme."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+
+
+def check_address(address: str) -> None:
+    """Raise FetchError for an address that is never fetched."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise FetchError(f"{shown(address)!r} is not an address ({error})") from error
+    if parts.scheme.lower() not in SCHEMES:
+        raise FetchError(f"{shown(address)!r}: only http and https addresses are fetched")
+    if not host or not address.isprintable() or " " in address:
+        raise FetchError(f"{shown(address)!r} is not an address: write https://host/path, with %20 for a space")
+
+
+def shown(address: str) -> str:
+    """Return an address as it may be printed."""
+    address = re.sub(r"[?#].*", "", address, flags=re.DOTALL)
+    return re.sub(r"://[^/]*@", "://", address)
+
+
+def fetch(
+    address: str, cache: str = DEFAULT_CACHE, pauses: tuple[float, ...] = PAUSES, max_bytes: int = MAX_BYTES
+) -> str:
+    """Return the path of the file at an address, which is fetched unless it is in the cache. Raises FetchError.
+
+    pauses: seconds to wait before each further try, where another one may help.
+    """
+    check_address(address)
+    ending = re.sub(r"[^A-Za-z0-9._-]", "_", shown(address).rsplit("/", 1)[-1])[-60:]
+    path = Path(cache, f"{hashlib.sha256(address.encode()).hexdigest()[:32]}-{ending}")
+    if path.exists():
+        return str(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():  # another process may just have fetched it
+                fetch_into(path, address, pauses, max_bytes)
+            Path(lock.name).unlink(missing_ok=True)
+    except OSError as error:
+        raise FetchError(f"--media_cache {cache!r} cannot be written ({error.strerror}): name another place") from error
+    return str(path)
+
+
+def fetch_into(path: Path, address: str, pauses: tuple[float, ...], max_bytes: int) -> None:
+    """Fetch an address, with further tries where they may help, and give the whole file its name. Raises FetchError."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    for pause in (*pauses, None):
+        try:
+            download(address, unfinished, max_bytes)
+            os.replace(unfinished, path)
+            return
+        except urllib.error.HTTPError as error:
+            reason = f"the server answers {error.code}"
+            may_help = error.code >= 500 or error.code in (408, 425, 429)
+        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError, EOFError, SSLError) as error:
+            reason, may_help = f"{getattr(error, 'reason', None) or error or type(error).__name__}", True
+        finally:
+            unfinished.unlink(missing_ok=True)
+        if pause is None or not may_help:
+            raise FetchError(f"{shown(address)!r} cannot be fetched: {' '.join(reason.split())}")
+        time.sleep(pause)
+
+
+class OnlyHttp(urllib.request.HTTPRedirectHandler):
+    """Follow redirects to other http(s) addresses only."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # noqa: D102, the names are urllib's
+        check_address(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def download(address: str, path: Path, max_bytes: int) -> None:
+    """Write what an address holds to a file; raise FetchError where another try cannot help, else urllib's errors."""
+    parts = urllib.parse.urlsplit(address)
+    plain = parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1], fragment="").geturl()
+    request = urllib.request.Request(plain, headers={"User-Agent": "multi-video-grpo"})
+    if parts.username is not None:
+        pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        # Not sent on to where a redirect leads.
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")
+    deadline = time.monotonic() + SECONDS_IN_ALL
+    opener = urllib.request.build_opener(OnlyHttp)
+    with opener.open(request, timeout=SECONDS_WITHOUT_DATA) as response, open(path, "wb") as file:
+        announced = int(response.headers.get("Content-Length") or -1)
+        if announced > max_bytes:
+            raise FetchError(f"{shown(address)!r} has {announced:,} bytes, more than {max_bytes:,}")
+        while chunk := response.read1(CHUNK):
+            file.write(chunk)
+            if file.tell() > max_bytes:
+                raise FetchError(f"{shown(address)!r} has more than {max_bytes:,} bytes")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not complete after {SECONDS_IN_ALL:g} seconds")
+        if announced >= 0 and file.tell() != announced:
+            raise EOFError(f"the connection broke after {file.tell():,} of {announced:,} bytes")
+        if file.tell() == 0:
+            raise FetchError(f"{shown(address)!r} is an empty file")
+        file.flush()
+        os.fsync(file.fileno())
