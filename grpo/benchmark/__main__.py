@@ -72,7 +72,7 @@ def random_prompt(options: Options) -> Prompt:
     seconds = torch.ones(options.num_videos)
     video = [VISION_START, *[VIDEO_TOKEN] * (t * side * side // MERGE_SIZE**2), VISION_END]
     ids = torch.tensor([5] * 20 + video * options.num_videos + [6] * 20)
-    positions = mrope_positions(ids, grid, seconds, VIDEO_TOKEN, TOKENS_PER_SECOND)
+    positions = mrope_positions(ids == VIDEO_TOKEN, grid, seconds, TOKENS_PER_SECOND)
     pixels = torch.randn(int(grid.prod(dim=1).sum()), 1176)
     return Prompt(Sample("random", (), (), ""), ids, positions, pixels, grid, seconds)
 
