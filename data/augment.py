@@ -4,10 +4,11 @@ All of it is a function of seed, epoch and sample, so that a resumed run sees wh
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from data.dataset import Sample
-from data.video_cap import cap_videos, random_of
+from data.video_cap import cap_videos
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,13 @@ class Augmentation:
             )
             sample = replace(sample, media=tuple(media))
         return sample
+
+
+def random_of(sample_id: str, seed: int, epoch: int) -> Callable[[int, int], set[int]]:
+    """Choose `most` of `num` at random, as seed, epoch and sample decide; all are chosen within num / most epochs."""
+
+    def choose(num: int, most: int) -> set[int]:
+        shuffled = random.Random(f"{seed} {sample_id}").sample(range(num), num)
+        return {shuffled[(epoch * most + i) % num] for i in range(min(num, most))}
+
+    return choose

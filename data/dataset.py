@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from data.fetch import FetchError, check_address, is_address, shown
@@ -82,6 +82,18 @@ class Sample:
     turns: tuple[tuple[str, str], ...]  # (role, text); M tags in all user turns together; the last turn is a user's
     answer: str
     extra: dict = field(default_factory=dict, hash=False)  # the other keys of its entry, for reward functions
+
+
+def keep_media(sample: Sample, is_kept: list[bool]) -> Sample:
+    """Keep some of a sample's videos and images, each with its tag."""
+    of_tag, turns = iter(is_kept), []
+    for role, text in sample.turns:
+        text, *others = re.split(f"({TAG_PATTERN.pattern})", text)
+        for tag, after in zip(others[::2], others[1::2], strict=True):
+            text += tag + after if next(of_tag) else after.removeprefix("\n")
+        turns.append((role, text))
+    media = tuple(one for one, kept in zip(sample.media, is_kept, strict=True) if kept)
+    return replace(sample, media=media, turns=tuple(turns))
 
 
 def load_samples(data_path: str, image_folder: str = "") -> list[Sample]:

@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.augment import Augmentation
-from data.dataset import InputError, Sample
+from data.dataset import InputError, Sample, keep_media
 from data.frame_cache import CacheError
 from data.media import MediaOptions, load_media, media_grid
 from data.prompt import encode_prompt
 from data.video import PATCH_VALUES, BadMedia
-from data.video_cap import keep
 
 
 @dataclass
@@ -103,7 +102,7 @@ def fit_prompt(sample: Sample, tokenizer, options: PromptOptions) -> tuple[Sampl
     videos = [place for place, media in enumerate(sample.media) if media.kind == "video"]
     for left in range(len(videos), -1, -1):
         is_kept = [place not in videos[left:] for place in range(len(sample.media))]
-        shorter = keep(sample, is_kept)
+        shorter = keep_media(sample, is_kept)
         kept = grid_thw[torch.tensor(is_kept, dtype=torch.bool)]
         length = len(encode_prompt(shorter.turns, tokenizer, kept, torch.ones(len(kept)), 1)[0])
         if not most or length <= most:

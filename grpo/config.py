@@ -18,10 +18,10 @@ from data.frame_cache import FrameCache
 from data.loader import PromptOptions
 from data.media import ImageOptions, MediaOptions
 from data.video import VideoOptions
-from data.video_cap import VideoCap
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
 
 DemoTask = Literal["easy", "hard"]
+VideoCap = Literal["first", "even", "random"]
 OnLongPrompt = Literal["error", "skip", "fewer_videos"]
 BestModelMetric = Literal[
     "eval/mae", "eval/median_error", "eval/rmse", "eval/bias", "eval/r2", "eval/pearson", "eval/ccc", "eval/within_5",

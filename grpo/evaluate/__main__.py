@@ -30,10 +30,10 @@ from tqdm import tqdm
 from data.dataset import InputError, first_line
 from data.loader import PromptDataset, worker_failure
 from data.prompt import load_tokenizer
-from data.video_cap import VideoCap
 from grpo.config import (
     Config,
     OnLongPrompt,
+    VideoCap,
     check_bounds,
     default_of,
     flag,

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from data.dataset import InputError, Sample, load_samples
 from data.prompt import check_text, load_tokenizer
-from data.video_cap import cap_all, cap_videos, even, first
+from data.video_cap import cap_videos, even, first
 from grpo.config import Config, media_options, resolve_batch_sizes, resolve_workers
 from grpo.model.load import load_model
 from grpo.model.lora import layers_to_adapt
@@ -43,7 +43,8 @@ def load_capped_samples(path: str, config, messages: list[str], is_training: boo
     """
     caps = config.max_videos, config.max_images, first if config.video_cap == "first" else even
     whole = load_samples(path, config.image_folder)
-    samples, num_cut = cap_all(whole, *caps)
+    samples = [cap_videos(sample, *caps) for sample in whole]
+    num_cut = sum(len(new.media) < len(old.media) for new, old in zip(samples, whole, strict=True))
     if is_training and config.video_cap == "random":
         samples = [cap_videos(sample, 0, config.max_images, even) for sample in whole]
     if config.system_prompt:

@@ -222,13 +222,13 @@ def test_the_flags_about_videos_are_those_of_the_trainer():
     names += ["max_images", "image_min_pixels", "image_max_pixels"]
     arguments, options, functions = parse(["--data_path", "x"])
     assert {name: getattr(arguments, name) for name in names} == {name: getattr(Config(), name) for name in names}
-    assert options == media_options(Config())
+    assert options == media_options(Config())._replace(threads=1)
     given = {"fps": 3.0, "video_min_pixels": 28 * 28, "video_max_pixels": 9 * 28 * 28}
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    assert parse(["--data_path", "x", *flags])[1] == media_options(Config(**given))
+    assert parse(["--data_path", "x", *flags])[1] == media_options(Config(**given))._replace(threads=1)
     sizes = {"nframes": 6, "video_resized_width": 84, "video_resized_height": 56}
     flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    assert parse(["--data_path", "x", *flags])[1] == media_options(Config(**sizes))
+    assert parse(["--data_path", "x", *flags])[1] == media_options(Config(**sizes))._replace(threads=1)
 
 
 def test_sizes_are_those_that_are_trained(tmp_path, capsys):

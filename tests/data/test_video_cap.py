@@ -1,7 +1,8 @@
 import pytest
 
+from data.augment import random_of
 from data.dataset import VIDEO_TAG, InputError, Media, Sample
-from data.video_cap import cap_all, cap_videos, even, random_of
+from data.video_cap import cap_videos, even
 
 
 def sample_of(*turns, videos=("a", "b", "c")):
@@ -96,11 +97,3 @@ def test_tags_and_videos_agree_after_every_cap():
     for cap in range(1, 9):
         capped = cap_videos(sample, cap)
         assert sum(text.count(VIDEO_TAG) for _, text in capped.turns) == len(capped.media) == min(cap, 7)
-
-
-def test_all_samples_are_capped_in_order_and_the_cut_ones_counted():
-    long, short = sample_of(("user", "<video>" * 3)), sample_of(("user", "<video>"), videos="z")
-    samples, cut = cap_all(iter([long, short, long]), 2)
-    assert [[media.path for media in sample.media] for sample in samples] == [["a", "b"], ["z"], ["a", "b"]]
-    assert cut == 2
-    assert cap_all([long, short], 0) == ([long, short], 0)

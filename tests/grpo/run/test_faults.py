@@ -56,7 +56,8 @@ def test_a_rank_that_dies_ends_the_others_within_a_minute(tiny, tmp_path, fault,
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_data_worker_that_dies_is_the_last_line_on_screen(tiny, tmp_path, number):
-    command = [sys.executable, "train.py", *run_flags(tiny.folder, tmp_path / "out", "--num_train_epochs", "100000")]
+    more = ["--num_train_epochs", "100000", "--dataloader_num_workers", "2"]
+    command = [sys.executable, "train.py", *run_flags(tiny.folder, tmp_path / "out", *more)]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
