@@ -183,7 +183,7 @@ def parse_config(argv: list[str]) -> Config:
     if config.demo:  # other defaults, which flags beside it override
         config = parse_flags(Config, argv, "python train.py", DEMO_DEFAULTS)
     _check(config)
-    return config
+    return resolve_workers(config)
 
 
 class _HelpFormatter(argparse.HelpFormatter):

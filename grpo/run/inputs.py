@@ -9,7 +9,7 @@ import torch.distributed as dist
 from data.dataset import InputError, Sample, load_samples
 from data.prompt import check_text, load_tokenizer
 from data.video_cap import cap_videos, even, first
-from grpo.config import Config, media_options, resolve_batch_sizes, resolve_workers
+from grpo.config import Config, media_options, resolve_batch_sizes
 from grpo.model.load import load_model
 from grpo.model.lora import layers_to_adapt
 from grpo.run.lock import lock_folder
@@ -88,7 +88,7 @@ def note_truths_outside(samples: list[Sample], path: str, valid_range: list[floa
 
 def load_inputs(config: Config) -> Inputs:
     """Load and check what a run needs; raise InputError."""
-    config = resolve_workers(resolve_batch_sizes(config, dist.get_world_size()))
+    config = resolve_batch_sizes(config, dist.get_world_size())
     threads = media_options(config).threads
     messages = [
         f"{config.dataloader_num_workers} data workers per rank, each of which decodes {threads} videos at a time"
