@@ -245,6 +245,10 @@ def print_sizes(
                 f"({first_line(error)}): take the tokenizer of a Qwen2.5-VL"
             ) from error
         num_tokens.append(len(ids) if tokenizer else int(media_lengths(grid).sum()))
+    long = [sample.id for sample, num in zip(capped, num_tokens, strict=True) if num > args.max_prompt_length > 0]
+    if long:
+        ids = ", ".join(map(repr, long[:3])) + ", ..." * (len(long) > 3)
+        print(f"{'over --max_prompt_length':44}{len(long):>8}  {ids}")
     used = {media for sample in capped for media in sample.media}
     rows = {
         "videos per sample": [sum(media.kind == "video" for media in sample.media) for sample in samples],
@@ -277,6 +281,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, MediaOptions, list[Rewar
     flag = partial(parser.add_argument_group("videos and images, as in train.py").add_argument, metavar="")
     flag("--max_videos", type=int, default=5, help="videos kept per sample (%(default)s); 0: all of them")
     flag("--max_images", type=int, default=0, help="images kept per sample; 0: all of them (%(default)s)")
+    flag("--max_prompt_length", type=int, default=0, help="with --model_id: count longer prompts; 0: any (%(default)s)")
     flag("--fps", type=float, help="frames per second read from a video (2 if --nframes is not given either)")
     flag("--nframes", type=int, help="frames read from every video (rounded to even), instead of --fps")
     flag("--video_resized_width", type=int, help="width of the frames in pixels, rounded to a multiple of 28")

@@ -116,10 +116,11 @@ class EvaluateConfig:
 
 # What decides the answers; other flags may differ when an evaluation continues.
 DECISIVE = """
-    num_samples temperature max_completion_length per_device_eval_batch_size max_videos max_images fps nframes
-    video_resized_width video_resized_height video_min_pixels video_max_pixels image_min_pixels image_max_pixels
-    video_cap max_prompt_length on_long_prompt
+    num_samples temperature max_completion_length per_device_eval_batch_size max_videos fps nframes
+    video_resized_width video_resized_height video_min_pixels video_max_pixels
 """.split()
+# The same, but written only where they are not at their defaults, since older evaluations do not know them.
+DECISIVE_TOO = "max_images video_cap image_min_pixels image_max_pixels max_prompt_length on_long_prompt".split()
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
@@ -208,6 +209,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     model = raise_together(load_for_sampling, config, device)
     options = AnswerOptions.of(config, scorer, config.num_samples, config.temperature)
     settings = {name: getattr(config, name) for name in DECISIVE}
+    settings |= {n: v for n in DECISIVE_TOO if (v := getattr(config, n)) != getattr(Config, n)}
     settings |= {"seed": config.seed} if config.temperature else {}
     settings["rewards"] = [[f.name, f.weight, f.options, f.digest] for f in scorer.functions]
     settings |= {"samples": fingerprint(samples), "weights": digest_of(model)}

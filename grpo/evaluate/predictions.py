@@ -39,7 +39,9 @@ class Predictions:
         try:
             old = json.loads(path.read_text())
             changed = [
-                f"{name} {new!r} was {old.get(name)!r}" for name, new in settings.items() if old.get(name) != new
+                f"{name} {settings.get(name)!r} was {old.get(name)!r}"
+                for name in settings | old
+                if settings.get(name) != old.get(name)
             ]
         except (OSError, ValueError, AttributeError) as error:
             raise InputError(

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from data.check import PROBLEMS, check, check_in_own_process, check_media, main, parse
+from data.check import FORMS, PROBLEMS, check, check_in_own_process, check_media, main, parse
 from data.dataset import InputError, Media, load_samples
 from data.media import MediaOptions
 from data.video import VideoOptions
@@ -241,6 +241,9 @@ def test_sizes_are_those_that_are_trained(tmp_path, capsys):
     assert rows["frames read per video"].split() == ["4", "4.0", "4.0", "4"]
     median, mean = (lengths[1] + lengths[2]) / 2, sum(lengths) / 4
     assert rows["prompt tokens"].split() == [str(lengths[0]), f"{median:.1f}", f"{mean:.1f}", str(lengths[3])]
+    limit = ["--max_prompt_length", str(lengths[-1] - 1)]
+    assert main([*flags, "--model_id", str(tiny.folder / "model"), *limit]) == 0
+    assert re.search(r"^over --max_prompt_length +1  's1'$", capsys.readouterr().out, re.MULTILINE)
     assert main([*flags, "--max_videos", "2"]) == 0
     tokens = re.search(
         r"^video and image tokens .*text not counted\) +(\d+) .* (\d+)$", capsys.readouterr().out, re.MULTILINE
@@ -349,3 +352,37 @@ def test_the_check_knows_the_reward_functions_of_the_flags(folder, capsys):
 def test_a_key_that_reward_functions_know_by_another_meaning_is_malformed(folder, capsys):
     _, text, table = run(folder, capsys, [entry("fine"), entry("taken") | {"completion_ids": [1]}])
     assert table["malformed sample"] == (1, "left out", "'taken'") and "key 'completion_ids'" in text
+
+
+def test_every_form_has_a_row_and_every_fault_of_an_image_a_line(mixed, tmp_path, capsys):
+    entries = json.loads((mixed.folder / "data.json").read_text())
+    (tmp_path / "cut.jpg").write_bytes((mixed.folder / "videos" / "b.jpg").read_bytes()[:200])
+    entries.append(entries[4] | {"id": "cut", "image": f"{tmp_path}/cut.jpg"})
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    where = ["--image_folder", str(mixed.folder / "videos"), "--model_id", str(mixed.folder / "model")]
+    assert main(["--data_path", str(tmp_path / "data.json"), *where, *SMALL]) == 1
+    text = capsys.readouterr().out
+    rows = dict(re.findall(rf"^({'|'.join(FORMS)}) +(\d+)$", text, re.MULTILINE))
+    assert rows == {
+        "videos only": "3",
+        "images only": "1",
+        "videos and images": "1",
+        "text only": "2",
+        "frames in files": "2",
+        "options of their own": "3",
+    }
+    assert re.search(r"^undecodable image +1  left out  'cut'\n    '.*cut\.jpg' is damaged", text, re.MULTILINE)
+    lengths = [len(prompt.prompt_ids) for prompt in mixed.prompts]
+    assert re.search(rf"^prompt tokens +{min(lengths)} .* {max(lengths)}$", text, re.MULTILINE)
+    assert "8 samples, 4 videos, 4 images: 7 valid samples, 1 left out" in text
+
+
+def test_the_check_fills_the_frame_cache(folder, capsys):
+    cache = folder / "cache"
+    for _ in range(2):
+        assert run(folder, capsys, [MIXED[0]], "--frame_cache", str(cache))[0] == 0
+    assert len(list(cache.glob("*.frames"))) == 2
+    (folder / "file").write_text("x")
+    where = ["--data_path", str(folder / "train.json"), "--image_folder", str(folder / "videos")]
+    assert main([*where, *SMALL, "--frame_cache", str(folder / "file")]) == 2
+    assert "--frame_cache" in capsys.readouterr().err

@@ -1,12 +1,13 @@
 """Flags: what they default to, how batch sizes complete each other, and what --help shows."""
 
 import dataclasses
+import os
 import re
 
 import pytest
 
 from data.dataset import InputError
-from grpo.config import Config, parse_config, resolve_batch_sizes
+from grpo.config import Config, media_options, parse_config, resolve_batch_sizes
 
 GIVEN = ["--model_id", "m", "--data_path", "d", "--output_dir", "o"]
 
@@ -96,3 +97,20 @@ def test_a_flag_like_no_other_gets_no_guess():
 @pytest.mark.parametrize("spelt", ["--max_videos", "--max-videos"])
 def test_hyphens_are_taken_for_underscores(spelt):
     assert parse_config([*GIVEN, spelt, "7"]).max_videos == 7
+
+
+def test_bad_media_has_two_names_and_a_cache_of_moved_frames_is_refused():
+    assert parse_config([*GIVEN, "--on_bad_media", "skip"]).on_bad_video == "skip"
+    with pytest.raises(InputError, match="--frame_jitter reads other frames in each epoch"):
+        parse_config([*GIVEN, "--frame_jitter", "--frame_cache", "x"])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cores", "workers", "threads"), [(1, 2, 1, 2), (8, 192, 8, 3), (4, 2, 1, 1), (1, 1, 1, 1)]
+)
+def test_data_workers_follow_the_cores_of_a_rank(monkeypatch, ranks, cores, workers, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    config = parse_config(GIVEN)
+    assert (config.dataloader_num_workers, media_options(config).threads) == (workers, threads)
+    assert parse_config([*GIVEN, "--dataloader_num_workers", "0"]).dataloader_num_workers == 0
