@@ -75,6 +75,7 @@ def server(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.seen, server.files, server.daemon_threads = [], {}, True
+    server.handle_error = lambda *_: None  # a client that hangs up, as it should
     server.at = f"http://127.0.0.1:{server.server_port}"
     server.targets = {"a.mp4": f"{server.at}/a.mp4", "file.mp4": "file:///etc/passwd", "ftp.mp4": "ftp://127.0.0.1/a"}
     server.targets["loop.mp4"] = f"{server.at}/to/loop.mp4"
