@@ -22,7 +22,17 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from data.dataset import DuplicateId, InputError, Media, Sample, TagMismatch, first_line, read_samples
+from data.dataset import (
+    DuplicateId,
+    InputError,
+    Media,
+    Sample,
+    TagMismatch,
+    first_line,
+    read_samples,
+    read_system_prompt,
+    with_system_prompt,
+)
 from data.fetch import DEFAULT_CACHE, shown
 from data.frame_cache import CacheError, FrameCache
 from data.media import ImageOptions, MediaOptions, has_frame_files, load_media
@@ -162,7 +172,10 @@ def print_outside(samples: list[Sample], valid_range: list[float]) -> None:
 
 def check(args: argparse.Namespace, options: MediaOptions, functions: list[RewardFunction]) -> int:
     """Check the data set, print the report, write the cleaned file if asked; return the exit code."""
-    entries = list(read_samples(args.data_path, args.image_folder))
+    entries = [
+        (entry, with_system_prompt(sample, args.system_prompt) if isinstance(sample, Sample) else sample)
+        for entry, sample in read_samples(args.data_path, args.image_folder)
+    ]
     keys = keys_of([sample for _, sample in entries if isinstance(sample, Sample)])
     try:
         check_keys(functions, [key for key in keys if key not in ARGUMENTS])  # those are in the table
@@ -276,6 +289,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, MediaOptions, list[Rewar
     flag("--image_folder", default="", help="folder of the videos whose path in the JSON does not exist as it is")
     flag("--write_clean", default="", help="new JSON or JSONL file for the valid samples, unchanged")
     flag("--model_id", default="", help="count text tokens with this model's tokenizer; without it, only video tokens")
+    flag("--system_prompt", default="", help="text, or its file, before conversations without a system turn")
     flag("--num_workers", type=int, default=os.cpu_count(), help="videos to check at a time (%(default)s)")
     # The flags of train.py once more, since data/ does not import grpo/; tests compare the defaults.
     flag = partial(parser.add_argument_group("videos and images, as in train.py").add_argument, metavar="")
@@ -310,6 +324,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, MediaOptions, list[Rewar
     size = args.video_resized_width, args.video_resized_height
     if not -math.inf < args.valid_range[0] < args.valid_range[1] < math.inf:
         _fail("--valid_range: give the lowest and the highest possible answer, as in 0 100")
+    args.system_prompt = read_system_prompt(args.system_prompt)
     rewards = args.reward_funcs, args.reward_weights, args.reward_kwargs, args.valid_range
     try:
         video = VideoOptions(args.fps, args.nframes, *size, args.video_min_pixels, args.video_max_pixels)

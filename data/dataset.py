@@ -341,3 +341,27 @@ def _json_type(value) -> str:
     if isinstance(value, str):
         return "a string" if value.strip() else "an empty string"
     return "a list" if isinstance(value, list) else "an object"
+
+
+def read_system_prompt(value: str) -> str:
+    """Return the text of --system_prompt, which is the text itself or the name of its file; raise InputError."""
+    if not os.path.isfile(value):
+        is_path = value.split() == [value] and ("/" in value or value.endswith((".txt", ".md")))
+        if is_path:
+            raise InputError(f"--system_prompt {value!r}: there is no such file, and it is no prompt: correct it")
+        return value.strip()
+    try:
+        with open(value, encoding="utf-8-sig") as file:
+            text = file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--system_prompt {value!r} cannot be read ({first_line(error)}): correct the file") from error
+    if not text:
+        raise InputError(f"--system_prompt {value!r} is an empty file: write the prompt into it, or leave out the flag")
+    return text
+
+
+def with_system_prompt(sample: Sample, text: str) -> Sample:
+    """Put a text before a conversation that has no system turn of its own; "" changes nothing."""
+    if not text or "system" in dict(sample.turns):
+        return sample
+    return replace(sample, turns=(("system", text), *sample.turns))

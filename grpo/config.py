@@ -12,7 +12,7 @@ from typing import Literal
 from transformers import HfArgumentParser
 
 from data.augment import Augmentation
-from data.dataset import InputError, first_line
+from data.dataset import InputError, read_system_prompt
 from data.fetch import DEFAULT_CACHE
 from data.frame_cache import FrameCache
 from data.loader import PromptOptions
@@ -307,23 +307,6 @@ def check_bounds(config) -> None:
         raise InputError(f"--valid_range {given}: give the lowest and the highest possible answer, as in 0 100")
     if not all(map(math.isfinite, config.cuts)) or len(set(config.cuts)) < len(config.cuts):
         raise InputError(f"--cuts {' '.join(f'{cut:g}' for cut in config.cuts)}: give different numbers")
-
-
-def read_system_prompt(value: str) -> str:
-    """Return the text of --system_prompt, which is the text itself or the name of its file; raise InputError."""
-    if not os.path.isfile(value):
-        is_path = value.split() == [value] and ("/" in value or value.endswith((".txt", ".md")))
-        if is_path:
-            raise InputError(f"--system_prompt {value!r}: there is no such file, and it is no prompt: correct it")
-        return value.strip()
-    try:
-        with open(value, encoding="utf-8-sig") as file:
-            text = file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--system_prompt {value!r} cannot be read ({first_line(error)}): correct the file") from error
-    if not text:
-        raise InputError(f"--system_prompt {value!r} is an empty file: write the prompt into it, or leave out the flag")
-    return text
 
 
 def _check_what_is_trained(config: Config) -> None:

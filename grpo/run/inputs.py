@@ -1,12 +1,11 @@
 """Load and check everything that a run needs, before anything is trained or written."""
 
-import dataclasses
 import os
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from data.dataset import InputError, Sample, load_samples
+from data.dataset import InputError, Sample, load_samples, with_system_prompt
 from data.prompt import check_text, load_tokenizer
 from data.video_cap import cap_videos, even, first
 from grpo.config import Config, media_options, resolve_batch_sizes
@@ -47,12 +46,7 @@ def load_capped_samples(path: str, config, messages: list[str], is_training: boo
     num_cut = sum(len(new.media) < len(old.media) for new, old in zip(samples, whole, strict=True))
     if is_training and config.video_cap == "random":
         samples = [cap_videos(sample, 0, config.max_images, even) for sample in whole]
-    if config.system_prompt:
-        turn = ("system", config.system_prompt)
-        samples = [
-            sample if "system" in dict(sample.turns) else dataclasses.replace(sample, turns=(turn, *sample.turns))
-            for sample in samples
-        ]
+    samples = [with_system_prompt(sample, config.system_prompt) for sample in samples]
     if num_cut:
         each = " of each epoch" if is_training and config.video_cap == "random" else ""
         messages.append(

@@ -241,6 +241,10 @@ def test_sizes_are_those_that_are_trained(tmp_path, capsys):
     assert rows["frames read per video"].split() == ["4", "4.0", "4.0", "4"]
     median, mean = (lengths[1] + lengths[2]) / 2, sum(lengths) / 4
     assert rows["prompt tokens"].split() == [str(lengths[0]), f"{median:.1f}", f"{mean:.1f}", str(lengths[3])]
+    system = ["--system_prompt", "You are a helpful assistant. What is the ejection fraction of this patient?"]
+    assert main([*flags, "--model_id", str(tiny.folder / "model"), *system]) == 0
+    longer = re.search(r"^prompt tokens +(\d+)", capsys.readouterr().out, re.MULTILINE)
+    assert int(longer[1]) > lengths[0]  # the default system prompt is shorter
     limit = ["--max_prompt_length", str(lengths[-1] - 1)]
     assert main([*flags, "--model_id", str(tiny.folder / "model"), *limit]) == 0
     assert re.search(r"^over --max_prompt_length +1  's1'$", capsys.readouterr().out, re.MULTILINE)
