@@ -242,6 +242,10 @@ def _check(config: Config) -> None:
     c = config
     if c.frame_jitter and c.frame_cache:
         raise InputError("--frame_jitter reads other frames in each epoch: leave out --frame_cache, or it")
+    if c.on_long_prompt != "error" and not c.max_prompt_length:
+        raise InputError(
+            f"--on_long_prompt {c.on_long_prompt} has no effect: say with --max_prompt_length what is long"
+        )
     if c.demo:
         for name in ("model_id", "data_path", "image_folder", "eval_data_path"):
             if getattr(c, name):

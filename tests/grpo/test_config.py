@@ -99,6 +99,11 @@ def test_hyphens_are_taken_for_underscores(spelt):
     assert parse_config([*GIVEN, spelt, "7"]).max_videos == 7
 
 
+def test_what_is_a_long_prompt_must_be_said():
+    with pytest.raises(InputError, match="--on_long_prompt skip has no effect: say with --max_prompt_length"):
+        parse_config([*GIVEN, "--on_long_prompt", "skip"])
+
+
 def test_bad_media_has_two_names_and_a_cache_of_moved_frames_is_refused():
     assert parse_config([*GIVEN, "--on_bad_media", "skip"]).on_bad_video == "skip"
     with pytest.raises(InputError, match="--frame_jitter reads other frames in each epoch"):
