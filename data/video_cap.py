@@ -1,9 +1,9 @@
 """Cap the number of videos and images per sample. Edit this file to choose which are kept.
 
-`augment.py` makes the random choice. The cap is a memory setting, not a limit of the method: with `max_videos = 0` or a large value, samples of 30 and more
-videos train as well, if memory suffices. The trainer that this one replaces raised an IndexError on many videos. Its
-prompts held more placeholders than videos, since it kept the `<video>` tags in the text and also added each video as a
-media item. Here a tag and its video are kept or dropped together.
+`augment.py` makes the random choice. The cap is a memory setting, not a limit of the method: with `max_videos = 0` or a
+large value, samples of 30 and more videos train as well, if memory suffices. The trainer that this one replaces raised
+an IndexError on many videos. Its prompts held more placeholders than videos, since it kept the `<video>` tags in the
+text and also added each video as a media item. Here a tag and its video are kept or dropped together.
 """
 
 from collections.abc import Callable
