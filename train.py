@@ -31,8 +31,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data.dataset import InputError
-from data.loader import Prompt, checked, prompt_batches, rank_batches, worker_failure
+from data.epochs import rank_batches
+from data.loader import Prompt, checked, prompt_batches, worker_failure
+from data.sample import InputError
 from grpo.config import Config, parse_config
 from grpo.demo import demo
 from grpo.evaluate.heldout import HeldOut
@@ -214,7 +215,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     config, first, rank, world_size = run.config, run.resume.step, dist.get_rank(), dist.get_world_size()
     models, optimizer, tokens = run.models, run.optimizer, run.tokens
     own = {"rank": rank, "world_size": world_size, "start_step": first}
-    batches = rank_batches(len(run.dataset.samples), config.global_batch_size, run.total_steps, config.seed, **own)
+    batches = rank_batches(run.epochs, config.global_batch_size, run.total_steps, **own)
     heldout = HeldOut(run.heldout, run.scorer, config) if run.heldout else None
     tracker = run.track()
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from data.dataset import Sample
+from data.sample import Sample
 from data.video_cap import cap_videos
 
 

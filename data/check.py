@@ -19,24 +19,25 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.dataset import (
+from data.dataset import Samples
+from data.fetch import DEFAULT_CACHE, shown
+from data.frame_cache import CacheError, FrameCache
+from data.media import ImageOptions, MediaOptions, has_frame_files, load_media
+from data.prompt import check_text, encode_prompt, load_tokenizer, media_lengths
+from data.sample import (
     DuplicateId,
     InputError,
     Media,
     Sample,
     TagMismatch,
     first_line,
-    read_samples,
     read_system_prompt,
     with_system_prompt,
 )
-from data.fetch import DEFAULT_CACHE, shown
-from data.frame_cache import CacheError, FrameCache
-from data.media import ImageOptions, MediaOptions, has_frame_files, load_media
-from data.prompt import check_text, encode_prompt, load_tokenizer, media_lengths
 from data.video import BadMedia, Grid, TooFewFrames, VideoOptions
 from data.video_cap import cap_videos
 from reward.extract import extract_number
@@ -159,11 +160,10 @@ def print_rare_keys(samples: list[Sample]) -> None:
             print(f"key {key!r}: only {len(having)} of {len(samples)} samples have it ({shown})")
 
 
-def print_outside(samples: list[Sample], valid_range: list[float]) -> None:
+def print_outside(truths: np.ndarray, valid_range: list[float]) -> None:
     """Say how many truths are outside the range of possible answers."""
-    numbers = [extract_number(sample.answer) for sample in samples]
-    outside = [n for n in numbers if n is not None and not valid_range[0] <= n <= valid_range[1]]
-    if outside:
+    outside = truths[(truths < valid_range[0]) | (truths > valid_range[1])]
+    if len(outside):
         print(
             f"{len(outside)} truths, such as {outside[0]:g}, are outside --valid_range {valid_range[0]:g} "
             f"{valid_range[1]:g}, so that no answer to them can be right: set it to the range of the truths"
@@ -173,16 +173,16 @@ def print_outside(samples: list[Sample], valid_range: list[float]) -> None:
 def check(args: argparse.Namespace, options: MediaOptions, functions: list[RewardFunction]) -> int:
     """Check the data set, print the report, write the cleaned file if asked; return the exit code."""
     entries = [
-        (entry, with_system_prompt(sample, args.system_prompt) if isinstance(sample, Sample) else sample)
-        for entry, sample in read_samples(args.data_path, args.image_folder)
+        (name, entry, with_system_prompt(sample, args.system_prompt) if isinstance(sample, Sample) else sample)
+        for name, entry, sample in Samples(args.data_path, args.image_folder).each()
     ]
-    keys = keys_of([sample for _, sample in entries if isinstance(sample, Sample)])
+    keys = keys_of([sample for _, _, sample in entries if isinstance(sample, Sample)])
     try:
         check_keys(functions, [key for key in keys if key not in ARGUMENTS])  # those are in the table
     except RewardError as error:
         raise InputError(str(error)) from error
     tokenizer = load_tokenizer(args.model_id) if args.model_id else None
-    media = list(dict.fromkeys(media for _, sample in entries for media in getattr(sample, "media", ())))
+    media = list(dict.fromkeys(media for _, _, sample in entries for media in getattr(sample, "media", ())))
     with ThreadPoolExecutor(args.num_workers) as threads:
         results = threads.map(partial(check_in_own_process, options=options), media)
         checked = dict(zip(media, tqdm(results, total=len(media), unit="file"), strict=True))
@@ -191,11 +191,11 @@ def check(args: argparse.Namespace, options: MediaOptions, functions: list[Rewar
             raise InputError(f"{result}: make room, or name another place")
 
     found, valid = {problem: [] for problem in PROBLEMS}, []
-    for position, (entry, sample) in enumerate(entries, start=1):
+    for name, entry, sample in entries:
         problems = find_problems(sample, checked, args.max_videos, args.max_images)
         has_id = isinstance(entry, dict) and isinstance(entry.get("id"), str | int)
         for problem, reason in problems.items():
-            found[problem].append((repr(str(entry["id"])) if has_id else f"#{position}", reason))
+            found[problem].append((repr(str(entry["id"])) if has_id else name, reason))
         if problems.keys() <= set(KEPT):
             # An entry without an id gets it from its position, which may be another in the cleaned file.
             valid.append((entry if has_id else entry | {"id": sample.id}, sample))
@@ -209,10 +209,11 @@ def check(args: argparse.Namespace, options: MediaOptions, functions: list[Rewar
             print(f"    {samples[0][1]}")
     if valid:
         samples = [sample for _, sample in valid]
+        truths = np.array([extract_number(sample.answer) for sample in samples], dtype=float)  # None becomes nan
         print_sizes(samples, checked, args, tokenizer)
         print_rare_keys(samples)
-        print_outside(samples, args.valid_range)
-        if found := zero_skill(functions, samples, keys):
+        print_outside(truths, args.valid_range)
+        if found := zero_skill(functions, samples, truths, keys):
             print(found)
     num_left_out = len(entries) - len(valid)
     num_images = sum(one.kind == "image" for one in checked)
@@ -285,7 +286,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, MediaOptions, list[Rewar
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=style)
     parser.allow_abbrev, parser.error = False, _fail
     flag = partial(parser.add_argument, metavar="")
-    flag("--data_path", required=True, help="JSON or JSONL file of samples")
+    flag("--data_path", required=True, nargs="+", help="JSON or JSONL files of samples")
     flag("--image_folder", default="", help="folder of the videos whose path in the JSON does not exist as it is")
     flag("--write_clean", default="", help="new JSON or JSONL file for the valid samples, unchanged")
     flag("--model_id", default="", help="count text tokens with this model's tokenizer; without it, only video tokens")

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data.dataset import InputError
+from data.sample import InputError
 
 SPLITS = ("train", "val", "test")
 QUESTION = "<video>\nWhat is the ejection fraction in this video?"

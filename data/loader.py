@@ -1,6 +1,6 @@
-"""Samples -> tensors, decoded ahead of the training loop by worker processes, in an order fixed by the seed alone.
+"""Samples -> tensors, decoded ahead of the training loop by worker processes.
 
-| B | prompts on this rank in a step | P | prompt tokens | C | completion tokens |
+| P | prompt tokens | C | completion tokens |
 | M | videos and images | S | vision patches |
 """
 
@@ -9,7 +9,7 @@ import gc
 import multiprocessing
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.augment import Augmentation
-from data.dataset import InputError, Sample, keep_media
+from data.epochs import BatchItem
 from data.frame_cache import CacheError
 from data.media import MediaOptions, load_media, media_grid
 from data.prompt import encode_prompt
+from data.sample import InputError, Sample, keep_media
 from data.video import PATCH_VALUES, BadMedia
 
 
@@ -51,16 +52,6 @@ class Prompt:
         """Copy the tensors to `device`."""
         tensors = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
         return dataclasses.replace(self, **tensors)
-
-
-@dataclass(frozen=True)
-class BatchItem:
-    """Assigns a sample to a position of the step's global batch."""
-
-    position: int
-    index: int  # of the sample
-    is_padding: bool = False
-    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,7 +111,7 @@ class PromptDataset(Dataset):
     raised in a worker process prints a page of traceback.
     """
 
-    def __init__(self, samples: list[Sample], tokenizer, tokens_per_second: int, options: PromptOptions):
+    def __init__(self, samples: Sequence[Sample], tokenizer, tokens_per_second: int, options: PromptOptions):
         self.samples, self.tokenizer, self.tokens_per_second = samples, tokenizer, tokens_per_second
         self.options = options
 
@@ -132,8 +123,8 @@ class PromptDataset(Dataset):
     def __getitem__(self, item: BatchItem) -> Prompt | InputError:
         bad_media, options = "", self.options
         for offset in range(len(self.samples)):
-            sample = whole = self.sample(item, offset)
             try:
+                sample = whole = self.sample(item, offset)
                 if options.max_prompt_length:
                     sample, _ = fit_prompt(whole, self.tokenizer, options)
                 prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, options.media)
@@ -144,6 +135,8 @@ class PromptDataset(Dataset):
                 continue
             except CacheError as error:
                 return InputError(f"{error}: make room, or name another place")
+            except InputError as error:  # the file of samples has changed
+                return error
             except LongPrompt as error:
                 bad_media = bad_media or f"sample {sample.id!r}: {error}"
                 if options.on_long_prompt != "skip":
@@ -169,41 +162,6 @@ def checked(batch: list[Prompt | InputError]) -> list[Prompt]:
         if isinstance(item, InputError):
             raise InputError(str(item))  # a new one: its traceback must not keep the batch, and so the workers, alive
     return batch
-
-
-def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
-    """Shuffle the sample indices, differently in every epoch."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(num_samples, generator=generator).tolist()
-
-
-def rank_batches(
-    num_samples: int,
-    global_batch_size: int,
-    total_steps: int,
-    seed: int,
-    *,
-    rank: int,
-    world_size: int,
-    start_step: int = 0,
-) -> Iterator[list[BatchItem]]:
-    """Yield this rank's part of each step's batch, from step number `start_step` (counted from 0) on.
-
-    A step takes the next `global_batch_size` samples of the epoch; the last step of an epoch takes those that remain.
-    Every rank gets the same number of items, because sharded ranks must run the same number of forward passes: if
-    there are too few samples, some are repeated as padding.
-    """
-    steps_per_epoch = -(-num_samples // global_batch_size)
-    for step in range(start_step, total_steps):
-        epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        if step_in_epoch == 0 or step == start_step:
-            order = epoch_order(num_samples, seed, epoch)
-        batch = order[step_in_epoch * global_batch_size :][:global_batch_size]
-        items = [BatchItem(position, index, epoch=epoch) for position, index in enumerate(batch)]
-        while len(items) % world_size:
-            repeated = items[len(items) - len(batch)].index
-            items.append(BatchItem(len(items), repeated, is_padding=True, epoch=epoch))
-        yield items[rank::world_size]
 
 
 def prompt_batches(

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data.dataset import IMAGE_SUFFIXES, Media
 from data.fetch import DEFAULT_CACHE, FetchError, fetch, is_address
 from data.frame_cache import FrameCache
+from data.sample import IMAGE_SUFFIXES, Media
 from data.video import (
     DEFAULT_FPS,
     PATCH_SIZE,

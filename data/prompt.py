@@ -17,7 +17,7 @@ import re
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from data.dataset import InputError, first_line
+from data.sample import InputError, first_line
 from data.video import MERGE_SIZE
 
 TAG_PATTERN = re.compile(r"\n?<(video|image)>\n?")  # the tag includes one newline on each side

@@ -8,7 +8,7 @@ text and also added each video as a media item. Here a tag and its video are kep
 
 from collections.abc import Callable
 
-from data.dataset import InputError, Sample, keep_media
+from data.sample import InputError, Sample, keep_media
 
 
 def first(num: int, most: int) -> set[int]:

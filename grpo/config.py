@@ -12,11 +12,11 @@ from typing import Literal
 from transformers import HfArgumentParser
 
 from data.augment import Augmentation
-from data.dataset import InputError, read_system_prompt
 from data.fetch import DEFAULT_CACHE
 from data.frame_cache import FrameCache
 from data.loader import PromptOptions
 from data.media import ImageOptions, MediaOptions
+from data.sample import InputError, read_system_prompt
 from data.video import VideoOptions
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
 
@@ -47,7 +47,8 @@ class Config:
     """The flags. Names and defaults are those of TRL and of the original system where they have one."""
 
     model_id: str = flag("", "Qwen2.5-VL: a local folder or a hub name", heading="model and data")
-    data_path: str = flag("", "JSON or JSONL file of samples (data/README.md)")
+    data_path: list[str] = flag([], "JSON or JSONL files of samples (data/README.md)")
+    data_weights: list[float] = flag([], "how often an epoch sees the samples of each file (once); 0.5: half of them")
     image_folder: str = flag("", "folder of the videos whose path in the JSON does not exist as it is")
     output_dir: str = flag("", "new folder for curves, flags, checkpoints and the trained model", demo="output/demo")
     demo: bool = flag(False, "make synthetic beating hearts and a small model, train on them, show before and after")
@@ -150,7 +151,7 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm")
     gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
 
-    eval_data_path: str = flag("", "JSON or JSONL file of held-out samples", heading="evaluation")
+    eval_data_path: list[str] = flag([], "JSON or JSONL files of held-out samples", heading="evaluation")
     eval_steps: int = flag(0, "steps between evaluations; there is always one at the end", demo=50)
     eval_on_start: bool = flag(False, "evaluate before the first step, too", demo=True)
     per_device_eval_batch_size: int = flag(8, "held-out prompts of a rank that are answered together", demo=16)
@@ -242,20 +243,28 @@ def _check(config: Config) -> None:
     c = config
     if c.frame_jitter and c.frame_cache:
         raise InputError("--frame_jitter reads other frames in each epoch: leave out --frame_cache, or it")
+    if c.video_cap != "first" and not c.max_videos:
+        raise InputError(f"--video_cap {c.video_cap} has no effect with --max_videos 0, which keeps all: give a number")
     if c.on_long_prompt != "error" and not c.max_prompt_length:
         raise InputError(
             f"--on_long_prompt {c.on_long_prompt} has no effect: say with --max_prompt_length what is long"
         )
     if c.demo:
-        for name in ("model_id", "data_path", "image_folder", "eval_data_path"):
+        for name in ("model_id", "data_path", "data_weights", "image_folder", "eval_data_path"):
             if getattr(c, name):
                 raise InputError(f"--demo makes its own model and data: leave out --{name}, or --demo")
     else:
         if c.demo_task != "easy":
             raise InputError("--demo_task is about the demo: add --demo, or leave it out")
         for name in ("model_id", "data_path", "output_dir"):
-            if not getattr(c, name):
+            if getattr(c, name) in ("", [], [""]):
                 raise InputError(f"--{name} is missing (or try: python train.py --demo)")
+        if c.data_weights and len(c.data_weights) != len(c.data_path):
+            raise InputError(
+                f"--data_weights: {len(c.data_weights)} weights for {len(c.data_path)} files: give each one, or none"
+            )
+        if not all(0 < weight <= 1000 for weight in c.data_weights):  # nan, too
+            raise InputError(f"--data_weights {as_typed(c.data_weights)}: give numbers above 0, and at most 1000")
     if c.num_generations < 2:
         raise InputError(
             f"--num_generations {c.num_generations}: a group needs at least 2 completions, since advantages are "

@@ -14,8 +14,8 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from data.dataset import InputError, first_line
 from data.prompt import load_tokenizer
+from data.sample import InputError, first_line
 from grpo.model.card import model_card
 from grpo.model.load import ModelFiles, load_model, processor_files
 from grpo.ranks import print_rank0

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data.dataset import InputError
+from data.sample import InputError
 
 LAUNCHER_POLL_SECONDS = 5.0
 

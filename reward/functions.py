@@ -190,7 +190,7 @@ def keys_of(samples: list) -> list[str]:
 def columns_of(samples: list, texts: list[str], keys: list[str], **columns) -> dict[str, list]:
     """Return the arguments of reward functions, a list with one entry per text each.
 
-    samples: of `data.dataset.Sample`, one per text; keys: the samples' own keys, None where a sample has not got one;
+    samples: of `data.sample.Sample`, one per text; keys: the samples' own keys, None where a sample has not got one;
     columns: completion_ids, is_stopped and prompt_index, where they are known.
     """
     return {key: [sample.extra.get(key) for sample in samples] for key in keys} | {

@@ -5,12 +5,11 @@ A reward function of the user's may be slow, or fail on a text that no model wou
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from reward.extract import extract_number
 from reward.functions import RewardFunction, score_answers
 
 MOST_SAMPLES = 1000  # that constant answers are scored on at the start of a run
@@ -71,19 +70,21 @@ def constant_rewards(
     return np.array(rewards, dtype=float)
 
 
-def zero_skill(functions: list[RewardFunction], samples: list, keys: list[str]) -> ZeroSkill | None:
-    """Find the best constant answer to samples (`data.dataset.Sample`); None if no truth has a number.
+def zero_skill(
+    functions: list[RewardFunction], samples: Sequence, truths: np.ndarray, keys: list[str]
+) -> ZeroSkill | None:
+    """Find the best constant answer to samples (`data.sample.Sample`); None if no truth has a number.
 
-    Of many samples, an even choice of a thousand is scored.
+    truths: (n,), nan where there is none. Of many samples, an even choice of a thousand is scored.
     """
-    numbers = [(sample, number) for sample in samples if (number := extract_number(sample.answer)) is not None]
-    if not numbers:
+    places = np.flatnonzero(~np.isnan(truths))
+    if not len(places):
         return None
-    truths = np.array([number for _, number in numbers])
+    truths = truths[places]
     median = float(np.median(truths))
     found = ZeroSkill(median, float(np.abs(truths - median).mean()))
-    chosen = np.linspace(0, len(numbers) - 1, min(len(numbers), MOST_SAMPLES)).round().astype(int)
-    rewards = constant_rewards(functions, [numbers[i][0] for i in chosen], truths[chosen], keys)  # (2 K, n)
+    chosen = np.linspace(0, len(truths) - 1, min(len(truths), MOST_SAMPLES)).round().astype(int)
+    rewards = constant_rewards(functions, [samples[i] for i in places[chosen]], truths[chosen], keys)  # (2 K, n)
     if rewards is None or np.isnan(rewards).all():
         return found
     scored = (~np.isnan(rewards)).sum(axis=1)

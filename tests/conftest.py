@@ -80,7 +80,7 @@ def make_tiny(folder: Path, num_videos=(1, 3, 2, 1), size=56) -> Tiny:
             parameter += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    loaded = load_samples(str(folder / "data.json"), str(folder / "videos"))
+    loaded = load_samples([str(folder / "data.json")], str(folder / "videos"))
     prompts = [load_prompt(sample, tokenizer, 2, OPTIONS) for sample in loaded]
     return Tiny(folder, model, tokenizer, prompts, special_tokens(model, tokenizer, torch.device("cpu")))
 
@@ -112,7 +112,7 @@ def make_mixed(folder: Path) -> Tiny:
         turns = [{"from": "human", "value": text}, {"from": "gpt", "value": f"The ejection fraction is {40 + i}%."}]
         samples.append({"id": f"s{i}", "conversations": turns} | media)
     (folder / "data.json").write_text(json.dumps(samples))
-    loaded = load_samples(str(folder / "data.json"), str(folder / "videos"))
+    loaded = load_samples([str(folder / "data.json")], str(folder / "videos"))
     prompts = [load_prompt(sample, tiny.tokenizer, 2, OPTIONS) for sample in loaded]
     return dataclasses.replace(tiny, prompts=prompts)
 

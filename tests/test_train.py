@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2MLP
 
 import train
-from data.loader import epoch_order
+from data.epochs import Epochs
 from grpo.demo.mp4 import write_mp4
 from tests.conftest import FLAGS, make_tiny, run_ranks
 from tests.grpo.rewards import named
@@ -170,7 +170,7 @@ def with_a_bad_video(tmp_path):
 @pytest.mark.parametrize(("world_size", "batch"), [(1, 2), (2, 2), (3, 3)])
 def test_a_bad_video_is_skipped_and_counted_once_on_all_ranks(with_a_bad_video, tmp_path, world_size, batch):
     # The bad sample is the last one: with three ranks it fills a batch alone, and is repeated on two of them.
-    seed = next(seed for seed in range(99) if epoch_order(4, seed, 0)[3] == 2)
+    seed = next(seed for seed in range(99) if Epochs([4], seed).order(0)[3] == 2)
     more = ["--global_batch_size", str(batch), "--seed", str(seed), "--on_bad_video", "skip"]
     printed = run_main(world_size, flags(with_a_bad_video, tmp_path / "out", *more), tmp_path)
     found = curves(tmp_path / "out")

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from data.dataset import InputError, Sample
 from data.loader import Prompt
 from data.prompt import mrope_positions
+from data.sample import InputError, Sample
 from data.video import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update
 from grpo.config import Config, flag, parse_flags

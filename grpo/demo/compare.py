@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.dataset import InputError
+from data.sample import InputError
 from grpo.config import DEMO_DEFAULTS, Config, DemoTask, flag, parse_flags
 from grpo.demo.demo import NUM_HELDOUT, NUM_TRAIN, as_flags
 from grpo.loss import ScaleRewards
@@ -142,7 +142,7 @@ def train_and_evaluate(run: Run, config: CompareConfig) -> None:
         return
     start, log = folder.with_name("start"), folder.with_name(f"{folder.name}.log")
     base = parse_flags(Config, [], "", DEMO_DEFAULTS)
-    data = {"data_path": str(start / "data" / "train.json"), "image_folder": str(start / "data" / "videos")}
+    data = {"data_path": [str(start / "data" / "train.json")], "image_folder": str(start / "data" / "videos")}
     common = dataclasses.replace(base, **data, seed=run.seed, model_id=str(start / "warm_start"))
     if run.flags:
         whole = dataclasses.replace(common, output_dir=str(folder), max_steps=run.steps, save_steps=200)

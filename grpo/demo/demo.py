@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from data.dataset import InputError, load_samples
+from data.dataset import load_samples
 from data.loader import PromptDataset, PromptOptions
 from data.prompt import load_tokenizer
+from data.sample import InputError
 from grpo.config import DEMO_DEFAULTS, Config, default_of
 from grpo.demo.supervised import VIDEO_OPTIONS, SupervisedConfig, fit, load_prompts
 from grpo.demo.synthetic_echo import ANSWER, QUESTION, write_samples
@@ -84,8 +85,8 @@ def prepare(config: Config) -> Config:
         config,
         demo=False,
         model_id=str(model_folder),
-        data_path=str(data / "train.json"),
-        eval_data_path=str(data / "heldout.json"),
+        data_path=[str(data / "train.json")],
+        eval_data_path=[str(data / "heldout.json")],
         image_folder=str(data / "videos"),
     )
     if dist.get_rank() == 0:
@@ -157,9 +158,9 @@ def report(config: Config, began: float) -> None:
     """
     output = Path(config.output_dir)
     samples = {
-        name: load_samples(str(output / f"data/{name}.json"), config.image_folder) for name in ("train", "heldout")
+        name: load_samples([str(output / f"data/{name}.json")], config.image_folder) for name in ("train", "heldout")
     }
-    scorer = load_scorer(config, samples["train"] + samples["heldout"])
+    scorer = load_scorer(config, [])
     options, rows = AnswerOptions.of(config, scorer), {}
     tokenizer = load_tokenizer(config.model_id)
     for when, folder in {"before": config.model_id, "after": output / "final"}.items():

@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from data.dataset import InputError, load_samples
+from data.dataset import load_samples
 from data.loader import Prompt, load_prompt
 from data.media import MediaOptions
 from data.prompt import load_tokenizer
+from data.sample import InputError
 from data.video import VideoOptions
 from grpo.config import flag, parse_flags
 from grpo.demo.synthetic_echo import NUM_FRAMES, SIZE
@@ -66,7 +67,7 @@ def supervised_loss(model, prompts: list[Prompt], answer_ids: list[Tensor]) -> T
 
 def load_prompts(json_path: Path, tokenizer, image_folder: Path | None = None) -> list[Prompt]:
     """Decode all samples of a JSON of synthetic hearts."""
-    samples = load_samples(str(json_path), str(image_folder or json_path.parent / "videos"))
+    samples = load_samples([str(json_path)], str(image_folder or json_path.parent / "videos"))
     return [load_prompt(sample, tokenizer, TOKENS_PER_SECOND, VIDEO_OPTIONS) for sample in samples]
 
 

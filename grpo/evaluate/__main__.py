@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
-from data.dataset import InputError, first_line
 from data.loader import PromptDataset, worker_failure
 from data.prompt import load_tokenizer
+from data.sample import InputError, first_line
 from grpo.config import (
     Config,
     OnLongPrompt,
@@ -49,9 +49,8 @@ from grpo.model.layers import pack_weights
 from grpo.model.load import load_model
 from grpo.model.sharding import compute_dtype
 from grpo.ranks import abort_rank, broadcast_object, print_rank0, raise_together, start_processes
-from grpo.run.inputs import check_truths, load_capped_samples
-from grpo.run.resume import fingerprint
 from grpo.run.scoring import load_scorer
+from grpo.run.survey import check_truths, survey
 
 PROG = "python -m grpo.evaluate"
 
@@ -75,7 +74,7 @@ class EvaluateConfig:
     run: str = flag("", "folder of a run: its final/, its held-out samples and all its settings", heading="what")
     model_id: str = flag("", "Qwen2.5-VL: a local folder or a hub name (with --run: its final/)")
     adapter: str = flag("", "folder of adapters that training with --lora_enable has written, for this model")
-    data_path: str = flag("", "JSON or JSONL file of samples (with --run: its --eval_data_path)")
+    data_path: list[str] = flag([], "JSON or JSONL files of samples (with --run: its --eval_data_path)")
     image_folder: str = shared("image_folder")
     output_dir: str = flag("", "folder for predictions.jsonl, metrics.json and pictures (with --run: its eval/)")
 
@@ -130,7 +129,7 @@ def parse(argv: list[str]) -> EvaluateConfig:
     if config.adapter and not config.model_id:
         config.model_id = base_of(config.adapter)
     for name in ("model_id", "data_path", "output_dir"):
-        if not getattr(config, name):
+        if getattr(config, name) in ("", [], [""]):
             hint = "" if config.run else ", or a whole run with --run"
             raise InputError(f"--{name} is missing: name it{hint}")
     check_bounds(config)
@@ -151,7 +150,9 @@ def defaults_of_run(given: EvaluateConfig) -> dict:
         run = json.loads(path.read_text())
         names = {field.name for field in dataclasses.fields(EvaluateConfig)} - {"run", "adapter", "temperature"}
         defaults = {name: value for name, value in run.items() if name in names}
-        defaults |= {"data_path": run.get("eval_data_path", ""), "output_dir": os.path.join(given.run, "eval")}
+        held_out = run.get("eval_data_path", [])
+        held_out = [held_out] if isinstance(held_out, str) and held_out else held_out  # of a run of an older version
+        defaults |= {"data_path": held_out, "output_dir": os.path.join(given.run, "eval")}
         if given.reward_funcs != default_of(field_of("reward_funcs")):  # the run's are those of other functions
             defaults = {
                 name: value for name, value in defaults.items() if name not in ("reward_weights", "reward_kwargs")
@@ -201,10 +202,10 @@ def digest_of(model) -> str:
 def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     """Answer what has no answer yet; write the figures and pictures, and print the figures. Collective."""
     messages = []
-    samples = raise_together(load_capped_samples, config.data_path, config, messages)
-    check_truths(samples, "--data_path", config.data_path, config.valid_range, messages)
+    found = raise_together(survey, config.data_path, config, messages)
+    check_truths(found, "--data_path", config.data_path, config.valid_range, messages)
     print_rank0(*messages)
-    scorer = raise_together(load_scorer, config, samples)
+    scorer = raise_together(load_scorer, config, found.keys)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)
     options = AnswerOptions.of(config, scorer, config.num_samples, config.temperature)
@@ -212,7 +213,8 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     settings |= {n: v for n in DECISIVE_TOO if (v := getattr(config, n)) != getattr(Config, n)}
     settings |= {"seed": config.seed} if config.temperature else {}
     settings["rewards"] = [[f.name, f.weight, f.options, f.digest] for f in scorer.functions]
-    settings |= {"samples": fingerprint(samples), "weights": digest_of(model)}
+    settings |= {"samples": found.fingerprint, "weights": digest_of(model)}
+    samples = found.samples
     predictions = raise_together(Predictions, config.output_dir, settings, samples)
     done = broadcast_object(set(predictions.done))  # ids
     tokens_per_second = model.config.vision_config.tokens_per_second

@@ -11,8 +11,9 @@ from functools import partial
 import numpy as np
 import torch.distributed as dist
 
-from data.dataset import InputError, Sample
-from data.loader import BatchItem, PromptDataset, checked, prompt_batches
+from data.epochs import BatchItem
+from data.loader import PromptDataset, checked, prompt_batches
+from data.sample import InputError, Sample
 from grpo.evaluate.metrics import Answers, Truths
 from grpo.model.load import SpecialTokens, special_tokens
 from grpo.ranks import all_gather_object, raise_together

@@ -8,8 +8,8 @@ from functools import partial
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.dataset import InputError
 from data.loader import PromptDataset
+from data.sample import InputError
 from grpo.config import Config
 from grpo.evaluate.answer import AnswerOptions, answer, answers_of, truths_of
 from grpo.evaluate.metrics import figures
@@ -74,7 +74,7 @@ class HeldOut:
                 bar.update(len(done.predictions))
         answered = [i for i, sample_id in enumerate(self.ids) if sample_id in predictions]
         if not answered:
-            raise InputError(f"--eval_data_path {config.eval_data_path!r}: no sample has readable videos")
+            raise InputError(f"--eval_data_path {' '.join(config.eval_data_path)!r}: no sample has readable videos")
         truths = self.truths.subset(answered)
         answers = answers_of([predictions[self.ids[i]] for i in answered])
         # Of rank 0, since all ranks must agree on which model is the best, to the last digit.

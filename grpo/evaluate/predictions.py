@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data.dataset import InputError, Sample, first_line
+from data.sample import InputError, Sample, first_line
 from grpo.evaluate.answer import Prediction
 from grpo.run.lock import lock_folder
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.dataset import InputError, Sample
+from data.sample import InputError, Sample
 from grpo.evaluate.answer import AnswerOptions, Prediction, answers_of, truths_of
 from grpo.evaluate.metrics import NUM_RESAMPLES, Answers, best_answers, figures, median_answers
 from grpo.evaluate.pictures import pictures
@@ -21,7 +21,9 @@ def report(config, settings: dict, samples: list[Sample], done: dict[str, Predic
     answered = [sample for sample in samples if sample.id in done]
     used = [sample for sample in answered if done[sample.id].truth_number is not None]
     if not used:
-        raise InputError(f"--data_path {config.data_path!r}: no sample with a number in its truth could be answered")
+        raise InputError(
+            f"--data_path {' '.join(config.data_path)!r}: no sample with a number in its truth could be answered"
+        )
     truths, answers = truths_of(used, options), answers_of([done[sample.id] for sample in used])
     ways = {"greedy" if not config.temperature else "single": answers}
     if config.num_samples > 1:
@@ -44,7 +46,8 @@ def report(config, settings: dict, samples: list[Sample], done: dict[str, Predic
         **found[main],
         **{way.replace(" ", "_"): found[way] for way in others},
     }
-    drawn = pictures(truths.numbers, answers, found[main], config.valid_range, config.cuts, Path(config.data_path).name)
+    title = ", ".join(Path(path).name for path in config.data_path)
+    drawn = pictures(truths.numbers, answers, found[main], config.valid_range, config.cuts, title)
     output = Path(config.output_dir)
     try:
         write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())

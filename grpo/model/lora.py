@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from data.dataset import InputError
+from data.sample import InputError
 from grpo.config import Config
 from grpo.model.optimizer import component_of
 from grpo.ranks import full_tensor

@@ -24,8 +24,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data.dataset import InputError, first_line
 from data.loader import worker_failure
+from data.sample import InputError, first_line
 from grpo.config import Config
 from grpo.model.card import model_card
 from grpo.model.load import ModelFiles

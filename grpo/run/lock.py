@@ -7,7 +7,7 @@ import os
 import socket
 from pathlib import Path
 
-from data.dataset import InputError
+from data.sample import InputError
 from grpo.ranks import print_rank0
 
 NAME = ".lock"

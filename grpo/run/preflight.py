@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 
-from data.dataset import InputError
-from data.loader import BatchItem, LongPrompt, Prompt, PromptDataset, checked, fit_prompt
+from data.epochs import BatchItem
+from data.loader import LongPrompt, Prompt, PromptDataset, checked, fit_prompt
+from data.sample import InputError
 from data.video import BadMedia
 from grpo.config import Config
 from grpo.model.optimizer import init_optimizer_state

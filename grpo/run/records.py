@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.dataset import TAG_PATTERN
+from data.sample import TAG_PATTERN
 from grpo.loss import group_advantages, has_zero_std
 from grpo.ranks import all_gather_object
 from grpo.rollout import Rollout

@@ -1,7 +1,6 @@
 """Decide where a run starts (`--resume_from_checkpoint`), and whether a checkpoint belongs to the same run."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -9,11 +8,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data.dataset import InputError, Media, Sample, first_line
-from data.fetch import shown
+from data.epochs import Epochs
+from data.sample import InputError, first_line
 from grpo.config import Config, count_steps, default_of
 from grpo.run.checkpoint import PROGRESS, checkpoints
 from grpo.run.scoring import Scorer
+from grpo.run.survey import Survey
 
 # Flags that a resumed run may change. The data may lie elsewhere but must be the same. How a step's work is split does
 # not change results. With another number of steps the learning rate continues as in a run of the new length.
@@ -40,14 +40,16 @@ class ResumeState:
     messages: list[str] = field(default_factory=list)  # lines for the user
 
 
-def find_resume_state(config: Config, samples: list[Sample], heldout: list[Sample], scorer: Scorer) -> ResumeState:
+def find_resume_state(
+    config: Config, epochs: Epochs, data: Survey, heldout: Survey | None, scorer: Scorer
+) -> ResumeState:
     """Find where the run starts; raise InputError if the flags or samples are not those of the checkpoint."""
     output, wanted = Path(config.output_dir), config.resume_from_checkpoint
-    total_steps = count_steps(config, len(samples))
+    total_steps = count_steps(config, len(epochs))
     metadata = {"flags": dataclasses.asdict(config), "total_steps": total_steps, "ranks": dist.get_world_size()}
-    metadata |= {"num_samples": len(samples), "data": fingerprint(samples)}
-    metadata["extra"] = digest([sample.extra for sample in samples])  # which reward functions are given
-    metadata["eval_data"] = fingerprint(heldout) if heldout else None
+    metadata |= {"num_samples": len(data.samples), "data": data.fingerprint, "extra": data.own_data}
+    metadata["file_sizes"] = epochs.sizes if config.data_weights else None  # which samples have which weight
+    metadata["eval_data"] = heldout.fingerprint if heldout else None
     metadata["rewards"] = {function.name: function.digest for function in scorer.functions}
     there = checkpoints(output)
     newest = there[max(there)] if there else None
@@ -129,13 +131,14 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
         defaults = {field.name: default_of(field) for field in dataclasses.fields(Config)}
         flags = defaults | old["flags"]  # an older checkpoint does not know the newest flags
         needed = ("step", "total_steps", "ranks", "num_samples", "data", "counts")
-        # Older checkpoints lack the last five.
+        # Older checkpoints lack the last six.
         old = {key: old[key] for key in needed} | {
             "eval_data": old.get("eval_data"),
             "evaluations": old.get("evaluations", []),
             "best_step": old.get("best_step"),
             "rewards": old.get("rewards", {}),
             "extra": old.get("extra", metadata["extra"]),
+            "file_sizes": old.get("file_sizes"),
         }
         changed = [
             f"--{name} {new!r} was {flags[name]!r}"
@@ -151,10 +154,11 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
         raise InputError(
             f"{', '.join(changed)} in {str(folder)!r}: give the old value, or start again in a new --output_dir"
         )
-    if any(metadata[name] != old[name] for name in ("num_samples", "data", "extra")):
+    if any(metadata[name] != old[name] for name in ("num_samples", "data", "extra", "file_sizes")):
         raise InputError(
-            f"--data_path {config.data_path!r}: {str(folder)!r} was trained on other samples ({old['num_samples']}, "
-            f"now {metadata['num_samples']}): give the same ones, or start again in a new --output_dir"
+            f"--data_path {' '.join(config.data_path)!r}: {str(folder)!r} was trained on other samples "
+            f"({old['num_samples']}, now {metadata['num_samples']}): give the same ones, or start again in a new "
+            "--output_dir"
         )
     if edited := [name for name, new in metadata["rewards"].items() if old["rewards"].get(name, new) != new]:
         raise InputError(
@@ -163,8 +167,8 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
         )
     if old["eval_data"] and metadata["eval_data"] and old["eval_data"] != metadata["eval_data"]:
         raise InputError(
-            f"--eval_data_path {config.eval_data_path!r}: {str(folder)!r} was evaluated on other samples: give the "
-            "same ones, or none, or start again in a new --output_dir"
+            f"--eval_data_path {' '.join(config.eval_data_path)!r}: {str(folder)!r} was evaluated on other samples: "
+            "give the same ones, or none, or start again in a new --output_dir"
         )
     return old
 
@@ -172,20 +176,3 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
 def is_same(name: str, new, old) -> bool:
     """Compare two values of a flag; a model may be named by different paths."""
     return new == old or (name == "model_id" and os.path.realpath(new) == os.path.realpath(old))
-
-
-def fingerprint(samples: list[Sample]) -> str:
-    """Return a digest of the samples' texts, and the names and options of their videos and images, without folders."""
-    return digest([[s.id, s.turns, s.answer, [name_of(media) for media in s.media]] for s in samples])
-
-
-def name_of(media: Media) -> str | list:
-    """Return what a video or image is known by, wherever it lies: of an ordinary video its name."""
-    if media.kind == "video" and isinstance(media.path, str) and not media.options:
-        return Path(shown(media.path)).name
-    return [media.kind, [Path(shown(path)).name for path in media.files], media.options]
-
-
-def digest(value) -> str:
-    """Return a digest of what JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

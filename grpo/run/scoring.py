@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.dataset import InputError, Sample
 from data.loader import worker_failure
+from data.sample import InputError, Sample
 from grpo.ranks import all_gather_object, broadcast_object, printable, raise_together
 from grpo.rollout import Rollout
 from reward.functions import (
@@ -24,7 +24,6 @@ from reward.functions import (
     call_reward_function,
     check_keys,
     columns_of,
-    keys_of,
     load_reward_functions,
     score_answers,
     weighted_sum,
@@ -61,10 +60,9 @@ def load_functions(config) -> list[RewardFunction]:
         raise InputError(str(error)) from error
 
 
-def load_scorer(config, samples: list[Sample]) -> Scorer:
-    """Load the reward functions that the flags name, for these samples; raise InputError."""
-    functions = load_functions(config)
-    keys = keys_of(samples)
+def load_scorer(config, keys: list[str]) -> Scorer:
+    """Load the reward functions that the flags name, for samples with these keys of their own; raise InputError."""
+    functions, keys = load_functions(config), list(dict.fromkeys(keys))
     try:
         check_keys(functions, keys)
     except RewardError as error:

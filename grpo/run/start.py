@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.utils.data import ConcatDataset
 
+from data.epochs import Epochs
 from data.loader import PromptDataset
 from grpo.config import Config, count_steps, prompt_options
 from grpo.model.load import ModelFiles, SpecialTokens, processor_files, special_tokens
@@ -28,6 +30,7 @@ class Run:
     config: Config  # with all batch sizes filled in
     resume: ResumeState
     total_steps: int
+    epochs: Epochs
     dataset: PromptDataset
     heldout: PromptDataset | None
     scorer: Scorer
@@ -61,7 +64,8 @@ def start(config: Config, device: torch.device, trial_step: Callable) -> Run | N
     fits into memory. Collective; raises InputError.
     """
     inputs = raise_together(load_inputs, config)
-    config, samples, tokenizer = inputs.config, inputs.samples, inputs.tokenizer
+    config, tokenizer = inputs.config, inputs.tokenizer
+    samples, heldout_samples = inputs.data.samples, inputs.heldout and inputs.heldout.samples
     resume = broadcast_object(inputs.resume)
     if resume.is_complete:
         print_rank0(*resume.messages)
@@ -69,14 +73,15 @@ def start(config: Config, device: torch.device, trial_step: Callable) -> Run | N
     models = build_models(inputs.model, config, device)
     inputs.model = None  # free the copy on rank 0
     policy, tokens = models.policy, special_tokens(models.policy, tokenizer, device)
-    total_steps = count_steps(config, len(samples))
+    total_steps = count_steps(config, len(inputs.epochs))
     optimizer, schedule = make_optimizer(policy, config, total_steps)
     tokens_per_second = policy.config.vision_config.tokens_per_second
     options, varied = prompt_options(config), prompt_options(config, is_training=True)
     dataset = PromptDataset(samples, tokenizer, tokens_per_second, varied)
-    heldout = PromptDataset(inputs.heldout, tokenizer, tokens_per_second, options) if inputs.heldout else None
+    heldout = PromptDataset(heldout_samples, tokenizer, tokens_per_second, options) if inputs.heldout else None
     if config.memory_preflight or (config.memory_preflight is None and device.type == "cuda"):
-        everyone = PromptDataset(samples + inputs.heldout, tokenizer, tokens_per_second, varied)
+        both = ConcatDataset([samples, heldout_samples]) if heldout_samples else samples
+        everyone = PromptDataset(both, tokenizer, tokens_per_second, varied)
         step_on = partial(trial_step, models, optimizer, tokens, config)
         print_rank0(memory_preflight(everyone, optimizer, config, step_on))
     checkpoint.load(resume.folder, resume.step, policy, optimizer, schedule)
@@ -84,4 +89,4 @@ def start(config: Config, device: torch.device, trial_step: Callable) -> Run | N
     print_rank0(*components_table(policy, config).splitlines(), *resume.messages)
     zero_skill = broadcast_object(inputs.zero_skill)
     parts = dataset, heldout, inputs.scorer, tokenizer, tokens, models, optimizer, schedule
-    return Run(config, resume, total_steps, *parts, zero_skill.reward if zero_skill else None)
+    return Run(config, resume, total_steps, inputs.epochs, *parts, zero_skill.reward if zero_skill else None)

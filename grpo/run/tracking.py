@@ -20,8 +20,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from data.dataset import InputError, first_line
 from data.loader import Prompt
+from data.sample import InputError, first_line
 from grpo.config import Config
 from grpo.ranks import print_rank0, raise_together
 from grpo.run import rollout_log

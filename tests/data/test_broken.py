@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.dataset import InputError, Media, Sample
-from data.loader import BatchItem, Prompt, PromptDataset, PromptOptions
+from data.epochs import BatchItem
+from data.loader import Prompt, PromptDataset, PromptOptions
 from data.media import MediaOptions
+from data.sample import InputError, Media, Sample
 from data.video import VideoOptions
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from data.check import FORMS, PROBLEMS, check, check_in_own_process, check_media, main, parse
-from data.dataset import InputError, Media, load_samples
+from data.dataset import load_samples
 from data.media import MediaOptions
+from data.sample import InputError, Media
 from data.video import VideoOptions
 from grpo.config import Config, media_options
 from grpo.demo.mp4 import write_mp4
@@ -126,13 +127,13 @@ def test_a_bad_video_beyond_the_cap_is_kept_since_the_trainer_does_not_open_it_b
     code, text, table = run(folder, capsys, entries, "--max_videos", "1", "--write_clean", str(folder / "clean.json"))
     assert code == 1 and table["undecodable video"][0] == 0 and table["missing file"] == (1, "left out", "'gone'")
     assert re.search(r"^    2 videos, only 1 are used; not used: '.*/d\.mp4' is not a", text, re.MULTILINE)
-    assert [sample.id for sample in load_samples(str(folder / "clean.json"), str(folder / "videos"))] == ["bad"]
+    assert [sample.id for sample in load_samples([str(folder / "clean.json")], str(folder / "videos"))] == ["bad"]
 
 
 def test_entries_without_an_id_keep_the_one_that_their_position_gave_them(folder, capsys):
     unnamed = {key: value for key, value in entry("").items() if key != "id"}
     run(folder, capsys, [3, unnamed, entry("#1"), unnamed | {"id": None}], "--write_clean", str(folder / "clean.json"))
-    samples = load_samples(str(folder / "clean.json"), str(folder / "videos"))
+    samples = load_samples([str(folder / "clean.json")], str(folder / "videos"))
     assert [sample.id for sample in samples] == ["#2", "#1", "#4"]
 
 
@@ -158,7 +159,7 @@ def test_the_cleaned_file_holds_the_valid_entries_unchanged_and_the_trainer_take
     written = (folder / name).read_text()
     read = json.loads(written) if name == "clean.json" else [json.loads(line) for line in written.splitlines()]
     assert read == [MIXED[0], MIXED[-2], MIXED[-1]]
-    samples = load_samples(str(folder / name), str(folder / "videos"))
+    samples = load_samples([str(folder / name)], str(folder / "videos"))
     assert [sample.id for sample in samples] == ["fine", "words", "many"]
     assert run(folder, capsys, read)[0] == 0
 

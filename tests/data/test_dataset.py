@@ -1,9 +1,15 @@
 import json
 import math
+import os
+import tracemalloc
 
 import pytest
 
-from data.dataset import DuplicateId, InputError, Media, Sample, load_samples, read_samples
+from data.dataset import Entries, Samples, load_samples
+from data.epochs import BatchItem
+from data.loader import PromptDataset, PromptOptions
+from data.sample import DuplicateId, InputError, Media, Sample
+from tests.conftest import OPTIONS
 
 HUMAN = {"from": "human", "value": "What is the EF?"}
 GPT = {"from": "gpt", "value": "55%"}
@@ -32,7 +38,7 @@ def write(folder, content, name="train.json"):
 def error_of(folder, content, name="train.json", **kwargs):
     path = write(folder, content, name)
     with pytest.raises(InputError) as caught:
-        load_samples(path, **({"image_folder": str(folder)} | kwargs))
+        load_samples([path], **({"image_folder": str(folder)} | kwargs))
     line = str(caught.value)
     assert len(line.splitlines()) == 1 and line.isprintable()
     assert repr(path) in line
@@ -47,7 +53,7 @@ def test_a_sample_holds_its_videos_prompt_and_answer(folder):
         {"from": "user", "value": "And <video> the EF?"},
         {"from": "assistant", "value": "The EF is 55%"},
     ]
-    (sample,) = load_samples(write(folder, [entry(conversations=turns)]), str(folder))
+    (sample,) = load_samples([write(folder, [entry(conversations=turns)])], str(folder))
     assert sample == Sample(
         id="s1",
         media=(Media("video", str(folder / "a.mp4")), Media("video", str(folder / "b.mp4"))),
@@ -63,7 +69,7 @@ def test_a_sample_holds_its_videos_prompt_and_answer(folder):
 
 def test_videos_come_before_the_first_question_when_there_are_no_tags(folder):
     turns = [{"from": "system", "value": "S"}, HUMAN, GPT, {"from": "human", "value": "Sure?"}, GPT]
-    (sample,) = load_samples(write(folder, [entry(conversations=turns)]), str(folder))
+    (sample,) = load_samples([write(folder, [entry(conversations=turns)])], str(folder))
     assert sample.turns == (
         ("system", "S"),
         ("user", "<video>\n<video>\nWhat is the EF?"),
@@ -73,7 +79,7 @@ def test_videos_come_before_the_first_question_when_there_are_no_tags(folder):
 
 
 def test_one_video_may_be_a_plain_string(folder):
-    (sample,) = load_samples(write(folder, [entry(video="a.mp4")]), str(folder))
+    (sample,) = load_samples([write(folder, [entry(video="a.mp4")])], str(folder))
     assert sample.media == (Media("video", str(folder / "a.mp4")),)
 
 
@@ -85,44 +91,44 @@ def test_a_path_that_exists_is_used_as_it_is(folder, monkeypatch):
     monkeypatch.chdir(elsewhere)
     (elsewhere / "b.mp4").mkdir()  # a folder of that name is no video
     videos = ["a.mp4", "b.mp4", str(folder / "c.mp4")]
-    (sample,) = load_samples(write(folder, [entry(video=videos)]), str(folder))
+    (sample,) = load_samples([write(folder, [entry(video=videos)])], str(folder))
     assert [media.path for media in sample.media] == ["a.mp4", str(folder / "b.mp4"), str(folder / "c.mp4")]
 
 
 def test_ids_are_strings_and_a_missing_one_is_the_position(folder):
     entries = [entry(id="x"), entry(id=7), entry(id=None), entry()]
     del entries[3]["id"]
-    assert [sample.id for sample in load_samples(write(folder, entries), str(folder))] == ["x", "7", "#3", "#4"]
+    assert [sample.id for sample in load_samples([write(folder, entries)], str(folder))] == ["x", "7", "#3", "#4"]
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
 def test_jsonl_is_read_by_its_name_or_by_its_content(folder, name):
     text = f"{json.dumps(entry())}\r\n\n{json.dumps(entry(id='s2'))}\n"
-    assert [sample.id for sample in load_samples(write(folder, text, name), str(folder))] == ["s1", "s2"]
+    assert [sample.id for sample in load_samples([write(folder, text, name)], str(folder))] == ["s1", "s2"]
 
 
 def test_a_jsonl_line_may_hold_unicode_line_separators(folder):
     turns = [{"from": "human", "value": "a\u2028b"}, GPT]
     text = json.dumps(entry(conversations=turns), ensure_ascii=False)
-    (sample,) = load_samples(write(folder, text.encode(), "train.jsonl"), str(folder))
+    (sample,) = load_samples([write(folder, text.encode(), "train.jsonl")], str(folder))
     assert sample.turns == (("user", "<video>\n<video>\na\u2028b"),)
 
 
 def test_a_list_is_read_whatever_the_name_and_with_a_byte_order_mark(folder):
     content = b"\xef\xbb\xbf" + json.dumps([entry()], indent=2).encode()
-    assert load_samples(write(folder, content, "train.jsonl"), str(folder))[0].id == "s1"
+    assert load_samples([write(folder, content, "train.jsonl")], str(folder))[0].id == "s1"
 
 
 def test_a_missing_file_or_a_directory_is_named(folder):
     for path, problem in ((folder / "none.json", "No such file"), (folder, "is a directory")):
         with pytest.raises(InputError) as caught:
-            load_samples(str(path))
+            load_samples([str(path)])
         assert all(part in str(caught.value) for part in (repr(str(path)), problem, "--data_path"))
 
 
 def test_malformed_json_is_named_with_line_and_column(folder):
     assert "line 2, column 4" in error_of(folder, '[\n{} {}]')  # fmt: skip
-    assert "line 3, column 6" in error_of(folder, '{"id": 1}\n\n{"a" 1}', "train.jsonl")
+    assert "line 3, column 6" in error_of(folder, json.dumps(entry()) + '\n\n{"a" 1}', "train.jsonl")
     assert "line 2, column 5" in error_of(folder, '{\n"a" 1}')
     assert "line 1, column 10" in error_of(folder, '[{"id": 1')  # cut off
     assert "line 1, column 11" in error_of(folder, '[{"id": 1,}]')
@@ -133,7 +139,7 @@ def test_malformed_json_is_named_with_line_and_column(folder):
 def test_json_that_no_parser_takes_is_an_input_error(folder):
     for opening in ("[", '{"a":'):
         assert "line 1" in error_of(folder, opening * 100_000)
-    assert "line 2" in error_of(folder, "{}\n" + '{"id": ' + "9" * 5000 + "}", "train.jsonl")
+    assert "line 2" in error_of(folder, json.dumps(entry()) + '\n{"id": ' + "9" * 5000 + "}", "train.jsonl")
     assert "byte 2" in error_of(folder, b'["\xff"]')
     assert "is not UTF-8" in error_of(folder, json.dumps([entry()]).encode("utf-16"))
 
@@ -238,7 +244,7 @@ def test_videos_and_images_stand_in_the_order_of_their_tags(folder):
     own = {"video": "b.mp4", "nframes": 4, "video_start": 0.5}
     images = ["a.png", {"image": "a.png", "resized_width": 56, "resized_height": 84}]
     (sample,) = load_samples(
-        write(folder, [entry(video=["frames", own], image=images, conversations=turns)]), str(folder)
+        [write(folder, [entry(video=["frames", own], image=images, conversations=turns)])], str(folder)
     )
     assert sample.media == (
         Media("image", str(folder / "a.png")),
@@ -253,7 +259,7 @@ def test_what_has_no_tags_comes_first_images_before_videos(folder):
         (folder / name).touch()
     frames = {"video": ["a.png", "b.png"], "fps": 8}
     (sample,) = load_samples(
-        write(folder, [entry(video=frames, image="a.png", conversations=[HUMAN, GPT])]), str(folder)
+        [write(folder, [entry(video=frames, image="a.png", conversations=[HUMAN, GPT])])], str(folder)
     )
     assert sample.turns == (("user", "<image>\n<video>\nWhat is the EF?"),)
     paths = str(folder / "a.png"), str(folder / "b.png")
@@ -264,7 +270,7 @@ def test_what_has_no_tags_comes_first_images_before_videos(folder):
 @pytest.mark.parametrize("keys", [{}, {"video": None, "image": None}, {"video": [], "image": []}])
 def test_a_sample_may_be_text_only(folder, keys):
     text_only = {"id": "s1", "conversations": [HUMAN, GPT], **keys}
-    (sample,) = load_samples(write(folder, [text_only]), str(folder))
+    (sample,) = load_samples([write(folder, [text_only])], str(folder))
     assert sample.media == () and sample.turns == (("user", "What is the EF?"),)
 
 
@@ -304,7 +310,7 @@ def test_a_misspelt_key_is_named_with_the_one_that_was_meant(folder, key, meant,
 def test_keys_of_the_users_own_are_allowed(folder):
     own = {"ef": 55.0, "split": "train", "view": "A4C", "": 0, "video_id": 1, "conversation_id": 2, "Videographer": "x"}
     own |= {"videoId": 3, "conversationId": 4, "video1": "x", "image": None, "image_id": 5}
-    (sample,) = load_samples(write(folder, [entry(**own)]), str(folder))
+    (sample,) = load_samples([write(folder, [entry(**own)])], str(folder))
     assert sample.id == "s1"
 
 
@@ -328,14 +334,118 @@ def test_all_entries_can_be_read_beside_what_is_wrong_with_them(folder):
         entry(),
         entry(id="s3", video="a.mp4"),
     ]
-    read = list(read_samples(write(folder, entries), str(folder)))
-    assert [written for written, _ in read] == entries
-    assert [type(sample) for _, sample in read] == [Sample, InputError, InputError, DuplicateId, Sample]
-    assert read[0][1].media == (Media("video", str(folder / "gone.mp4")),)
+    read = list(Samples([write(folder, entries)], str(folder)).each())
+    assert [written for _, written, _ in read] == entries
+    assert [name for name, _, _ in read] == [f"#{n}" for n in range(1, 6)]
+    assert [type(sample) for _, _, sample in read] == [Sample, InputError, InputError, DuplicateId, Sample]
+    assert read[0][2].media == (Media("video", str(folder / "gone.mp4")),)
 
 
 def test_control_characters_do_not_break_the_line(folder):
     line = error_of(folder, [entry(id="a\nb\x1b", video=["x\ny.mp4", "\x00", "\ud800.mp4"])], image_folder="f\n")
     assert r"'f\n/x\ny.mp4' (sample 'a\nb\x1b')" in line and "3 file(s) missing" in line
     with pytest.raises(InputError, match=r"gone\\n\.json"):
-        load_samples(str(folder / "gone\n.json"))
+        load_samples([str(folder / "gone\n.json")])
+
+
+WRITTEN = [
+    {"a": [1, {"b": "],["}], "é": "\u2028 \U0001f600"},
+    "[",
+    -1.5e3,
+    None,
+    True,
+    [],
+    [[], {}],
+    {},
+    'a "quoted" {text} \\',
+    "ä" * 1000,
+]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 3])
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+@pytest.mark.parametrize("start", [b"", b" \n", "\ufeff".encode(), "\ufeff\r\n\t".encode()])
+def test_the_entries_of_a_list_are_found_however_it_is_written(folder, indent, ensure_ascii, start):
+    text = json.dumps(WRITTEN, indent=indent, ensure_ascii=ensure_ascii, separators=(" ,\r\n", ":"))
+    entries = Entries(write(folder, start + text.encode() + b"\n\n"))
+    assert list(entries) == WRITTEN and len(entries) == len(WRITTEN)
+    assert [entries[i] for i in reversed(range(len(WRITTEN)))] == WRITTEN[::-1]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \n"])
+def test_the_entries_of_lines_are_found_however_they_end(folder, end):
+    found = [written for written in WRITTEN if isinstance(written, dict)] * 3
+    lines = end.join(json.dumps(written, ensure_ascii=False) for written in found)
+    for start, last in (("", ""), ("\ufeff", end), (end, "\n")):
+        assert list(Entries(write(folder, (start + lines + last).encode(), "train.jsonl"))) == found
+
+
+@pytest.mark.parametrize("text", ["[1 2]", "[1,]", "[,1]", "[1", "[", "[1]]", "[1] 2", "[1],", "{}]", "[1;2]", "[tru]"])
+def test_what_is_nearly_a_list_is_malformed(folder, text):
+    assert "malformed JSON at line 1" in error_of(folder, text)
+
+
+def several(folder):
+    """Two files, of three and two samples; the last of each has no id."""
+    one = [entry(id="a"), entry(id="b", conversations=[HUMAN, {"from": "gpt", "value": "40%"}]), entry(id=None)]
+    two = "\n".join(json.dumps(entry(id=sample_id)) for sample_id in ("c", None))
+    return [write(folder, one), write(folder, two, "more.jsonl")]
+
+
+def test_several_files_are_one_after_the_other_and_ids_are_unique_over_all(folder):
+    paths = several(folder)
+    samples = load_samples(paths, str(folder))
+    assert [sample.id for sample in samples] == ["a", "b", "#3", "c", "#2.2"] and samples.sizes == [3, 2]
+    assert [samples[i].id for i in (4, 0, 3, -1)] == ["#2.2", "a", "c", "#2.2"] and samples[1].answer == "40%"
+    for index in (5, -6):
+        with pytest.raises(IndexError):
+            samples[index]
+    with pytest.raises(InputError, match=r"more.jsonl': the id 'a' occurs twice, first in '.*train.json': give every"):
+        load_samples([paths[0], write(folder, json.dumps(entry(id="a")), "more.jsonl")], str(folder))
+    with pytest.raises(InputError, match=r"train.json': the id 'a' occurs twice, first in '.*train.json'"):
+        load_samples([paths[0], paths[0]], str(folder))
+    with pytest.raises(InputError, match=r"empty.json' contains no samples"):
+        load_samples([paths[0], write(folder, "[]", "empty.json")], str(folder))
+    with pytest.raises(InputError, match=r"more.jsonl': sample '#2.1' has no 'conversations'"):
+        load_samples([paths[0], write(folder, "{}", "more.jsonl")], str(folder))
+    with pytest.raises(InputError, match=r"train.json .*more.jsonl': 1 file\(s\) missing: '.*/gone.mp4' \(sample 'z'\)"):
+        load_samples([paths[0], write(folder, json.dumps(entry(id="z", video="gone.mp4")), "more.jsonl")], f"{folder}/")
+
+
+def test_a_file_that_is_replaced_changes_nothing_and_one_that_is_changed_is_named(folder):
+    path, *_ = several(folder)
+    samples = load_samples([path], str(folder))
+    before = list(samples)
+    (folder / "new.json").write_text("[]")
+    os.replace(folder / "new.json", path)
+    assert list(samples) == before and not load_error(samples, 2)
+    path, *_ = several(folder)
+    samples = load_samples([path], str(folder))
+    text = (folder / "train.json").read_text()
+    (folder / "train.json").write_text(text.replace("40%", "41%"))  # in place
+    assert samples[0] == before[0]
+    assert load_error(samples, 1) == f"{path!r} was changed while it is in use: restore it, and continue"
+    (folder / "train.json").write_text("[]")  # in place, and shorter
+    assert load_error(samples, 2) == f"{path!r} was changed while it is in use: restore it, and continue"
+    item = PromptDataset(samples, None, 2, PromptOptions(OPTIONS))[BatchItem(0, 2)]  # as in a data worker
+    assert isinstance(item, InputError) and "was changed" in str(item)
+
+
+def load_error(samples, index):
+    try:
+        samples[index]
+    except InputError as error:
+        return str(error)
+
+
+def test_in_memory_is_only_where_each_sample_stands(folder):
+    """20,000 samples of 2 kB: read one by one, all at once or not at all, they take some 16 bytes each."""
+    turns = [{"from": "human", "value": "What is the EF? " * 120}, GPT]
+    lines = [json.dumps({"id": i, "conversations": turns}) for i in range(20_000)]
+    for name, text in (("train.jsonl", "\n".join(lines)), ("train.json", f"[{','.join(lines)}]")):
+        path = write(folder, text, name)
+        tracemalloc.start()
+        samples = load_samples([path], str(folder))
+        assert sum(len(sample.answer) for sample in samples) == 3 * len(samples)
+        assert tracemalloc.get_traced_memory()[0] < 1e6 < os.path.getsize(path) / 30
+        tracemalloc.stop()

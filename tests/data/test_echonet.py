@@ -83,7 +83,7 @@ def test_splits_become_files_whose_videos_and_answers_the_trainer_reads(root, tm
     assert sorted(path.name for path in output.iterdir()) == ["test.json", "train.json", "val.json"]
     answers = {}
     for split in ("train", "val", "test"):
-        for sample in load_samples(str(output / f"{split}.json"), str(root / "Videos")):
+        for sample in load_samples([str(output / f"{split}.json")], str(root / "Videos")):
             answers[sample.id] = (split, sample.answer, extract_number(sample.answer))
             frames, sampled_fps = read_frames(sample.media[0].path, VideoOptions(nframes=8))
             number = ("0X1A", "0X1B", "0X2A", "0X3A").index(sample.id)
@@ -102,7 +102,7 @@ def test_splits_become_files_whose_videos_and_answers_the_trainer_reads(root, tm
 
 def test_the_frames_reach_the_model_as_they_were_drawn(root, tmp_path):
     assert main(["--root", str(root), "--output", str(tmp_path / "out")]) == 0
-    for number, sample in enumerate(load_samples(str(tmp_path / "out" / "train.json"), str(root / "Videos"))):
+    for number, sample in enumerate(load_samples([str(tmp_path / "out" / "train.json")], str(root / "Videos"))):
         loaded = load_video(sample.media[0].path, VideoOptions(nframes=4, resized_width=56, resized_height=56))
         frames = unpatchify(loaded.pixel_values, loaded.grid_thw)
         expected = grey(number)[[0, 2, 5, 7], :56, :56][:, None]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.dataset import InputError, Media
+from data.epochs import BatchItem
 from data.frame_cache import CacheError, FrameCache
-from data.loader import BatchItem, PromptDataset, PromptOptions
+from data.loader import PromptDataset, PromptOptions
 from data.media import load_media
+from data.sample import InputError, Media
 from data.video import BadMedia, VideoOptions, resized_frames
 from grpo.demo.mp4 import write_mp4
 from tests.conftest import OPTIONS

@@ -2,28 +2,28 @@
 
 import dataclasses
 import multiprocessing
+from collections import Counter
 
 import pytest
 import torch
 
 from data.augment import Augmentation
-from data.dataset import InputError, load_samples
+from data.dataset import load_samples
+from data.epochs import BatchItem, Epochs, rank_batches
 from data.loader import (
-    BatchItem,
     PromptDataset,
     PromptOptions,
-    epoch_order,
     prompt_batches,
-    rank_batches,
     worker_failure,
 )
+from data.sample import InputError
 from tests.conftest import OPTIONS, make_tiny
 
 
 def all_items(num_samples, batch, steps, world_size, seed=0):
     """Per step the items of all ranks."""
     ranks = [
-        list(rank_batches(num_samples, batch, steps, seed, rank=rank, world_size=world_size))
+        list(rank_batches(Epochs([num_samples], seed), batch, steps, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     return [[item for rank in step for item in rank] for step in zip(*ranks, strict=True)]
@@ -49,15 +49,46 @@ def test_the_samples_and_places_of_a_step_do_not_depend_on_the_ranks(world_size)
 @pytest.mark.parametrize(("num_samples", "world_size"), [(5, 4), (1, 4), (7, 3), (3, 8)])
 def test_ranks_always_have_equally_many_items_and_extra_ones_are_padding(num_samples, world_size):
     for rank in range(world_size):
-        for step, items in enumerate(rank_batches(num_samples, 8, 2, 0, rank=rank, world_size=world_size)):
+        for step, items in enumerate(rank_batches(Epochs([num_samples], 0), 8, 2, rank=rank, world_size=world_size)):
             assert len(items) == -(-num_samples // world_size), (rank, step)
     for step in all_items(num_samples, 8, 2, world_size):
         assert sorted(item.index for item in step if not item.is_padding) == list(range(num_samples))
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    assert epoch_order(50, 1, 2) == epoch_order(50, 1, 2)
-    assert len({tuple(epoch_order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert torch.equal(Epochs([50], 1).order(2), Epochs([50], 1).order(2))
+    assert len({tuple(Epochs([50], seed).order(epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def order_of(epochs, epoch):
+    return epochs.order(epoch).tolist()
+
+
+def test_without_weights_an_epoch_of_several_files_is_that_of_one():
+    for epoch in range(3):
+        assert order_of(Epochs([3, 7, 5], 1), epoch) == order_of(Epochs([15], 1), epoch)
+
+
+def test_weights_say_how_often_an_epoch_sees_the_samples_of_a_file():
+    epochs = Epochs([8, 6, 40], 3, [2.0, 1.0, 0.25])
+    assert epochs.shares == [16, 6, 10] and len(epochs) == 32
+    seen = Counter()
+    for epoch in range(4):
+        order = order_of(epochs, epoch)
+        counts = Counter(order)
+        assert len(order) == 32 and all(counts[i] == 2 for i in range(8)) and all(counts[i] == 1 for i in range(8, 14))
+        assert sum(counts[i] for i in range(14, 54)) == 10
+        assert order != sorted(order) and order == order_of(epochs, epoch)
+        seen += counts
+    assert all(seen[i] == 1 for i in range(14, 54))  # all of the last file, within four epochs
+    assert order_of(epochs, 0) != order_of(epochs, 4) != order_of(dataclasses.replace(epochs, seed=4), 4)
+
+
+@pytest.mark.parametrize(("weight", "epochs", "times"), [(1.5, 2, 3), (0.3, 10, 3), (2.5, 4, 10), (0.001, 10, 1)])
+def test_parts_of_a_file_add_up_over_epochs(weight, epochs, times):
+    plan = Epochs([4, 10], 0, [1.0, weight])
+    seen = Counter(i for epoch in range(epochs) for i in order_of(plan, epoch) if i >= 4)
+    assert set(seen) == set(range(4, 14)) and set(seen.values()) == {times}
 
 
 @pytest.fixture
@@ -65,7 +96,7 @@ def broken(tmp_path):
     """A dataset whose sample s1 has an unreadable second video."""
     tiny = make_tiny(tmp_path / "broken", num_videos=(1, 2, 1))
     (tiny.folder / "videos" / "1_1.mp4").write_bytes(b"no video")
-    return tiny, load_samples(str(tiny.folder / "data.json"), str(tiny.folder / "videos"))
+    return tiny, load_samples([str(tiny.folder / "data.json")], str(tiny.folder / "videos"))
 
 
 def test_a_bad_video_stops_the_run_with_its_path(broken):
@@ -103,7 +134,7 @@ def test_a_question_with_special_tokens_stops_the_run_with_the_sample(tiny):
 def test_workers_hand_over_the_prompts_of_each_step_in_order(tiny, num_workers):
     samples = [prompt.sample for prompt in tiny.prompts]
     dataset = PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, "error"))
-    slots = list(rank_batches(4, 3, 5, 0, rank=0, world_size=1))
+    slots = list(rank_batches(Epochs([4], 0), 3, 5, rank=0, world_size=1))
     batches = list(prompt_batches(dataset, iter(slots), num_workers))
     assert [[p.sample.id for p in batch] for batch in batches] == [[f"s{s.index}" for s in step] for step in slots]
     for batch in batches:
@@ -166,9 +197,9 @@ def test_an_epoch_has_its_own_videos_and_frames_whoever_loads_them(tiny):
 
 
 def test_every_item_knows_its_epoch():
-    steps = list(rank_batches(5, 2, 7, seed=0, rank=1, world_size=2))
+    steps = list(rank_batches(Epochs([5], 0), 2, 7, rank=1, world_size=2))
     assert [{item.epoch for item in step} for step in steps] == [{0}, {0}, {0}, {1}, {1}, {1}, {2}]
-    assert list(rank_batches(5, 2, 7, seed=0, rank=1, world_size=2, start_step=4)) == steps[4:]
+    assert list(rank_batches(Epochs([5], 0), 2, 7, rank=1, world_size=2, start_step=4)) == steps[4:]
 
 
 def test_a_long_prompt_stops_is_left_out_or_loses_its_last_videos(tiny):

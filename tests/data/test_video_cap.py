@@ -1,7 +1,7 @@
 import pytest
 
 from data.augment import random_of
-from data.dataset import VIDEO_TAG, InputError, Media, Sample
+from data.sample import VIDEO_TAG, InputError, Media, Sample
 from data.video_cap import cap_videos, even
 
 

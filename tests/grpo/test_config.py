@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from data.dataset import InputError
+from data.sample import InputError
 from grpo.config import Config, media_options, parse_config, resolve_batch_sizes
 
 GIVEN = ["--model_id", "m", "--data_path", "d", "--output_dir", "o"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import reward
-from data.dataset import Sample
+from data.sample import Sample
 from reward.functions import (
     ARGUMENTS,
     LARGEST,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import reward.zero_skill
-from data.dataset import Sample
+from data.sample import Sample
 from reward.extract import extract_number
 from reward.functions import RewardFunction, call_reward_function, load_reward_functions
 from reward.zero_skill import ZeroSkill, constant_rewards, constant_texts, constants, zero_skill
@@ -15,6 +15,11 @@ def samples_of(*answers, extra=None):
     return [
         Sample(f"s{i}", (), (("user", "What is the EF?"),), answer, extra or {}) for i, answer in enumerate(answers)
     ]
+
+
+def zero_skill_of(functions, samples, keys):
+    truths = np.array([extract_number(sample.answer) for sample in samples], dtype=float)
+    return zero_skill(functions, samples, truths, keys)
 
 
 def function_of(call, weight=1.0):
@@ -41,7 +46,7 @@ TWO = np.array([4.0, 6.0])  # truths: the constants are 4 and 6, each in two for
 
 def test_the_best_constants_are_the_hand_computed_ones():
     # Squares of 60: 400 + 100 + 0 + 900; the runner-up, 50, has 100 + 0 + 100 + 1600.
-    found = zero_skill(SQUARES, samples_of("40%", "60%", "EF is 50", "90%"), [])
+    found = zero_skill_of(SQUARES, samples_of("40%", "60%", "EF is 50", "90%"), [])
     assert found == ZeroSkill(answer=55.0, mae=15.0, rewarded_answer=60.0, reward=-350.0)
     assert str(found) == (
         "zero skill: answering always 55 has a mean error of 15.00; "
@@ -51,7 +56,7 @@ def test_the_best_constants_are_the_hand_computed_ones():
 
 def test_the_rewards_of_the_flags_are_those_of_the_best_constant():
     functions = load_reward_functions(["numerical_video_reward"], [], "", [0.0, 100.0])
-    found = zero_skill(functions, samples_of("50%", "50%", "56%"), [])
+    found = zero_skill_of(functions, samples_of("50%", "50%", "56%"), [])
     assert (found.answer, found.mae, found.rewarded_answer) == (50.0, pytest.approx(2, abs=1e-12), 50.0)
     at_56 = 0.1 + 0.9 * 0.75 * 1.1  # 6 points off; the range emphasis of 56 is 1.1
     assert found.reward == pytest.approx((1 + 1 + at_56) / 3, abs=1e-12)
@@ -59,7 +64,7 @@ def test_the_rewards_of_the_flags_are_those_of_the_best_constant():
 
 def test_a_constant_answers_in_the_form_that_is_rewarded():
     functions = load_reward_functions(["numerical_video_reward", "format_reward"], [1.0, 0.5], "", [0.0, 100.0])
-    found = zero_skill(functions, samples_of("20%", "50%", "50%"), [])
+    found = zero_skill_of(functions, samples_of("20%", "50%", "50%"), [])
     assert found.rewarded_answer == 50.0
     assert found.reward == pytest.approx((0.1 + 1 + 1) / 3 + 0.5, abs=1e-12)
 
@@ -70,11 +75,11 @@ def test_truths_without_a_number_are_left_out():
         return minus_squares(completions, assistant)
 
     seen = []
-    found = zero_skill([function_of(score)], samples_of("fine", "40%", "good", "50%"), [])
+    found = zero_skill_of([function_of(score)], samples_of("fine", "40%", "good", "50%"), [])
     assert (found.answer, found.mae, found.reward) == (45.0, 5.0, -50.0)
     assert seen == [["s1", "s3"]] * 4
-    assert zero_skill(SQUARES, samples_of("fine", "good"), []) is None
-    assert zero_skill(SQUARES, [], []) is None
+    assert zero_skill_of(SQUARES, samples_of("fine", "good"), []) is None
+    assert zero_skill_of(SQUARES, [], []) is None
 
 
 def test_the_mean_reward_is_over_what_is_scored():
@@ -83,7 +88,7 @@ def test_the_mean_reward_is_over_what_is_scored():
         return [None if id_ == "s3" else value for id_, value in zip(sample_id, rewards, strict=True)]
 
     # 50: (100 + 100 + 0) / 3
-    found = zero_skill([function_of(score)], samples_of("40%", "60%", "50%", "90%"), [])
+    found = zero_skill_of([function_of(score)], samples_of("40%", "60%", "50%", "90%"), [])
     assert (found.answer, found.mae, found.rewarded_answer) == (55.0, 15.0, 50.0)
     assert found.reward == pytest.approx(-200 / 3, abs=1e-12)
 
@@ -92,7 +97,7 @@ def test_a_constant_that_is_never_scored_is_not_the_best():
     def score(completions, **kwargs):
         return [-5.0 if extract_number(text) == 60 else None for text in texts_of(completions)]
 
-    found = zero_skill([function_of(score)], samples_of("40%", "60%"), [])
+    found = zero_skill_of([function_of(score)], samples_of("40%", "60%"), [])
     assert (found.rewarded_answer, found.reward) == (60.0, -5.0)
 
 
@@ -117,7 +122,7 @@ def fails(completions, **kwargs):
     ids=["no say", "fails", "fails beside another", "whole step", "built-in whole step", "none"],
 )
 def test_without_any_score_there_is_a_median_only(functions):
-    found = zero_skill(functions, samples_of("40%", "60%"), [])
+    found = zero_skill_of(functions, samples_of("40%", "60%"), [])
     assert found == ZeroSkill(answer=50.0, mae=10.0, rewarded_answer=None, reward=None)
     assert str(found) == "zero skill: answering always 50 has a mean error of 10.00"
 
@@ -129,7 +134,7 @@ def test_of_many_samples_an_even_choice_of_a_thousand_is_scored_64_at_a_time():
         calls.append(([int(id_[1:]) for id_ in sample_id], set(texts_of(completions))))
         return minus_squares(completions, assistant)
 
-    found = zero_skill([function_of(score)], samples_of(*(f"{i}%" for i in range(2001))), [])
+    found = zero_skill_of([function_of(score)], samples_of(*(f"{i}%" for i in range(2001))), [])
     assert len(calls) == 2 * 51 * 16
     by_text = [calls[first : first + 16] for first in range(0, len(calls), 16)]
     for blocks in by_text:
@@ -213,7 +218,7 @@ def test_constants_are_scored_with_the_keys_of_the_samples():
         return [a if s is None else 0 for a, s in zip(age, site, strict=True)]
 
     samples = samples_of("4%", "6%", extra={"age": 60})
-    found = zero_skill([function_of(older)], samples, ["age", "site"])
+    found = zero_skill_of([function_of(older)], samples, ["age", "site"])
     assert (found.rewarded_answer, found.reward) == (4.0, 60.0)
     assert constant_rewards([function_of(older)], samples, TWO, []) is None  # it needs them
 
@@ -276,7 +281,7 @@ def test_where_a_function_takes_too_long_nothing_is_said_of_constants(monkeypatc
     assert constant_rewards(functions, samples, TWO, []) is None
     assert 1 <= len(calls) <= 2
     calls.clear()
-    assert zero_skill(functions, samples, []) == ZeroSkill(answer=5.0, mae=1.0)
+    assert zero_skill_of(functions, samples, []) == ZeroSkill(answer=5.0, mae=1.0)
     assert 1 <= len(calls) <= 2
     calls.clear()
     monkeypatch.setattr(reward.zero_skill, "MOST_SECONDS", 600.0)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from data.dataset import InputError
 from data.prompt import load_tokenizer
+from data.sample import InputError
 from grpo.config import parse_config
 from grpo.demo.demo import choose_folder
 from grpo.demo.supervised import load_prompts

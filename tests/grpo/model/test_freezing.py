@@ -9,7 +9,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 import train
-from data.dataset import InputError
+from data.sample import InputError
 from grpo.config import Config, parse_config
 from grpo.logprobs import completion_logprobs, encode_media
 from grpo.model import sharding

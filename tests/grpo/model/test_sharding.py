@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 import train
-from data.dataset import InputError
 from data.loader import checked
+from data.sample import InputError
 from grpo.config import Config, resolve_batch_sizes
 from grpo.logprobs import completion_logprobs
 from grpo.model import sharding

@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import train
-from data.loader import epoch_order
+from data.epochs import Epochs
 from grpo.ranks import printable
 from grpo.run.checkpoint import checkpoints
 from tests.conftest import ROOT, children_of, make_tiny, run_ranks
@@ -136,7 +136,9 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(tiny, tmp_path, limit, r
 
 
 def test_a_reward_function_that_hangs_is_named_with_its_sample_on_all_ranks(tiny, tmp_path):
-    seed = next(seed for seed in range(99) if epoch_order(4, seed, 0).index(1) >= 2)  # s1 is a rank's second sample
+    seed = next(
+        seed for seed in range(99) if Epochs([4], seed).order(0).tolist().index(1) >= 2
+    )  # s1 is a rank's second sample
     more = ["--reward_timeout", "1", "--global_batch_size", "4", "--seed", str(seed)]
     arguments = run_flags(tiny.folder, tmp_path / "out", *STEPS, *more)
     began = time.monotonic()

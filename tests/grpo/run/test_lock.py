@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import train
-from data.dataset import InputError
+from data.sample import InputError
 from grpo.run.lock import lock_folder
 from tests.conftest import ROOT, children_of, hold
 from tests.kill_and_resume import run_flags

@@ -10,8 +10,8 @@ import torch
 from torch.multiprocessing.spawn import ProcessExitedException
 
 import train
-from data.dataset import Media
 from data.loader import PromptDataset, PromptOptions
+from data.sample import Media
 from grpo.ranks import start_processes
 from grpo.run.preflight import longest_prompt
 from tests.conftest import OPTIONS, run_ranks

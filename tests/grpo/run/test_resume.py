@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from data.loader import rank_batches
+from data.epochs import Epochs, rank_batches
 from grpo.config import Config
 from grpo.model.load import ModelFiles
 from grpo.ranks import start_processes
@@ -99,9 +99,10 @@ def test_completions_show_once_per_step_after_resuming(tiny, tmp_path):
 
 
 def test_slots_from_a_later_step_on_are_those_of_the_whole_run():
-    whole = list(rank_batches(5, 2, 8, 0, rank=0, world_size=1))
+    whole = list(rank_batches(Epochs([5], 0), 2, 8, rank=0, world_size=1))
     assert all(
-        list(rank_batches(5, 2, 8, 0, rank=0, world_size=1, start_step=first)) == whole[first:] for first in range(9)
+        list(rank_batches(Epochs([5], 0), 2, 8, rank=0, world_size=1, start_step=first)) == whole[first:]
+        for first in range(9)
     )
 
 

@@ -16,8 +16,8 @@ from grpo.config import Config, resolve_batch_sizes
 from grpo.model import sharding
 from grpo.model.optimizer import make_optimizer
 from grpo.ranks import full_tensor, start_processes
-from grpo.run.inputs import load_capped_samples
 from grpo.run.scoring import load_scorer
+from grpo.run.survey import survey
 from tests.conftest import OPTIONS, Tiny, run_ranks
 from tests.grpo.model.test_sharding import relative, rollouts_of
 from tests.grpo.rewards import named
@@ -37,7 +37,7 @@ def rewarded_step(tiny: Tiny, path: str, settings: dict) -> None:
     for position, rollout in enumerate(rollouts):
         rollout.prompt = dataclasses.replace(rollout.prompt, position=position)
     own = rollouts[rank::world_size][::-1]  # in whatever order
-    scorer = load_scorer(config, [prompt.sample for prompt in tiny.prompts])
+    scorer = load_scorer(config, [])
     model = copy.deepcopy(tiny.model).train()
     sampling = sharding.SamplingModel(model)
     sharding.apply_fsdp(model, device)
@@ -233,7 +233,7 @@ def test_a_system_prompt_stands_before_conversations_without_one(tiny, tmp_path)
     samples[1]["conversations"].insert(0, {"from": "system", "value": "Their own."})
     (tmp_path / "data.json").write_text(json.dumps(samples))
     config = Config(image_folder=str(tiny.folder / "videos"), system_prompt="Think first.")
-    loaded = load_capped_samples(str(tmp_path / "data.json"), config, [])
+    loaded = survey([str(tmp_path / "data.json")], config, []).samples
     first = [sample.turns[0] for sample in loaded]
     assert first == [("system", "Their own." if n == 1 else "Think first.") for n in range(4)]
     prompt = load_prompt(loaded[0], tiny.tokenizer, 2, OPTIONS)

@@ -1,0 +1,102 @@
+"""One sample: a conversation about videos and images, with its true answer. And the errors for what users give."""
+
+import os
+import re
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from data.fetch import is_address, shown
+
+VIDEO_TAG, IMAGE_TAG = "<video>", "<image>"
+TAG_PATTERN = re.compile(f"{VIDEO_TAG}|{IMAGE_TAG}")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+class InputError(Exception):
+    """A mistake in the user's input; str() is one line to print: what is wrong, where, and how to fix it."""
+
+
+class TagMismatch(InputError):
+    """The numbers of a sample's tags and of its videos or images differ."""
+
+
+class DuplicateId(InputError):
+    """A sample has the id of an earlier one."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Media:
+    """A video or an image of a sample."""
+
+    kind: Literal["video", "image"]
+    path: str | tuple[str, ...]  # of its file, of the folder of its frames, or of the files of its frames in order
+    options: tuple[tuple[str, float], ...] = ()  # its own, in place of the flags
+
+    @property
+    def name(self) -> str:
+        """Its name without folders, to show; equal for equal names in another place."""
+        first, *others = map(shown, self.files)
+        return os.path.basename(first.rstrip("/")) + (f" and {len(others)} more frames" if others else "")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Its path, or the paths of its frames."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    def missing(self) -> list[str]:
+        """Return those of its paths at which there is nothing."""
+        may_be_folder = self.kind == "video" and isinstance(self.path, str)
+        is_there = (is_address, os.path.isfile, *[os.path.isdir] * may_be_folder)
+        return [path for path in self.files if not any(test(path) for test in is_there)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its videos and images, and its true answer."""
+
+    id: str
+    media: tuple[Media, ...]  # M, in the order of their tags
+    turns: tuple[tuple[str, str], ...]  # (role, text); M tags in all user turns together; the last turn is a user's
+    answer: str
+    extra: dict = field(default_factory=dict, hash=False)  # the other keys of its entry, for reward functions
+
+
+def keep_media(sample: Sample, is_kept: list[bool]) -> Sample:
+    """Keep some of a sample's videos and images, each with its tag."""
+    of_tag, turns = iter(is_kept), []
+    for role, text in sample.turns:
+        text, *others = re.split(f"({TAG_PATTERN.pattern})", text)
+        for tag, after in zip(others[::2], others[1::2], strict=True):
+            text += tag + after if next(of_tag) else after.removeprefix("\n")
+        turns.append((role, text))
+    media = tuple(one for one, kept in zip(sample.media, is_kept, strict=True) if kept)
+    return replace(sample, media=media, turns=tuple(turns))
+
+
+def read_system_prompt(value: str) -> str:
+    """Return the text of --system_prompt, which is the text itself or the name of its file; raise InputError."""
+    if not os.path.isfile(value):
+        is_path = value.split() == [value] and ("/" in value or value.endswith((".txt", ".md")))
+        if is_path:
+            raise InputError(f"--system_prompt {value!r}: there is no such file, and it is no prompt: correct it")
+        return value.strip()
+    try:
+        with open(value, encoding="utf-8-sig") as file:
+            text = file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--system_prompt {value!r} cannot be read ({first_line(error)}): correct the file") from error
+    if not text:
+        raise InputError(f"--system_prompt {value!r} is an empty file: write the prompt into it, or leave out the flag")
+    return text
+
+
+def with_system_prompt(sample: Sample, text: str) -> Sample:
+    """Put a text before a conversation that has no system turn of its own; "" changes nothing."""
+    if not text or "system" in dict(sample.turns):
+        return sample
+    return replace(sample, turns=(("system", text), *sample.turns))

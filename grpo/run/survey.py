@@ -1,0 +1,111 @@
+"""Read every sample once before a run: check it, and keep what the run must know of all of them.
+
+| n | samples |
+"""
+
+import hashlib
+import json
+from array import array
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data.dataset import Samples
+from data.fetch import shown
+from data.prompt import check_text
+from data.sample import InputError, Media, Sample, with_system_prompt
+from data.video_cap import cap_videos, even, first
+from reward.extract import extract_number
+
+
+@dataclass
+class Survey:
+    """What is known of the samples of some files."""
+
+    samples: Samples  # as the model sees them: capped, and with the system prompt
+    truths: np.ndarray  # (n,) the numbers in their answers, nan where there is none
+    keys: list[str]  # of the samples' own data
+    fingerprint: str  # digest of their texts, and the names and options of their videos and images, without folders
+    own_data: str  # digest of the samples' own data, which reward functions are given
+
+
+class ListDigest:
+    """The SHA-256 of a list as JSON, which is given item by item."""
+
+    def __init__(self) -> None:
+        self.hash, self.before = hashlib.sha256(b"["), ""
+
+    def add(self, item) -> None:
+        """Add an item of what JSON can hold."""
+        self.hash.update((self.before + json.dumps(item, sort_keys=True)).encode())
+        self.before = ", "
+
+    def hexdigest(self) -> str:
+        """Return the digest of the whole list."""
+        whole = self.hash.copy()
+        whole.update(b"]")
+        return whole.hexdigest()
+
+
+def name_of(media: Media) -> str | list:
+    """Return what a video or image is known by, wherever it lies: of an ordinary video its name."""
+    if media.kind == "video" and isinstance(media.path, str) and not media.options:
+        return Path(shown(media.path)).name
+    return [media.kind, [Path(shown(path)).name for path in media.files], media.options]
+
+
+def as_seen(sample: Sample, config, is_training: bool) -> Sample:
+    """Cap the videos and images of a sample, and put the system prompt before its conversation.
+
+    Where each epoch of the training samples sees other videos, they keep all; held-out samples then have those of the
+    even choice.
+    """
+    choose = first if config.video_cap == "first" else even
+    max_videos = 0 if is_training and config.video_cap == "random" else config.max_videos
+    return with_system_prompt(cap_videos(sample, max_videos, config.max_images, choose), config.system_prompt)
+
+
+def survey(paths: list[str], config, messages: list[str], is_training: bool = False) -> Survey:
+    """Read and check all samples of some files; raise InputError. Adds a line to `messages` if videos are left out."""
+    prepare = partial(as_seen, config=config, is_training=is_training)
+    samples = Samples(paths, config.image_folder, prepare)
+    truths, keys, texts, own_data, num_cut = array("d"), {}, ListDigest(), ListDigest(), 0
+    for whole in samples.checked():
+        sample = prepare(whole)
+        try:
+            check_text(sample.turns)
+        except ValueError as error:
+            raise InputError(f"sample {sample.id!r}: {error}") from error
+        number = extract_number(sample.answer)
+        truths.append(np.nan if number is None else number)
+        keys |= dict.fromkeys(sample.extra)
+        texts.add([sample.id, sample.turns, sample.answer, [name_of(media) for media in sample.media]])
+        own_data.add(sample.extra)
+        num_cut += len(as_seen(whole, config, is_training=False).media) < len(whole.media)
+    if num_cut:
+        each = " of each epoch" if is_training and config.video_cap == "random" else ""
+        messages.append(
+            f"{' '.join(paths)!r}: {num_cut} samples have more than --max_videos {config.max_videos} videos or "
+            f"--max_images {config.max_images} images: the rest is left out{each}"
+        )
+    return Survey(samples, np.array(truths), list(keys), texts.hexdigest(), own_data.hexdigest())
+
+
+def check_truths(found: Survey, flag: str, paths: list[str], valid_range: list[float], messages: list[str]) -> None:
+    """Raise InputError if no truth has a number; add a line to `messages` if some are outside the range."""
+    if np.isnan(found.truths).all():
+        raise InputError(f"{flag} {' '.join(paths)!r}: no answer in it contains a number")
+    note_truths_outside(found, paths, valid_range, messages)
+
+
+def note_truths_outside(found: Survey, paths: list[str], valid_range: list[float], messages: list[str]) -> None:
+    """Add a line to `messages` if truths are outside the range."""
+    lowest, highest = valid_range
+    outside = found.truths[(found.truths < lowest) | (found.truths > highest)]
+    if len(outside):
+        messages.append(
+            f"{' '.join(paths)!r}: {len(outside)} truths, such as {outside[0]:g}, are outside --valid_range "
+            f"{lowest:g} {highest:g}, so that no answer to them can be right: set it to the range of the truths"
+        )
