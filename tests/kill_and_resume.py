@@ -43,6 +43,14 @@ def evaluating(folder: Path) -> list[str]:
     return ["--eval_data_path", str(folder / "data.json"), "--eval_steps", "2", "--eval_on_start"]
 
 
+def in_two_files(folder: Path) -> list[str]:
+    """Flags for the samples of data.json in two files, of which an epoch sees the second one and a half times."""
+    samples, paths = json.loads((folder / "data.json").read_text()), [folder / "a.json", folder / "b.jsonl"]
+    paths[0].write_text(json.dumps(samples[:3]))
+    paths[1].write_text("\n".join(map(json.dumps, samples[3:])))
+    return ["--data_path", *map(str, paths), "--data_weights", "1", "1.5"]
+
+
 def read_evaluations(folder: Path) -> list[dict]:
     """Return the figures of all evaluations up to a saved model, each with its step."""
     return json.loads((folder / PROGRESS).read_text())["evaluations"]
@@ -159,7 +167,7 @@ def main(argv: list[str]) -> int:
     arguments, more = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         make_mixed(Path(folder) / "tiny")
-        more += [*evaluating(Path(folder) / "tiny"), *rewarded()]
+        more += [*evaluating(Path(folder) / "tiny"), *rewarded(), *in_two_files(Path(folder) / "tiny")]
         more += "--max_videos 1 --video_cap random --frame_jitter --num_train_epochs 2".split()
         number = getattr(signal, f"SIG{arguments.signal}")
         is_right = kill_and_resume(

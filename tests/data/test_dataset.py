@@ -408,8 +408,8 @@ def test_several_files_are_one_after_the_other_and_ids_are_unique_over_all(folde
         load_samples([paths[0], write(folder, "[]", "empty.json")], str(folder))
     with pytest.raises(InputError, match=r"more.jsonl': sample '#2.1' has no 'conversations'"):
         load_samples([paths[0], write(folder, "{}", "more.jsonl")], str(folder))
-    with pytest.raises(InputError, match=r"train.json .*more.jsonl': 1 file\(s\) missing: '.*/gone.mp4' \(sample 'z'\)"):
-        load_samples([paths[0], write(folder, json.dumps(entry(id="z", video="gone.mp4")), "more.jsonl")], f"{folder}/")
+    with pytest.raises(InputError, match=r"train.json .*more.jsonl': 1 file\(s\) missing: '.*/no.mp4' \(sample 'z'\)"):
+        load_samples([paths[0], write(folder, json.dumps(entry(id="z", video="no.mp4")), "more.jsonl")], f"{folder}/")
 
 
 def test_a_file_that_is_replaced_changes_nothing_and_one_that_is_changed_is_named(folder):

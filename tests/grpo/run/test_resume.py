@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import time
+from collections import Counter
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from grpo.run.tracking import truncate_events
 from tests.conftest import make_tiny, run_ranks
 from tests.kill_and_resume import (
     evaluating,
+    in_two_files,
     kill_and_resume,
     read_evaluations,
     result,
@@ -182,6 +184,36 @@ def test_another_run_is_not_resumed(tiny, whole, tmp_path, capfd, more, data, wo
     assert train.main(arguments) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.startswith("train.py: error: ") and all(word in line for word in words), line
+
+
+def test_files_with_weights_are_trained_on_as_often_as_they_say_and_resumed_as_they_were(tiny, tmp_path, capfd):
+    """Files of 3 and 2 samples; an epoch of 3 + 3 prompts is 3 steps."""
+    folder = shutil.copytree(tiny.folder, tmp_path / "tiny")
+    two, whole, output = in_two_files(folder), tmp_path / "whole", tmp_path / "out"
+    assert train.main(run_flags(folder, whole, *two, *FEW_SAVES)) == 0
+    begun = run_flags(folder, stopped_after(2, whole, output), *two, *FEW_SAVES, *AUTO)
+    assert train.main(begun) == 0
+    assert result(output) == result(whole)
+    logged = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
+    for steps in ((1, 2, 3), (4, 5, 6)):
+        seen = Counter(line["sample_id"] for line in logged if line["step"] in steps)
+        assert sum(seen.values()) == 6 * 4 and [seen[f"s{i}"] for i in range(3)] == [4, 4, 4]  # completions
+        assert sorted(seen[f"s{i}"] for i in (3, 4)) == [4, 8]
+    capfd.readouterr()
+    samples = json.loads((folder / "a.json").read_text())
+    for change, words in (
+        (["--data_weights", "1", "2"], "--data_weights [1.0, 2.0] was [1.0, 1.5] in"),
+        (["--data_path", *reversed(two[1:3])], "was trained on other samples (5, now 5)"),
+        (["--data_path", two[1], "--data_weights", "1"], "--data_weights [1.0] was [1.0, 1.5] in"),
+        ("a sample moves to the other file", "was trained on other samples (5, now 5)"),
+    ):
+        if isinstance(change, str):
+            (folder / "a.json").write_text(json.dumps(samples[:2]))
+            (folder / "b.jsonl").write_text("\n".join([json.dumps(samples[2]), (folder / "b.jsonl").read_text()]))
+            change = []
+        assert train.main([*begun, "--max_steps", "8", *change]) == 2
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        assert line.startswith("train.py: error: ") and words in line
 
 
 def test_auto_begins_a_run_where_there_is_none_and_knows_a_complete_one(tiny, whole, tmp_path, capfd):
