@@ -14,6 +14,7 @@ one.
 import difflib
 import os
 import re
+import stat
 from functools import lru_cache
 
 from data.fetch import FetchError, check_address, is_address, shown
@@ -93,23 +94,27 @@ def _read_one(written, kind: str, where: str, image_folder: str) -> Media:
             raise InputError(f"{where} contains an object without {kind!r}: name its file there")
         options = _read_options({key: written[key] for key in written if key != kind}, kind, where)
         written = written[kind]
-    frames = written if kind == "video" and isinstance(written, list) and written else [written]
-    for path in frames:
-        if not isinstance(path, str) or not path.strip():
-            raise InputError(f"{where} contains {_json_type(path)}: every entry must be a path")
-        if is_address(path):
-            try:
-                check_address(path)
-            except FetchError as error:
-                raise InputError(f"{where}: {error}") from error
-    paths = tuple(path if is_address(path) else _resolve(path, image_folder) for path in frames)
-    if isinstance(written, list):
-        return Media(kind, paths, options)
+    if kind == "video" and isinstance(written, list) and written:
+        return Media(kind, tuple(_read_path(path, where, image_folder) for path in written), options)
+    path = _read_path(written, where, image_folder)
     if kind == "video" and shown(written).lower().endswith(IMAGE_SUFFIXES):
         raise InputError(
             f"{where} contains {shown(written)!r}: put the frames of a video in a list of their own, [[...]]"
         )
-    return Media(kind, paths[0], options)
+    return Media(kind, path, options)
+
+
+def _read_path(written, where: str, image_folder: str) -> str:
+    """Return an address as it is, and of a path where it leads to."""
+    if not isinstance(written, str) or not written.strip():
+        raise InputError(f"{where} contains {_json_type(written)}: every entry must be a path")
+    if not is_address(written):
+        return _resolve(written, image_folder)
+    try:
+        check_address(written)
+    except FetchError as error:
+        raise InputError(f"{where}: {error}") from error
+    return written
 
 
 def _read_options(written: dict, kind: str, where: str) -> tuple[tuple[str, float], ...]:
@@ -131,9 +136,11 @@ def _read_options(written: dict, kind: str, where: str) -> tuple[tuple[str, floa
 def _resolve(path: str, image_folder: str) -> str:
     """Return the path as written if that file exists, else the path inside `image_folder`; files before folders."""
     inside = os.path.join(image_folder, path)
-    if os.path.isfile(path) or (os.path.isdir(path) and not os.path.isfile(inside)):
-        return path
-    return inside
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return inside
+    return path if stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and not os.path.isfile(inside)) else inside
 
 
 def _read_turns(entry: dict, where: str) -> list[tuple[str, str]]:

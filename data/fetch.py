@@ -31,7 +31,7 @@ class FetchError(Exception):
 
 def is_address(path: str) -> bool:
     """Say whether a path is an address such as https://…, of whatever scheme."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+    return "://" in path and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
 
 
 def check_address(address: str) -> None:
@@ -48,7 +48,9 @@ def check_address(address: str) -> None:
 
 
 def shown(address: str) -> str:
-    """Return an address as it may be printed."""
+    """Return an address as it may be printed; a path stays as it is."""
+    if not is_address(address):
+        return address
     address = re.sub(r"[?#].*", "", address, flags=re.DOTALL)
     return re.sub(r"://[^/]*@", "://", address)
 

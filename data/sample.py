@@ -51,8 +51,11 @@ class Media:
     def missing(self) -> list[str]:
         """Return those of its paths at which there is nothing."""
         may_be_folder = self.kind == "video" and isinstance(self.path, str)
-        is_there = (is_address, os.path.isfile, *[os.path.isdir] * may_be_folder)
-        return [path for path in self.files if not any(test(path) for test in is_there)]
+        return [
+            path
+            for path in self.files
+            if not (is_address(path) or os.path.isfile(path) or (may_be_folder and os.path.isdir(path)))
+        ]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Sample:
 
 def keep_media(sample: Sample, is_kept: list[bool]) -> Sample:
     """Keep some of a sample's videos and images, each with its tag."""
+    if all(is_kept):
+        return sample
     of_tag, turns = iter(is_kept), []
     for role, text in sample.turns:
         text, *others = re.split(f"({TAG_PATTERN.pattern})", text)

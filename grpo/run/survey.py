@@ -5,10 +5,10 @@
 
 import hashlib
 import json
+import os
 from array import array
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from data.prompt import check_text
 from data.sample import InputError, Media, Sample, with_system_prompt
 from data.video_cap import cap_videos, even, first
 from reward.extract import extract_number
+
+ENCODER = json.JSONEncoder(sort_keys=True)
 
 
 @dataclass
@@ -39,7 +41,7 @@ class ListDigest:
 
     def add(self, item) -> None:
         """Add an item of what JSON can hold."""
-        self.hash.update((self.before + json.dumps(item, sort_keys=True)).encode())
+        self.hash.update((self.before + ENCODER.encode(item)).encode())
         self.before = ", "
 
     def hexdigest(self) -> str:
@@ -52,8 +54,13 @@ class ListDigest:
 def name_of(media: Media) -> str | list:
     """Return what a video or image is known by, wherever it lies: of an ordinary video its name."""
     if media.kind == "video" and isinstance(media.path, str) and not media.options:
-        return Path(shown(media.path)).name
-    return [media.kind, [Path(shown(path)).name for path in media.files], media.options]
+        return base_name(media.path)
+    return [media.kind, [base_name(path) for path in media.files], media.options]
+
+
+def base_name(path: str) -> str:
+    """Return the last part of a path or address."""
+    return os.path.basename(shown(path).rstrip("/"))
 
 
 def as_seen(sample: Sample, config, is_training: bool) -> Sample:
@@ -65,6 +72,11 @@ def as_seen(sample: Sample, config, is_training: bool) -> Sample:
     choose = first if config.video_cap == "first" else even
     max_videos = 0 if is_training and config.video_cap == "random" else config.max_videos
     return with_system_prompt(cap_videos(sample, max_videos, config.max_images, choose), config.system_prompt)
+
+
+def is_over(sample: Sample, kind: str, most: int) -> bool:
+    """Say whether a sample has more videos, or images, than are kept."""
+    return 0 < most < sum(media.kind == kind for media in sample.media)
 
 
 def survey(paths: list[str], config, messages: list[str], is_training: bool = False) -> Survey:
@@ -83,7 +95,7 @@ def survey(paths: list[str], config, messages: list[str], is_training: bool = Fa
         keys |= dict.fromkeys(sample.extra)
         texts.add([sample.id, sample.turns, sample.answer, [name_of(media) for media in sample.media]])
         own_data.add(sample.extra)
-        num_cut += len(as_seen(whole, config, is_training=False).media) < len(whole.media)
+        num_cut += is_over(whole, "video", config.max_videos) or is_over(whole, "image", config.max_images)
     if num_cut:
         each = " of each epoch" if is_training and config.video_cap == "random" else ""
         messages.append(
