@@ -152,9 +152,11 @@ class Samples(Sequence):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Sample:
-        """Read a sample. Raises InputError."""
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        """Read a sample, or several. Raises InputError."""
         index = range(len(self))[index]  # raises IndexError, at which an iteration ends
+        if isinstance(index, range):
+            return [self[i] for i in index]
         number = bisect_right(self._ends, index)
         place = index - self._ends[number] + len(self.files[number])
         sample = self._read(number, place, self.files[number][place])
