@@ -31,10 +31,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data.epochs import rank_batches
-from data.loader import Prompt, checked, prompt_batches, worker_failure
+from data.loader import Prompt, checked, worker_failure
 from data.sample import InputError
-from grpo.config import Config, parse_config
+from grpo.check_flags import parse_config
+from grpo.config import Config
 from grpo.demo import demo
 from grpo.evaluate.heldout import HeldOut
 from grpo.logprobs import encode_media
@@ -212,10 +212,8 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     run = start(config, device, trial_step)
     if run is None:
         return True
-    config, first, rank, world_size = run.config, run.resume.step, dist.get_rank(), dist.get_world_size()
+    config, first, rank = run.config, run.resume.step, dist.get_rank()
     models, optimizer, tokens = run.models, run.optimizer, run.tokens
-    own = {"rank": rank, "world_size": world_size, "start_step": first}
-    batches = rank_batches(run.epochs, config.global_batch_size, run.total_steps, **own)
     heldout = HeldOut(run.heldout, run.scorer, config) if run.heldout else None
     tracker = run.track()
 
@@ -229,7 +227,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     if stop.requested():
         return tracker.stopped(first)
     clock = Clock()
-    for step, batch in enumerate(prompt_batches(run.dataset, batches, config.dataloader_num_workers), first + 1):
+    for step, batch in enumerate(run.batches(), first + 1):
         prompts = raise_together(checked, batch)
         clock.lap("data")
 

@@ -11,34 +11,24 @@ one may be misspelt, and so is what the best constant answer earns. Nothing is w
 import argparse
 import json
 import math
-import multiprocessing
 import os
-import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from data.check_media import FORKSERVER, PRELOAD, MediaProblem, check_in_own_process
+from data.check_report import print_outside, print_rare_keys, print_sizes
 from data.dataset import Samples
-from data.fetch import DEFAULT_CACHE, shown
+from data.fetch import DEFAULT_CACHE
 from data.frame_cache import CacheError, FrameCache
-from data.media import ImageOptions, MediaOptions, has_frame_files, load_media
-from data.prompt import check_text, encode_prompt, load_tokenizer, media_lengths
-from data.sample import (
-    DuplicateId,
-    InputError,
-    Media,
-    Sample,
-    TagMismatch,
-    first_line,
-    read_system_prompt,
-    with_system_prompt,
-)
-from data.video import BadMedia, Grid, TooFewFrames, VideoOptions
+from data.frames import VideoOptions
+from data.media import ImageOptions, MediaOptions
+from data.patches import Grid
+from data.prompt import check_text, load_tokenizer
+from data.sample import DuplicateId, InputError, Media, Sample, TagMismatch, read_system_prompt, with_system_prompt
 from data.video_cap import cap_videos
 from reward.extract import extract_number
 from reward.functions import ARGUMENTS, RewardError, RewardFunction, check_keys, keys_of, load_reward_functions
@@ -47,61 +37,6 @@ from reward.zero_skill import zero_skill
 KEPT = ("no number in the truth", "over --max_videos", "over --max_images")
 PROBLEMS = ("malformed sample", "tags and files differ", "duplicate id", "missing file", "undecodable video")
 PROBLEMS += ("undecodable image", "too few frames", *KEPT)
-FORMS = ("videos only", "images only", "videos and images", "text only", "frames in files", "options of their own")
-# Forking beside threads is unsafe. A fork server is safe, and fast, since it has imported these modules already.
-FORKSERVER = multiprocessing.get_context("forkserver")
-PRELOAD = ["jinja2", "data.prompt", "data.video", "data.video_cap", "reward.extract"]
-
-
-class MediaProblem(NamedTuple):
-    """Why the trainer would refuse a video or an image."""
-
-    problem: str  # one of PROBLEMS
-    reason: str  # one line that names the file
-
-
-def check_media(media: Media, options: MediaOptions) -> Grid | MediaProblem | CacheError:
-    """Load a video or an image as the trainer would; return its grid, or what is wrong with it or with a cache."""
-    try:
-        return load_media(media, options).grid_thw
-    except CacheError as error:
-        return error
-    except FileNotFoundError as error:
-        return MediaProblem("missing file", str(error))
-    except TooFewFrames as error:
-        return MediaProblem("too few frames", str(error))
-    except BadMedia as error:
-        return MediaProblem(f"undecodable {media.kind}", str(error))
-
-
-def check_in_own_process(
-    media: Media, options: MediaOptions, timeout: float = 600.0, function=check_media
-) -> Grid | MediaProblem | CacheError:
-    """Call `check_media` in a process of its own, because a broken file may crash the decoder or hang it.
-
-    timeout: in seconds.
-    """
-    receiver, sender = FORKSERVER.Pipe(duplex=False)
-    process = FORKSERVER.Process(target=_send_result, args=(sender, function, media, options), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        if receiver.poll(timeout):
-            return receiver.recv()
-        reason = f"{shown(media.files[0])!r} hangs the decoder: no frames within {timeout:g} s"
-    except EOFError:
-        process.join()
-        reason = f"{shown(media.files[0])!r} crashes the decoder (exit code {process.exitcode})"
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
-    return MediaProblem(f"undecodable {media.kind}", reason)
-
-
-def _send_result(sender, function, media: Media, options: MediaOptions) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's messages would break up the progress bar
-    sender.send(function(media, options))
 
 
 def find_problems(
@@ -136,38 +71,6 @@ def find_problems(
             unused = "".join(f"; not used: {reason}" for reason in not_used)
             problems[f"over --max_{kind}s"] = f"{have} {kind}s, only {left} are used{unused}"
     return problems
-
-
-def forms_of(sample: Sample) -> set[str]:
-    """Return which of FORMS a sample has."""
-    if not sample.media:
-        return {"text only"}
-    forms = {media.kind for media in sample.media}
-    found = {"videos and images"} if len(forms) == 2 else {f"{forms.pop()}s only"}
-    found |= {"frames in files"} if any(m.kind == "video" and has_frame_files(m) for m in sample.media) else set()
-    return found | ({"options of their own"} if any(media.options for media in sample.media) else set())
-
-
-def print_rare_keys(samples: list[Sample]) -> None:
-    """List the samples' own keys that fewer than half of them have."""
-    ids = {}
-    for sample in samples:
-        for key in sample.extra:
-            ids.setdefault(key, []).append(sample.id)
-    for key, having in ids.items():
-        if len(having) < len(samples) / 2:
-            shown = ", ".join(map(repr, having[:3])) + ", ..." * (len(having) > 3)
-            print(f"key {key!r}: only {len(having)} of {len(samples)} samples have it ({shown})")
-
-
-def print_outside(truths: np.ndarray, valid_range: list[float]) -> None:
-    """Say how many truths are outside the range of possible answers."""
-    outside = truths[(truths < valid_range[0]) | (truths > valid_range[1])]
-    if len(outside):
-        print(
-            f"{len(outside)} truths, such as {outside[0]:g}, are outside --valid_range {valid_range[0]:g} "
-            f"{valid_range[1]:g}, so that no answer to them can be right: set it to the range of the truths"
-        )
 
 
 def check(args: argparse.Namespace, options: MediaOptions, functions: list[RewardFunction]) -> int:
@@ -237,46 +140,6 @@ def write_entries(entries: list[dict], path: str) -> None:
             raise InputError(
                 f"--write_clean {path!r} cannot be written ({error.strerror}): name another place"
             ) from error
-
-
-def print_sizes(
-    samples: list[Sample], checked: dict[Media, Grid | MediaProblem], args: argparse.Namespace, tokenizer
-) -> None:
-    """Print tables of the forms and sizes of valid samples; what is over a cap is not counted in frames and tokens."""
-    print(f"\n{'valid samples with':44}{'samples':>8}")
-    for form in FORMS:
-        if num := sum(form in forms_of(sample) for sample in samples):
-            print(f"{form:44}{num:>8}")
-    capped = [cap_videos(sample, args.max_videos, args.max_images) for sample in samples]
-    num_tokens = []
-    for sample in capped:
-        grid = torch.tensor([checked[media] for media in sample.media], dtype=torch.long).view(-1, 3)  # (M, 3)
-        try:
-            ids = tokenizer and encode_prompt(sample.turns, tokenizer, grid, torch.ones(len(grid)), 1)[0]
-        except Exception as error:  # a chat template may raise anything
-            raise InputError(
-                f"--model_id {args.model_id!r}: its tokenizer cannot encode sample {sample.id!r} "
-                f"({first_line(error)}): take the tokenizer of a Qwen2.5-VL"
-            ) from error
-        num_tokens.append(len(ids) if tokenizer else int(media_lengths(grid).sum()))
-    long = [sample.id for sample, num in zip(capped, num_tokens, strict=True) if num > args.max_prompt_length > 0]
-    if long:
-        ids = ", ".join(map(repr, long[:3])) + ", ..." * (len(long) > 3)
-        print(f"{'over --max_prompt_length':44}{len(long):>8}  {ids}")
-    used = {media for sample in capped for media in sample.media}
-    rows = {
-        "videos per sample": [sum(media.kind == "video" for media in sample.media) for sample in samples],
-        "images per sample": [sum(media.kind == "image" for media in sample.media) for sample in samples],
-        "frames read per video": [2 * checked[media].t for media in used if media.kind == "video"],
-        "prompt tokens" if tokenizer else "video and image tokens (text not counted)": num_tokens,
-    }
-    print(f"\n{'valid samples':44}{'min':>8}{'median':>10}{'mean':>10}{'max':>8}")
-    for name, numbers in rows.items():
-        if not any(numbers):
-            continue
-        median, mean = statistics.median(numbers), statistics.mean(numbers)
-        print(f"{name:44}{min(numbers):>8}{median:>10.1f}{mean:>10.1f}{max(numbers):>8}")
-    print()
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, MediaOptions, list[RewardFunction]]:

@@ -22,9 +22,9 @@ from data.augment import Augmentation
 from data.epochs import BatchItem
 from data.frame_cache import CacheError
 from data.media import MediaOptions, load_media, media_grid
+from data.patches import PATCH_VALUES
 from data.prompt import encode_prompt
-from data.sample import InputError, Sample, keep_media
-from data.video import PATCH_VALUES, BadMedia
+from data.sample import BadMedia, InputError, Sample, keep_media
 
 
 @dataclass

@@ -19,27 +19,10 @@ from PIL import Image, ImageOps
 
 from data.fetch import DEFAULT_CACHE, FetchError, fetch, is_address
 from data.frame_cache import FrameCache
-from data.sample import IMAGE_SUFFIXES, Media
-from data.video import (
-    DEFAULT_FPS,
-    PATCH_SIZE,
-    PIXELS_PER_TOKEN,
-    BadMedia,
-    Grid,
-    LoadedMedia,
-    TooFewFrames,
-    VideoOptions,
-    as_patches,
-    frame_indices,
-    frame_span,
-    grid_of,
-    load_video,
-    patchify,
-    resize,
-    resize_frames,
-    smart_resize,
-    video_grid,
-)
+from data.frames import DEFAULT_FPS, VideoOptions, frame_indices, frame_span, smart_resize
+from data.patches import PATCH_SIZE, PIXELS_PER_TOKEN, Grid, LoadedMedia, as_patches, patchify, resize
+from data.sample import IMAGE_SUFFIXES, BadMedia, Media, TooFewFrames
+from data.video import grid_of, load_video, resize_frames, video_grid
 
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L")  # more than 8 bits per pixel, which would be clipped to white
 

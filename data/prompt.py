@@ -17,8 +17,8 @@ import re
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from data.patches import MERGE_SIZE
 from data.sample import InputError, first_line
-from data.video import MERGE_SIZE
 
 TAG_PATTERN = re.compile(r"\n?<(video|image)>\n?")  # the tag includes one newline on each side
 PLACEHOLDERS = ("<|video_pad|>", "<|image_pad|>")

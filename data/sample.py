@@ -24,6 +24,14 @@ class DuplicateId(InputError):
     """A sample has the id of an earlier one."""
 
 
+class BadMedia(Exception):
+    """A file that exists but has no usable frames; the message is one line with its path and the reason."""
+
+
+class TooFewFrames(BadMedia):
+    """A video has fewer frames than the options ask for."""
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -23,12 +23,13 @@ import torch.distributed as dist
 import transformers
 
 from data.loader import Prompt
+from data.patches import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from data.prompt import mrope_positions
 from data.sample import InputError, Sample
-from data.video import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update
-from grpo.config import Config, flag, parse_flags
+from grpo.config import Config
 from grpo.decoding import decoder_for
+from grpo.flags import flag, parse_flags
 from grpo.model.layers import use_our_layers
 from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import init_optimizer_state, make_optimizer

@@ -27,8 +27,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.sample import InputError
-from grpo.config import DEMO_DEFAULTS, Config, DemoTask, flag, parse_flags
+from grpo.config import DEMO_DEFAULTS, Config, DemoTask
 from grpo.demo.demo import NUM_HELDOUT, NUM_TRAIN, as_flags
+from grpo.flags import flag, parse_flags
 from grpo.loss import ScaleRewards
 
 ROOT = Path(__file__).parents[2]

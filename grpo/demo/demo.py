@@ -20,13 +20,14 @@ from data.dataset import load_samples
 from data.loader import PromptDataset, PromptOptions
 from data.prompt import load_tokenizer
 from data.sample import InputError
-from grpo.config import DEMO_DEFAULTS, Config, default_of
+from grpo.config import DEMO_DEFAULTS, Config
 from grpo.demo.supervised import VIDEO_OPTIONS, SupervisedConfig, fit, load_prompts
 from grpo.demo.synthetic_echo import ANSWER, QUESTION, write_samples
 from grpo.demo.tiny_tokenizer import build_tokenizer
 from grpo.evaluate.answer import AnswerOptions, Prediction, answer, answers_of, truths_of
 from grpo.evaluate.metrics import figures
 from grpo.evaluate.report import number
+from grpo.flags import default_of
 from grpo.model.layers import use_our_layers
 from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND, TextSize, VisionSize, random_model

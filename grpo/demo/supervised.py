@@ -20,13 +20,13 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from data.dataset import load_samples
+from data.frames import VideoOptions
 from data.loader import Prompt, load_prompt
 from data.media import MediaOptions
 from data.prompt import load_tokenizer
 from data.sample import InputError
-from data.video import VideoOptions
-from grpo.config import flag, parse_flags
 from grpo.demo.synthetic_echo import NUM_FRAMES, SIZE
+from grpo.flags import flag, parse_flags
 from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND
 

@@ -30,27 +30,20 @@ from tqdm import tqdm
 from data.loader import PromptDataset, worker_failure
 from data.prompt import load_tokenizer
 from data.sample import InputError, first_line
-from grpo.config import (
-    Config,
-    OnLongPrompt,
-    VideoCap,
-    check_bounds,
-    default_of,
-    flag,
-    parse_flags,
-    prompt_options,
-    resolve_workers,
-)
+from grpo.check_flags import check_bounds
+from grpo.config import Config, OnLongPrompt, VideoCap
 from grpo.evaluate.answer import AnswerOptions, Prediction, answer
 from grpo.evaluate.predictions import Predictions
 from grpo.evaluate.report import report
 from grpo.export import base_of, load_merged
+from grpo.flags import default_of, flag, parse_flags
 from grpo.model.layers import pack_weights
 from grpo.model.load import load_model
 from grpo.model.sharding import compute_dtype
 from grpo.ranks import abort_rank, broadcast_object, print_rank0, raise_together, start_processes
 from grpo.run.scoring import load_scorer
 from grpo.run.survey import check_truths, survey
+from grpo.settings import prompt_options, resolve_workers
 
 PROG = "python -m grpo.evaluate"
 

@@ -8,13 +8,14 @@ import torch.distributed as dist
 from data.epochs import Epochs
 from data.prompt import load_tokenizer
 from data.sample import InputError
-from grpo.config import Config, media_options, resolve_batch_sizes
+from grpo.config import Config
 from grpo.model.load import load_model
 from grpo.model.lora import layers_to_adapt
 from grpo.run.lock import lock_folder
 from grpo.run.resume import ResumeState, find_resume_state
 from grpo.run.scoring import Scorer, load_scorer
 from grpo.run.survey import Survey, check_truths, note_truths_outside, survey
+from grpo.settings import media_options, resolve_batch_sizes
 from reward.numerical import append_to_log
 from reward.zero_skill import ZeroSkill, zero_skill
 

@@ -8,8 +8,7 @@ import torch.distributed as dist
 
 from data.epochs import BatchItem
 from data.loader import LongPrompt, Prompt, PromptDataset, checked, fit_prompt
-from data.sample import InputError
-from data.video import BadMedia
+from data.sample import BadMedia, InputError
 from grpo.config import Config
 from grpo.model.optimizer import init_optimizer_state
 from grpo.ranks import abort_rank, all_gather_object, raise_together

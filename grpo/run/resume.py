@@ -10,10 +10,12 @@ import torch.distributed as dist
 
 from data.epochs import Epochs
 from data.sample import InputError, first_line
-from grpo.config import Config, count_steps, default_of
+from grpo.config import Config
+from grpo.flags import default_of
 from grpo.run.checkpoint import PROGRESS, checkpoints
 from grpo.run.scoring import Scorer
 from grpo.run.survey import Survey
+from grpo.settings import count_steps
 
 # Flags that a resumed run may change. The data may lie elsewhere but must be the same. How a step's work is split does
 # not change results. With another number of steps the learning rate continues as in a run of the new length.

@@ -1,15 +1,17 @@
 """Everything that a run has before its first step: models, optimizer, data, and where it is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import ConcatDataset
 
-from data.epochs import Epochs
-from data.loader import PromptDataset
-from grpo.config import Config, count_steps, prompt_options
+from data.epochs import Epochs, rank_batches
+from data.loader import Prompt, PromptDataset, prompt_batches
+from data.sample import InputError
+from grpo.config import Config
 from grpo.model.load import ModelFiles, SpecialTokens, processor_files, special_tokens
 from grpo.model.lora import gather_adapter
 from grpo.model.optimizer import components_table, make_optimizer
@@ -21,6 +23,7 @@ from grpo.run.preflight import memory_preflight
 from grpo.run.resume import ResumeState
 from grpo.run.scoring import Scorer
 from grpo.run.tracking import Tracker
+from grpo.settings import count_steps, prompt_options
 
 
 @dataclass
@@ -46,6 +49,13 @@ class Run:
         """Begin to write curves and completions, after everything that may be refused. Collective."""
         self.tracker = Tracker(self.config, self.total_steps, self.resume, self.zero_skill_reward)
         return self.tracker
+
+    def batches(self) -> Iterator[list[Prompt | InputError]]:
+        """Yield this rank's prompts of each step that is left, decoded ahead."""
+        ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+        size, first = self.config.global_batch_size, self.resume.step
+        batches = rank_batches(self.epochs, size, self.total_steps, **ranks, start_step=first)
+        return prompt_batches(self.dataset, batches, self.config.dataloader_num_workers)
 
     def save(self, name: str, step: int, is_needed: bool = True) -> bool:
         """Write the trained model, or its adapters; a checkpoint also holds what resuming needs. Collective."""

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from data.epochs import BatchItem
+from data.frames import VideoOptions
 from data.loader import Prompt, PromptDataset, PromptOptions
 from data.media import MediaOptions
 from data.sample import InputError, Media, Sample
-from data.video import VideoOptions
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer
 from tests.data.test_video import gray_clip, gray_levels, with_index_first

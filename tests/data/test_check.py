@@ -12,14 +12,17 @@ import time
 import numpy as np
 import pytest
 
-from data.check import FORMS, PROBLEMS, check, check_in_own_process, check_media, main, parse
+from data.check import PROBLEMS, check, main, parse
+from data.check_media import check_in_own_process, check_media
+from data.check_report import FORMS
 from data.dataset import load_samples
+from data.frames import VideoOptions
 from data.media import MediaOptions
 from data.sample import InputError, Media
-from data.video import VideoOptions
-from grpo.config import Config, media_options
+from grpo.config import Config
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer
+from grpo.settings import media_options
 from tests.conftest import OPTIONS, ROOT, make_tiny
 
 SMALL = "--nframes 4 --video_resized_width 56 --video_resized_height 56 --num_workers 2".split()

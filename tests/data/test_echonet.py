@@ -16,7 +16,9 @@ from PIL import Image
 
 from data.dataset import load_samples
 from data.echonet import main
-from data.video import VideoOptions, load_video, open_video, read_frames, unpatchify
+from data.frames import VideoOptions
+from data.patches import unpatchify
+from data.video import load_video, open_video, read_frames
 from reward.extract import extract_number
 from tests.conftest import ROOT
 

@@ -15,8 +15,7 @@ import data.fetch
 from data.dataset import load_samples
 from data.fetch import FetchError, check_address, fetch, shown
 from data.loader import load_prompt
-from data.sample import InputError, Media
-from data.video import BadMedia
+from data.sample import BadMedia, InputError, Media
 from grpo.run.survey import name_of
 from tests.conftest import OPTIONS
 

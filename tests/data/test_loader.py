@@ -10,12 +10,7 @@ import torch
 from data.augment import Augmentation
 from data.dataset import load_samples
 from data.epochs import BatchItem, Epochs, rank_batches
-from data.loader import (
-    PromptDataset,
-    PromptOptions,
-    prompt_batches,
-    worker_failure,
-)
+from data.loader import PromptDataset, PromptOptions, prompt_batches, worker_failure
 from data.sample import InputError
 from tests.conftest import OPTIONS, make_tiny
 

@@ -10,21 +10,10 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data.video import (
-    CLIP_MEAN,
-    CLIP_STD,
-    BadMedia,
-    VideoOptions,
-    frame_indices,
-    load_video,
-    patchify,
-    read_frames,
-    resize,
-    smart_resize,
-    target_size,
-    unpatchify,
-    video_grid,
-)
+from data.frames import VideoOptions, frame_indices, smart_resize, target_size
+from data.patches import CLIP_MEAN, CLIP_STD, patchify, resize, unpatchify
+from data.sample import BadMedia
+from data.video import load_video, read_frames, video_grid
 from grpo.demo.mp4 import encode_jpeg, write_mp4
 
 TOKEN = 28 * 28  # pixels

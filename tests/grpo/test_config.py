@@ -7,7 +7,9 @@ import re
 import pytest
 
 from data.sample import InputError
-from grpo.config import Config, media_options, parse_config, resolve_batch_sizes
+from grpo.check_flags import parse_config
+from grpo.config import Config
+from grpo.settings import media_options, resolve_batch_sizes
 
 GIVEN = ["--model_id", "m", "--data_path", "d", "--output_dir", "o"]
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import train
 from data.loader import checked
 from data.sample import InputError
-from grpo.config import Config, resolve_batch_sizes
+from grpo.config import Config
 from grpo.logprobs import completion_logprobs
 from grpo.model import sharding
 from grpo.model.load import SpecialTokens
@@ -19,6 +19,7 @@ from grpo.ranks import full_tensor, raise_together, start_processes
 from grpo.rollout import SamplingParams, generate
 from grpo.run.inputs import load_inputs
 from grpo.run.records import GlobalCounts
+from grpo.settings import resolve_batch_sizes
 from tests.conftest import Tiny, run_ranks
 
 ADVANTAGES = torch.tensor([[1.0, -0.5, 0.25], [0.7, -0.2, 0.4], [-1.0, 2.0, 0.5], [0.3, 0.1, -0.4]])

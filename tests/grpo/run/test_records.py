@@ -6,14 +6,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from grpo.run.records import (
-    GlobalCounts,
-    GroupRecord,
-    StepRecords,
-    completion_lines,
-    distributions,
-    rollout_metrics,
-)
+from grpo.run.records import GlobalCounts, GroupRecord, StepRecords, completion_lines, distributions, rollout_metrics
 
 NAN = float("nan")
 

@@ -1,0 +1,66 @@
+"""Load a video or an image as training would, in a process of its own, and say what is wrong with it."""
+
+import multiprocessing
+import os
+from typing import NamedTuple
+
+from data.fetch import shown
+from data.frame_cache import CacheError
+from data.media import MediaOptions, load_media
+from data.patches import Grid
+from data.sample import BadMedia, Media, TooFewFrames
+
+# Forking beside threads is unsafe. A fork server is safe, and fast, since it has imported these modules already.
+FORKSERVER = multiprocessing.get_context("forkserver")
+PRELOAD = ["jinja2", "data.prompt", "data.video", "data.video_cap", "reward.extract"]
+
+
+class MediaProblem(NamedTuple):
+    """Why the trainer would refuse a video or an image."""
+
+    problem: str  # one of those that `check.py` lists
+    reason: str  # one line that names the file
+
+
+def check_media(media: Media, options: MediaOptions) -> Grid | MediaProblem | CacheError:
+    """Load a video or an image as the trainer would; return its grid, or what is wrong with it or with a cache."""
+    try:
+        return load_media(media, options).grid_thw
+    except CacheError as error:
+        return error
+    except FileNotFoundError as error:
+        return MediaProblem("missing file", str(error))
+    except TooFewFrames as error:
+        return MediaProblem("too few frames", str(error))
+    except BadMedia as error:
+        return MediaProblem(f"undecodable {media.kind}", str(error))
+
+
+def check_in_own_process(
+    media: Media, options: MediaOptions, timeout: float = 600.0, function=check_media
+) -> Grid | MediaProblem | CacheError:
+    """Call `check_media` in a process of its own, because a broken file may crash the decoder or hang it.
+
+    timeout: in seconds.
+    """
+    receiver, sender = FORKSERVER.Pipe(duplex=False)
+    process = FORKSERVER.Process(target=_send_result, args=(sender, function, media, options), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(timeout):
+            return receiver.recv()
+        reason = f"{shown(media.files[0])!r} hangs the decoder: no frames within {timeout:g} s"
+    except EOFError:
+        process.join()
+        reason = f"{shown(media.files[0])!r} crashes the decoder (exit code {process.exitcode})"
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    return MediaProblem(f"undecodable {media.kind}", reason)
+
+
+def _send_result(sender, function, media: Media, options: MediaOptions) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's messages would break up the progress bar
+    sender.send(function(media, options))
