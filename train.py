@@ -16,7 +16,6 @@ Each rank samples the whole groups of its own prompts. Sampling depends only on 
 position in the batch: neither the number of ranks nor what a rank did before changes it.
 """
 
-import math
 import signal
 import sys
 import time
@@ -51,16 +50,8 @@ from grpo.loss import (
 from grpo.model.load import SpecialTokens
 from grpo.model.lora import disable_adapters, without_dropout
 from grpo.model.sharding import Models
-from grpo.ranks import (
-    abort_rank,
-    all_gather_object,
-    any_rank,
-    full_tensor,
-    print_rank0,
-    raise_together,
-    start_processes,
-)
-from grpo.rollout import Rollout, SamplingParams, generate, generators
+from grpo.ranks import abort_rank, any_rank, full_tensor, print_rank0, raise_together, start_processes
+from grpo.rollout import Rollout, SamplingParams, generate, generators, rollouts_to_train
 from grpo.run.preflight import with_trial_advantages
 from grpo.run.records import GlobalCounts, StepRecords, TokenSums, gather_records, sampling_difference
 from grpo.run.scoring import Scorer, score
@@ -151,18 +142,6 @@ def update_phase(
             optimizer.step()
     metrics = sums.means(counts.num_tokens, config.num_iterations) | sampling_difference(rollouts, counts.num_tokens)
     return metrics | {"grad_norm": grad_norm.item(), "bad_steps": float(is_bad)}
-
-
-def rollouts_to_train(rollouts: list[Rollout], batch_size: int) -> list[Rollout]:
-    """Leave out rollouts without trained tokens, but for those that keep the passes of all ranks in step; collective.
-
-    Returns as many as make the same number of passes of `batch_size` on every rank: none if no rank has any to train.
-    """
-    trained = [rollout for rollout in rollouts if rollout.loss_mask.any()]
-    untrained = [rollout for rollout in rollouts if not rollout.loss_mask.any()]
-    passes = max(all_gather_object(math.ceil(len(trained) / batch_size)))
-    missing = (passes - 1) * batch_size + 1 - len(trained)  # until the last pass has a rollout
-    return trained + untrained[: max(0, missing)]
 
 
 def policy_logprobs(

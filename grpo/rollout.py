@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from data.loader import Prompt
 from grpo.decoding import decoder_for, prefill
 from grpo.logprobs import sampling_logprobs
 from grpo.model.load import SpecialTokens
+from grpo.ranks import all_gather_object
 
 MIN_PROMPT_CAPACITY = 2048  # tokens; their keys and values take a hundredth of the weights' memory
 
@@ -133,3 +135,15 @@ def generate(
         ids, logprobs = torch.where(mask, ids, tokens.eos_token_ids[0]), torch.where(mask, logprobs, 0.0)
         rollouts.append(Rollout(prompt, ids, mask, logprobs, is_stopped=~is_running))
     return rollouts
+
+
+def rollouts_to_train(rollouts: list[Rollout], batch_size: int) -> list[Rollout]:
+    """Leave out rollouts without trained tokens, but for those that keep the passes of all ranks in step; collective.
+
+    Returns as many as make the same number of passes of `batch_size` on every rank: none if no rank has any to train.
+    """
+    trained = [rollout for rollout in rollouts if rollout.loss_mask.any()]
+    untrained = [rollout for rollout in rollouts if not rollout.loss_mask.any()]
+    passes = max(all_gather_object(math.ceil(len(trained) / batch_size)))
+    missing = (passes - 1) * batch_size + 1 - len(trained)  # until the last pass has a rollout
+    return trained + untrained[: max(0, missing)]
