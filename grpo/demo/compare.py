@@ -8,7 +8,8 @@ converged. Then the demo's own settings, and supervised training, on seeds that 
 greedy and judged by
 `python -m grpo.evaluate` on held-out hearts.
 
-Runs go side by side, each on one core. The same command continues where it was interrupted.
+Runs go side by side, each on one core. Each that is done is a line of `reward/results.jsonl`, and not done again: the
+same command continues where it was interrupted, on another machine, too.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +36,9 @@ from grpo.loss import ScaleRewards
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "reward" / "RESULTS.md"
-BY_HAND = "## What did not work"  # from this heading on, the results are written by hand and kept
+RECORDS = ROOT / "reward" / "results.jsonl"  # a line per run that is done
+RECORDING = threading.Lock()
+BY_HAND = "## Many true labels or few"  # from this heading on, the results are written by hand and kept
 
 REWARDS = {
     "original": ["--reward_funcs", "numerical_video_reward"],
@@ -44,7 +48,7 @@ REWARDS = {
     ],
 }
 SCALES = ScaleRewards.__args__
-SUPERVISED = ["supervised, stopped early", "supervised, same time", "supervised, converged"]
+EARLY, SAME_TIME, CONVERGED = "supervised, stopped early", "supervised, same time", "supervised, converged"
 EARLY_STEPS = 100  # of supervised training that stops before it knows the training answers by heart
 FIGURES = {
     "mae": ("MAE", 2),
@@ -63,7 +67,7 @@ FIGURES = {
 class CompareConfig:
     """The flags."""
 
-    output_dir: str = flag("output/compare", "folder for all runs; an interrupted comparison continues", heading="runs")
+    output_dir: str = flag("output/compare", "folder for the models of all runs", heading="runs")
     tasks: list[str] = flag(["easy", "hard"], "tasks of the demo")
     seeds: list[int] = flag([0, 1, 2], "seeds on which all rows are compared")
     new_seeds: list[int] = flag([10, 11, 12], "seeds for the demo's own settings and supervised training alone")
@@ -135,13 +139,47 @@ def prepare(task: DemoTask, seed: int, config: CompareConfig) -> None:
         call(["train.py", *flags, "--output_dir", str(start)], start.with_name("start.log"))
 
 
-def train_and_evaluate(run: Run, config: CompareConfig) -> None:
-    """Train a model unless it is there, and evaluate it."""
-    folder = run.folder(config).absolute()
-    check_settings(run, folder)
-    if (folder / "eval" / "metrics.json").exists():
+def settings_of(run: Run) -> dict:
+    """Return what decides the result of a run, beside task, seed and row."""
+    settings = {"flags": run.flags, "demo": {k: v for k, v in DEMO_DEFAULTS.items() if k != "max_steps"}}
+    return settings if run.row == SAME_TIME else settings | {"steps": run.steps}
+
+
+def read_records() -> dict[tuple, dict]:
+    """Return the records of all runs that were ever done, by task, seed and row."""
+    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+    return {(record["task"], record["seed"], record["row"]): record for record in map(json.loads, lines)}
+
+
+def record_of(run: Run) -> dict | None:
+    """Return the record of a run, None if it is not done; raise InputError if it was done in another way."""
+    record = read_records().get((run.task, run.seed, run.row))
+    if record and record["settings"] != settings_of(run):
+        raise InputError(
+            f"{str(RECORDS)!r}: {run.task}, seed {run.seed}, {run.row} was made with other settings: remove its line"
+        )
+    return record
+
+
+def do(run: Run, config: CompareConfig) -> None:
+    """Train a model and evaluate it, and record the figures, unless that is done."""
+    if record_of(run):
         return
+    folder = run.folder(config).absolute()
     start, log = folder.with_name("start"), folder.with_name(f"{folder.name}.log")
+    check_settings(run, folder)
+    if not (folder / "eval" / "metrics.json").exists():
+        train_and_evaluate(run, start, folder, log)
+    metrics = json.loads((folder / "eval" / "metrics.json").read_text())
+    record = {"task": run.task, "seed": run.seed, "row": run.row, "settings": settings_of(run)}
+    record |= {"date": time.strftime("%Y-%m-%d"), "steps": run.steps, "cpu_seconds": seconds_in(run, folder)}
+    record |= {name: metrics[name]["value"] for name in FIGURES}
+    with RECORDING, open(RECORDS, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def train_and_evaluate(run: Run, start: Path, folder: Path, log: Path) -> None:
+    """Train a model, if the run has steps, and answer the held-out hearts."""
     base = parse_flags(Config, [], "", DEMO_DEFAULTS)
     data = {"data_path": [str(start / "data" / "train.json")], "image_folder": str(start / "data" / "videos")}
     common = dataclasses.replace(base, **data, seed=run.seed, model_id=str(start / "warm_start"))
@@ -167,12 +205,7 @@ def train_and_evaluate(run: Run, config: CompareConfig) -> None:
 
 def check_settings(run: Run, folder: Path) -> None:
     """Note how a run is made, or raise InputError if what is there was made in another way."""
-    settings = {
-        "flags": run.flags,
-        "steps": run.steps,
-        "demo": {k: v for k, v in DEMO_DEFAULTS.items() if k != "max_steps"},
-    }
-    path = folder / "run.json"
+    settings, path = settings_of(run), folder / "run.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise InputError(f"{str(folder)!r} was made with other settings: name a new --output_dir")
     if not path.exists():
@@ -187,50 +220,58 @@ def add_seconds(folder: Path, seconds: float) -> None:
     path.write_text(json.dumps({"cpu_seconds": before + seconds}))
 
 
-def seconds_of(run: Run, config: CompareConfig) -> float:
+def seconds_in(run: Run, folder: Path) -> float:
     """Return the CPU seconds that a run was trained for."""
-    folder = run.folder(config)
-    return json.loads((folder / ("" if run.flags else "model") / "seconds.json").read_text())["cpu_seconds"]
+    path = folder / ("" if run.flags else "model") / "seconds.json"
+    return json.loads(path.read_text())["cpu_seconds"] if run.steps else 0.0
 
 
-def compare(config: CompareConfig) -> list[Run]:
-    """Do all runs that are not done; return them."""
+def all_runs(config: CompareConfig) -> list[Run]:
+    """List all runs, in the order of the table."""
     places = [(task, seed) for task in config.tasks for seed in [*config.seeds, *config.new_seeds]]
-    grpo = grpo_runs(config)
-    untrained = [Run(task, seed, "before", []) for task, seed in places]
-    converged = [Run(t, s, SUPERVISED[2], [], config.supervised_steps) for t, s in places]
-    early = [Run(t, s, SUPERVISED[0], [], EARLY_STEPS) for t, s in places]
-    same_time = [Run(t, s, SUPERVISED[1], []) for t, s in places]
-    with ThreadPoolExecutor(config.jobs) as pool, tqdm(total=len(grpo) + 5 * len(places), unit="run") as bar:
+    steps = {EARLY: EARLY_STEPS, SAME_TIME: 0, CONVERGED: config.supervised_steps}  # 0: `steps_in_the_time_of` says
+    supervised = [Run(*place, row, [], num) for row, num in steps.items() for place in places]
+    return [*(Run(*place, "before", []) for place in places), *grpo_runs(config), *supervised]
 
-        def do_all(function, arguments: list[tuple]) -> None:
-            for _ in pool.map(lambda one: function(*one, config), arguments):
+
+def compare(config: CompareConfig) -> None:
+    """Do all runs that are not done, those of the demo's own settings first."""
+    runs = all_runs(config)
+    same_time = [run for run in runs if run.row == SAME_TIME]
+    others = [run for run in runs if run.flags and run.row != own_row()]
+    first = [run for run in runs if run not in same_time and run not in others]
+    with ThreadPoolExecutor(config.jobs) as pool, tqdm(total=len(runs), unit="run") as bar:
+
+        def do_all(some: list[Run]) -> None:
+            for _ in pool.map(lambda run: do(run, config), some):
                 bar.update()
 
-        do_all(prepare, places)
-        do_all(train_and_evaluate, [(run,) for run in untrained + converged + early])
-        do_all(train_and_evaluate, [(run,) for run in grpo])
-        for run, whole in zip(same_time, converged, strict=True):
-            (own,) = (g for g in grpo if (g.task, g.seed, g.row) == (run.task, run.seed, own_row()))
-            per_step = seconds_of(whole, config) / whole.steps
-            run.steps = max(1, round(seconds_of(own, config) / per_step))
-        do_all(train_and_evaluate, [(run,) for run in same_time])
-    return [*untrained, *grpo, *early, *same_time, *converged]
+        places = dict.fromkeys((run.task, run.seed) for run in runs if not record_of(run))
+        list(pool.map(lambda place: prepare(*place, config), places))
+        do_all(first)
+        for run in same_time:
+            run.steps = steps_in_the_time_of(*(record_of(other) for other in first if is_timed(other, run)))
+        do_all(same_time)
+        do_all(others)
 
 
-def figures_of(run: Run, config: CompareConfig) -> dict[str, float]:
-    """Return the figures of a run on held-out samples."""
-    metrics = json.loads((run.folder(config) / "eval" / "metrics.json").read_text())
-    return {name: metrics[name]["value"] for name in FIGURES}
+def is_timed(run: Run, same_time: Run) -> bool:
+    """Say whether a run decides how long supervised training of the same time takes."""
+    return (run.task, run.seed) == (same_time.task, same_time.seed) and run.row in (own_row(), CONVERGED)
 
 
-def table(runs: list[Run], config: CompareConfig) -> list[str]:
-    """Write a table of mean and standard deviation over seeds, a row per kind of run."""
-    seeds = sorted({run.seed for run in runs})
+def steps_in_the_time_of(own: dict, converged: dict) -> int:
+    """Return the steps of supervised training that take as long as the demo's own settings."""
+    return max(1, round(own["cpu_seconds"] / (converged["cpu_seconds"] / converged["steps"])))
+
+
+def table(runs: list[Run]) -> list[str]:
+    """Write a table of mean and standard deviation over seeds: of each kind of run that is done, a row."""
     lines = ["| | " + " | ".join(title for title, _ in FIGURES.values()) + " |", "|---" * (len(FIGURES) + 1) + "|"]
     for row in dict.fromkeys(run.row for run in runs):
-        found = [figures_of(run, config) for run in runs if run.row == row]
-        assert len(found) == len(seeds)
+        found = [record_of(run) for run in runs if run.row == row]
+        if not all(found):
+            continue
         cells = []
         for name, (_, digits) in FIGURES.items():
             values = [figures[name] for figures in found]
@@ -242,12 +283,12 @@ def table(runs: list[Run], config: CompareConfig) -> list[str]:
 
 def by_seed(runs: list[Run], config: CompareConfig) -> list[str]:
     """Write a table of the mean error by seed: the demo's own settings beside supervised training."""
-    rows = ["before", own_row(), *SUPERVISED]
     seeds = [*config.seeds, *config.new_seeds]
     lines = ["| MAE | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|---" * (len(seeds) + 1) + "|"]
-    for row in rows:
-        found = {run.seed: figures_of(run, config) for run in runs if run.row == row}
-        lines.append(f"| {row} | " + " | ".join(f"{found[seed]['mae']:.2f}" for seed in seeds) + " |")
+    for row in ["before", own_row(), EARLY, SAME_TIME, CONVERGED]:
+        found = {run.seed: record_of(run) for run in runs if run.row == row}
+        if all(found.values()):
+            lines.append(f"| {row} | " + " | ".join(f"{found[seed]['mae']:.2f}" for seed in seeds) + " |")
     return lines
 
 
@@ -255,10 +296,13 @@ def write_results(runs: list[Run], config: CompareConfig, argv: list[str]) -> No
     """Write reward/RESULTS.md; what was written by hand in it stays."""
     command = " ".join(["python -m grpo.demo.compare", *argv])
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    records = [record for run in runs if (record := record_of(run))]
+    dates = sorted({record["date"] for record in records}) or [time.strftime("%Y-%m-%d")]
     lines = [
         "# Which reward teaches best",
         "",
-        f"`{command}`, {time.strftime('%Y-%m-%d')}, on {machine}; each run on one core.",
+        f"`{command}`, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, on {machine}; each run on one core. Every",
+        "run is a line of [`results.jsonl`](results.jsonl).",
         "",
         f"GRPO: {config.steps} steps of the demo's settings; its rows are reward, then `--scale_rewards`. Supervised:",
         f"cross-entropy on the true answers, from the same warm start: for {EARLY_STEPS} steps; for as much CPU time",
@@ -269,10 +313,15 @@ def write_results(runs: list[Run], config: CompareConfig, argv: list[str]) -> No
         "standard deviation over seeds.",
         "",
     ]
+    if left := len(runs) - len(records):
+        lines += [
+            f"{left} of {len(runs)} runs are not done yet: the same command continues. Their rows are left out.",
+            "",
+        ]
     for task in config.tasks:
         own = [run for run in runs if run.task == task]
         lines += [f"## {task}: seeds {', '.join(map(str, config.seeds))}", ""]
-        lines += [*table([run for run in own if run.seed in config.seeds], config), ""]
+        lines += [*table([run for run in own if run.seed in config.seeds]), ""]
         lines += [f"Mean error by seed; nothing was chosen on seeds {', '.join(map(str, config.new_seeds))}:", ""]
         lines += [*by_seed(own, config), ""]
     old = RESULTS.read_text() if RESULTS.exists() else ""
@@ -290,12 +339,14 @@ def main(argv: list[str]) -> int:
             raise InputError("--steps, --supervised_steps and --jobs must be at least 1, and --seeds name a seed")
         if len({*config.seeds, *config.new_seeds}) < len(config.seeds) + len(config.new_seeds):
             raise InputError("--seeds and --new_seeds must be different seeds")
-        write_results(compare(config), config, argv)
+        compare(config)
+        write_results(all_runs(config), config, argv)
     except InputError as error:
         print(f"grpo.demo.compare: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
+        write_results(all_runs(config), config, argv)
+        print(f"interrupted: the same command continues; {RESULTS} has what is done", file=sys.stderr)
         return 130
     print(f"written to {RESULTS}")
     return 0

@@ -1,4 +1,4 @@
-"""Frames, sizes and patches against hand-computed tables, PIL and HF's image processor; real mp4 files."""
+"""Videos are decoded to the right frames, and broken ones are named; real mp4 and AVI files."""
 
 import io
 import struct
@@ -8,19 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data.frames import VideoOptions, frame_indices, smart_resize, target_size
-from data.patches import CLIP_MEAN, CLIP_STD, patchify, resize, unpatchify
+from data.frames import VideoOptions, frame_indices
+from data.patches import CLIP_MEAN, CLIP_STD
 from data.sample import BadMedia
 from data.video import load_video, read_frames, video_grid
 from grpo.demo.mp4 import encode_jpeg, write_mp4
-
-TOKEN = 28 * 28  # pixels
-
-
-def random_frames(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+from tests.data.test_frames import TOKEN
+from tests.data.test_patches import random_frames
 
 
 def gray_clip(num_frames: int, height: int = 64, width: int = 64) -> np.ndarray:
@@ -34,154 +29,6 @@ def gray_levels(pixel_values: torch.Tensor, grid_thw: tuple[int, int, int]) -> l
     patches = pixel_values.view(grid_thw[0], -1, 3, 2, 14 * 14)  # (t, h·w, 3, 2, 196)
     colours = patches * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
     return (255 * colours.mean(dim=(1, 2, 4))).flatten().tolist()
-
-
-@pytest.mark.parametrize(
-    "total_frames, video_fps, options, expected",
-    [
-        (32, 8.0, {}, [0, 4, 9, 13, 18, 22, 27, 31]),  # 4 s at 2 fps = 8; steps of 31/7
-        (60, 29.97, {}, [0, 20, 39, 59]),  # 4.004 -> 4; steps of 59/3
-        (30, 29.97, {"fps": 1.0}, [0, 10, 19, 29]),  # 1.001 -> at least 4; steps of 29/3
-        (21, 6.25, {"fps": 2.5}, [0, 3, 6, 9, 11, 14, 17, 20]),  # 8.4 -> 8; steps of 20/7
-        (20, 8.0, {"fps": 3.0}, [0, 4, 8, 11, 15, 19]),  # 7.5 -> 6; steps of 19/5
-        (5, 30.0, {}, [0, 1, 3, 4]),  # at least 4, although 1/3 frame is asked for; steps of 4/3
-        (3, 30.0, {}, [0, 2]),  # at least 4, but at most floor_even(3)
-        (2, 30.0, {}, [0, 1]),
-        (7, 8.0, {"fps": 30.0}, [0, 1, 2, 4, 5, 6]),  # 26 -> floor_even(7); steps of 6/5
-        (16, 8.0, {"nframes": 16}, list(range(16))),
-        (16, 8.0, {"nframes": 4}, [0, 5, 10, 15]),
-        (16, 8.0, {"nframes": 5}, [0, 5, 10, 15]),  # 2.5 rounds to 2 pairs
-        (16, 8.0, {"nframes": 3}, [0, 5, 10, 15]),  # 1.5 rounds to 2 pairs
-        (16, 8.0, {"nframes": 2}, [0, 15]),
-    ],
-)
-def test_frame_indices_follow_the_rules_of_qwen_vl_utils(total_frames, video_fps, options, expected):
-    assert frame_indices(total_frames, video_fps, VideoOptions(**options)) == expected
-
-
-def test_a_long_video_gives_768_frames_from_first_to_last():
-    indices = frame_indices(100_000, 25.0, VideoOptions())
-    assert (len(indices), indices[0], indices[-1]) == (768, 0, 99_999)
-
-
-@pytest.mark.parametrize(
-    "total_frames, options, message",
-    [
-        (10, {"nframes": 16}, "has 10 frames, --nframes 16 asks for 16"),
-        (3, {"nframes": 3}, "has 3 frames, --nframes 3 asks for 4"),
-        (1, {}, "has 1 frame, at least 2 are needed"),
-    ],
-)
-def test_too_few_frames_are_an_error_with_both_numbers(total_frames, options, message):
-    with pytest.raises(ValueError) as error:
-        frame_indices(total_frames, 8.0, VideoOptions(**options))
-    assert str(error.value) == message
-
-
-@pytest.mark.parametrize(
-    "height, width, min_pixels, max_pixels, expected",
-    [
-        (480, 640, 128 * TOKEN, 768 * TOKEN, (476, 644)),  # 17.1 and 22.9 units of 28
-        (64, 64, 128 * TOKEN, 768 * TOKEN, (336, 336)),  # grows by 4.95 to 316.8, up to 12 units
-        (1080, 1920, 128 * TOKEN, 768 * TOKEN, (560, 1008)),  # shrinks by 1.856 to 582 x 1034.6, down
-        (42, 70, 4 * TOKEN, 768 * TOKEN, (56, 56)),  # 1.5 and 2.5 units both round to 2
-        (10, 1000, 4 * TOKEN, 10 * TOKEN, (28, 868)),  # shrinks by 1.129; no side below 28
-    ],
-)
-def test_smart_resize_table(height, width, min_pixels, max_pixels, expected):
-    assert smart_resize(height, width, min_pixels, max_pixels) == expected
-    assert smart_resize(width, height, min_pixels, max_pixels) == expected[::-1]
-
-
-def test_smart_resize_refuses_frames_200_times_as_long_as_wide():
-    assert smart_resize(10, 2000, 4 * TOKEN, 768 * TOKEN)
-    with pytest.raises(ValueError, match="200 times"):
-        smart_resize(10, 2001, 4 * TOKEN, 768 * TOKEN)
-
-
-@pytest.mark.parametrize(
-    "num_frames, options, expected",
-    [
-        (300, {}, (560, 1008)),  # 128000 · 0.9 / 300 · 2 = 768 tokens per frame: no tighter than the default
-        (768, {}, (336, 644)),  # 300 tokens: shrinks by 2.969 to 363.7 x 646.6
-        (768, {"min_pixels": 400 * TOKEN}, (420, 756)),  # 1.05 · 400 tokens: shrinks by 2.509 to 430.4 x 765.1
-        (16, {"max_pixels": 200 * TOKEN}, (280, 504)),  # shrinks by 3.637 to 297.0 x 528.0
-        (16, {"resized_width": 64, "resized_height": 64}, (56, 56)),
-        (16, {"resized_width": 100, "resized_height": 60}, (56, 112)),
-        (16, {"resized_width": 28, "resized_height": 28}, (56, 56)),  # at least 4 tokens
-    ],
-)
-def test_the_size_of_a_1080p_video(num_frames, options, expected):
-    assert target_size(1080, 1920, num_frames, VideoOptions(**options)) == expected
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"fps": 2.0, "nframes": 8}, "not both"),
-        ({"resized_width": 56}, "together"),
-        ({"resized_height": 56}, "together"),
-        ({"min_pixels": 2 * TOKEN, "max_pixels": TOKEN}, "--video_min_pixels 1568 is more than --video_max_pixels 784"),
-        ({"max_pixels": 768 * TOKEN + 1}, "--video_max_pixels 602113 is above the limit of qwen-vl-utils: give 602112"),
-        ({"fps": 0.0}, "--fps must be positive"),
-        ({"nframes": -4}, "--nframes must be positive"),
-        ({"nframes": 1}, "--nframes must be at least 2"),
-        ({"min_pixels": 0}, "--video_min_pixels must be positive"),
-        ({"resized_width": 1, "resized_height": 1000}, "1000: the longer side must be at most 200"),
-    ],
-)
-def test_contradicting_options_are_an_error(options, message):
-    with pytest.raises(ValueError, match=message):
-        VideoOptions(**options)
-
-
-def test_patches_equal_those_of_hf_frame_by_frame():
-    frames = random_frames(4, 3, 56, 84)
-    processor = Qwen2VLImageProcessorPil(do_resize=False)
-    images = [frame.permute(1, 2, 0).numpy() for frame in frames]
-    hf = processor(images, return_tensors="pt")["pixel_values"].view(4, 4 * 6, 3, 2, 14, 14)  # frame twice over time
-    expected = torch.cat(
-        [torch.stack([first[:, :, 0], second[:, :, 1]], dim=2) for first, second in [(hf[0], hf[1]), (hf[2], hf[3])]]
-    )  # (2·4·6, 3, 2, 14, 14)
-
-    pixel_values, grid_thw = patchify(frames)
-
-    assert grid_thw == (2, 4, 6)
-    assert pixel_values.dtype == torch.float32
-    assert pixel_values.shape == (48, 1176)
-    torch.testing.assert_close(pixel_values, expected.reshape(48, 1176), atol=1e-6, rtol=0)
-
-
-def pil_resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
-    resized = [np.array(image.resize((width, height), Image.Resampling.BICUBIC)) for image in images]
-    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
-
-
-@pytest.mark.parametrize(
-    "size, tolerance",
-    # enlarged noise is the worst case for the two roundings, in which PIL and torch differ by 2 at one pixel in 10,000
-    [((56, 84), 1), ((84, 56), 1), ((28, 28), 1), ((112, 140), 2), ((168, 56), 2)],
-)
-def test_resize_is_bicubic_and_antialiased_as_in_pil(size, tolerance):
-    frames = random_frames(9, 3, 100, 120)
-    resized = resize(frames, *size)
-    difference = (resized.int() - pil_resize(frames, *size).int()).float()
-    assert resized.dtype == torch.uint8
-    assert difference.abs().max() <= tolerance
-    assert (difference.abs() > 1).float().mean() < 1e-3
-    assert difference.mean().abs() < 0.01  # rounded, not truncated
-
-
-def test_an_enlarged_picture_equals_that_of_pil_within_one_level():
-    x, y = torch.meshgrid(torch.arange(60), torch.arange(80), indexing="ij")
-    picture = (127 + 60 * torch.sin(x / 3) + 60 * torch.cos(y / 5)).byte().expand(2, 3, 60, 80)
-    assert (resize(picture, 112, 140).int() - pil_resize(picture, 112, 140).int()).abs().max() <= 1
-
-
-def test_a_video_of_the_right_size_keeps_its_pixels():
-    frames = random_frames(2, 3, 56, 56)
-    assert torch.equal(resize(frames, 56, 56), frames)
 
 
 def test_an_mp4_file_round_trip_gives_the_frames_that_were_asked_for(tmp_path):
@@ -318,20 +165,6 @@ def test_the_grid_is_known_without_the_last_frame(tmp_path):
     assert video_grid(path, options) == (2, 4, 4)
 
 
-@pytest.mark.parametrize(("total", "count"), [(100, 8), (9, 8), (100, 2), (30, 30)])
-def test_frames_are_moved_by_at_most_half_a_step(total, count):
-    still = np.array(frame_indices(total, 8.0, VideoOptions(nframes=count)))
-    half = 0.5 * (total - 1) / (count - 1)
-    for jitter in (-0.5, -0.2, 0.3, 0.5):
-        moved = np.array(frame_indices(total, 8.0, VideoOptions(nframes=count, jitter=jitter)))
-        assert len(moved) == count and moved.min() >= 0 and moved.max() < total
-        assert abs(moved - still).max() <= half + 1 and (np.diff(moved) >= 0).all()
-        inner = (moved - still)[1:-1]  # the first and the last cannot leave the video
-        if total == 100 and count == 8:
-            assert abs(inner - jitter * 99 / 7).max() <= 1
-    assert frame_indices(30, 8.0, VideoOptions(nframes=30, jitter=0.5)) == list(range(30))  # there are no others
-
-
 def test_the_grid_of_a_bad_video_is_the_error_of_loading_it(tmp_path):
     long, short, text = tmp_path / "long.mp4", tmp_path / "short.mp4", tmp_path / "text.mp4"
     write_mp4(long, random_frames(4, 8, 2000, 3).numpy(), fps=8)
@@ -408,9 +241,3 @@ def test_a_missing_file_is_no_bad_video(tmp_path):
 def test_write_mp4_refuses_what_is_no_clip(tmp_path, frames):
     with pytest.raises(ValueError, match="uint8"):
         write_mp4(tmp_path / "clip.mp4", frames, fps=8)
-
-
-def test_frames_come_back_from_their_patches():
-    """What a contact sheet shows is what the model sees: to the level."""
-    frames = torch.randint(0, 256, (6, 3, 56, 84), dtype=torch.uint8)
-    assert torch.equal(unpatchify(*patchify(frames)), frames)

@@ -7,13 +7,26 @@ import statistics
 import pytest
 
 from grpo.demo import compare
-from grpo.demo.compare import CompareConfig, Run, call, figures_of, grpo_runs, own_row, seconds_of, write_results
+from grpo.demo.compare import (
+    CompareConfig,
+    Run,
+    all_runs,
+    call,
+    do,
+    grpo_runs,
+    own_row,
+    record_of,
+    settings_of,
+    write_results,
+)
 from grpo.demo.synthetic_echo import write_samples
 from tests.conftest import make_tiny
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(compare, "RECORDS", tmp_path / "results.jsonl")
     return CompareConfig(output_dir=str(tmp_path / "compare"), tasks=["easy"], seeds=[0, 1], new_seeds=[10], steps=1)
 
 
@@ -36,21 +49,31 @@ def test_all_rewards_meet_all_scales_and_new_seeds_only_the_demos_settings(confi
     assert own_row() in {run.row for run in first}
 
 
-def test_runs_are_trained_evaluated_and_not_done_twice(config, start):
+def test_runs_are_trained_evaluated_recorded_and_not_done_twice(config, start):
     (run,) = [run for run in grpo_runs(config) if (run.seed, run.row) == (0, "GRPO, smooth + 0.5 concordance, none")]
-    supervised = Run("easy", 0, "supervised, converged", [], steps=2)
+    supervised = Run("easy", 0, compare.CONVERGED, [], steps=2)
     for some in (run, supervised, Run("easy", 0, "before", [])):
-        compare.train_and_evaluate(some, config)
-        assert figures_of(some, config)["mae"] >= 0
+        assert record_of(some) is None
+        do(some, config)
+        metrics = json.loads((some.folder(config) / "eval" / "metrics.json").read_text())
+        record = record_of(some)
+        assert all(record[name] == metrics[name]["value"] for name in compare.FIGURES) and record["mae"] >= 0
     resolved = json.loads((run.folder(config) / "config.json").read_text())
     assert resolved["reward_funcs"] == ["smooth_numerical_reward", "concordance_reward"]
     assert resolved["reward_weights"] == [1.0, 0.5] and resolved["scale_rewards"] == "none"
     assert resolved["max_steps"] == 1 and resolved["temperature"] == 1.0  # the demo's
-    assert seconds_of(run, config) > 1 and seconds_of(supervised, config) > 0.01
-    written = {path: path.stat().st_mtime_ns for path in start.parent.rglob("*") if path.is_file()}
+    assert record_of(run)["cpu_seconds"] > 1 and record_of(supervised)["cpu_seconds"] > 0.01
+    shutil.rmtree(start.parent)  # as on another machine
     for some in (run, supervised):
-        compare.train_and_evaluate(some, config)
-    assert written == {path: path.stat().st_mtime_ns for path in start.parent.rglob("*") if path.is_file()}
+        do(some, config)
+    assert not start.parent.exists() and len(compare.RECORDS.read_text().splitlines()) == 3
+    supervised.steps = 3
+    with pytest.raises(compare.InputError, match="results.jsonl.*: easy, seed 0, supervised, converged was made with"):
+        do(supervised, config)
+
+
+def test_supervised_training_takes_as_long_as_grpo():
+    assert compare.steps_in_the_time_of({"cpu_seconds": 100.0}, {"cpu_seconds": 60.0, "steps": 600}) == 1000
 
 
 def test_a_run_that_fails_names_its_log(tmp_path, capsys):
@@ -59,30 +82,33 @@ def test_a_run_that_fails_names_its_log(tmp_path, capsys):
     assert "unknown flag '--no_such_flag'" in (tmp_path / "log").read_text()
 
 
-def test_the_table_has_mean_and_spread_over_seeds_and_keeps_what_was_written_by_hand(config, tmp_path, monkeypatch):
-    results = tmp_path / "RESULTS.md"
-    monkeypatch.setattr(compare, "RESULTS", results)
-    results.write_text("old\n\n## What did not work\n\n- this\n")
-    runs = grpo_runs(config)
-    for row in ("before", *compare.SUPERVISED):
-        runs += [Run("easy", seed, row, []) for seed in (0, 1, 10)]
+def test_the_table_has_mean_and_spread_over_seeds_and_keeps_what_was_written_by_hand(config, tmp_path):
+    compare.RESULTS.write_text(f"old\n\n{compare.BY_HAND}\n\n- this\n")
+    runs = all_runs(config)
     for number, run in enumerate(runs):
-        folder = run.folder(config) / "eval"
-        folder.mkdir(parents=True)
-        values = {name: {"value": number + 0.25} for name in compare.FIGURES}
-        (folder / "metrics.json").write_text(json.dumps(values))
+        record = {"task": run.task, "seed": run.seed, "row": run.row, "settings": settings_of(run)}
+        record |= {"date": "2026-01-02", "steps": 1, "cpu_seconds": 1.0}
+        record |= {name: number + 0.25 for name in compare.FIGURES}
+        with open(compare.RECORDS, "a") as file:
+            file.write(json.dumps(record) + "\n")
     write_results(runs, config, ["--steps", "1"])
-    text = results.read_text()
-    assert text.endswith("## What did not work\n\n- this\n") and "old" not in text
-    assert "`python -m grpo.demo.compare --steps 1`" in text
+    text = compare.RESULTS.read_text()
+    assert text.endswith(f"{compare.BY_HAND}\n\n- this\n") and "old" not in text
+    assert "`python -m grpo.demo.compare --steps 1`, 2026-01-02, on" in text and "not done yet" not in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     both = [i for i, run in enumerate(runs) if run.row == own_row() and run.seed < 2]
     mean, spread = statistics.mean(i + 0.25 for i in both), statistics.stdev(both)
     assert any(line.startswith(f"| {own_row()} | {mean:.2f} ± {spread:.2f} | ") for line in rows)
     cells = [cell.strip() for line in rows for cell in line.strip("|").split("|")]
-    assert sum(cell == "" for cell in cells) == 1  # above the names of the rows
+    assert sum(cell == "" for cell in cells) == 1 and len(rows) == 1 + 1 + 9 + 3 + 1 + 5  # empty: above the rows' names
     new = [i for i, run in enumerate(runs) if run.row == own_row()]
     assert "| " + " | ".join([own_row(), *(f"{i + 0.25:.2f}" for i in new)]) + " |" in rows
+    # Of a row that is not whole, nothing is shown.
+    lines = compare.RECORDS.read_text().splitlines(keepends=True)
+    compare.RECORDS.write_text("".join(line for line in lines if own_row() not in line or '"seed": 1,' not in line))
+    write_results(runs, config, [])
+    text = compare.RESULTS.read_text()
+    assert "1 of 31 runs are not done yet" in text and f"| {own_row()} |" not in text
 
 
 @pytest.mark.parametrize(
