@@ -23,6 +23,7 @@ from data.sample import IMAGE_SUFFIXES, IMAGE_TAG, TAG_PATTERN, VIDEO_TAG, Input
 KEYS = ("id", "video", "image", "conversations")
 IMAGE_OPTIONS = ("resized_width", "resized_height", "min_pixels", "max_pixels")
 VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", *IMAGE_OPTIONS)
+LIKE_A_TAG = re.compile(r"<\s*(?:videos?|images?)\s*>", re.IGNORECASE)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -137,6 +138,8 @@ def _resolve(path: str, image_folder: str) -> str:
     """Return the path as written if that file exists, else the path inside `image_folder`; files before folders."""
     inside = os.path.join(image_folder, path)
     try:
+        if not os.access(path, os.F_OK):  # without an exception, since most paths are inside
+            return inside
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
         return inside
@@ -174,7 +177,7 @@ def _read_turn(turn, where: str) -> tuple[str, str]:
     speaker, text = turn["from"], turn["value"]
     if speaker not in ROLES:
         raise InputError(f"{where}: unknown 'from' {speaker!r}: use 'human', 'gpt' or 'system'")
-    for tag in re.findall(r"<\s*(?:videos?|images?)\s*>", text, re.IGNORECASE):
+    for tag in LIKE_A_TAG.findall(text):
         if tag not in (VIDEO_TAG, IMAGE_TAG):
             raise InputError(f"{where}: {tag} in 'value': write {VIDEO_TAG if 'v' in tag.lower() else IMAGE_TAG}")
     if ROLES[speaker] != "user" and (tag := TAG_PATTERN.search(text)):
