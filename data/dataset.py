@@ -139,7 +139,9 @@ class Samples(Sequence):
         prepare: applied to every sample that is asked for by its index.
         """
         self.files, self.image_folder, self.prepare = [Entries(path) for path in paths], image_folder, prepare
-        for file in self.files:
+        for number, file in enumerate(self.files):
+            if os.path.realpath(file.path) in map(os.path.realpath, paths[:number]):
+                raise InputError(f"{file.path!r} is given twice: name it once, with a weight if it shall count more")
             if not len(file):
                 raise InputError(f"{file.path!r} contains no samples: give a file with at least one")
         self._ends = list(accumulate(self.sizes))
@@ -157,10 +159,18 @@ class Samples(Sequence):
         index = range(len(self))[index]  # raises IndexError, at which an iteration ends
         if isinstance(index, range):
             return [self[i] for i in index]
-        number = bisect_right(self._ends, index)
-        place = index - self._ends[number] + len(self.files[number])
-        sample = self._read(number, place, self.files[number][place])
+        sample = self.as_written(index)
         return self.prepare(sample) if self.prepare else sample
+
+    def as_written(self, index: int) -> Sample:
+        """Read a sample that is not prepared. Raises InputError."""
+        number, place = self.place_of(index)
+        return self._read(number, place, self.files[number][place])
+
+    def place_of(self, index: int) -> tuple[int, int]:
+        """Return the number of a sample's file, and its place in it."""
+        number = bisect_right(self._ends, index)
+        return number, index - self._ends[number] + len(self.files[number])
 
     def _read(self, number: int, place: int, entry) -> Sample:
         path, default_id = self.files[number].path, default_id_of(number, place)
@@ -172,33 +182,20 @@ class Samples(Sequence):
         In the place of a sample that is wrong stands the InputError that says why; an entry that is no JSON is None.
         Files of videos and images need not exist. Of samples with the same id, the first is valid.
         """
-        seen = {}
+        ids = Ids()
         for number, file in enumerate(self.files):
             for place in range(len(file)):
                 entry = None
                 try:
                     entry = file[place]
                     sample = self._read(number, place, entry)
-                    if sample.id in seen:
-                        there = "" if seen[sample.id] == number else f", first in {self.files[seen[sample.id]].path!r}"
-                        raise DuplicateId(
-                            f"{file.path!r}: the id {sample.id!r} occurs twice{there}: give every sample its own id"
-                        )
-                    seen[sample.id] = number
+                    ids.add(sample.id, file.path)
                 except InputError as error:
                     sample = error
                 yield default_id_of(number, place), entry, sample
 
-    def checked(self) -> Iterator[Sample]:
-        """Yield every sample, not prepared. Raises InputError for the first mistake, at the end for missing files."""
-        missing = {}
-        for _, _, sample in self.each():
-            if isinstance(sample, InputError):
-                raise sample
-            for media in sample.media:
-                for path in media.missing():
-                    missing.setdefault(path, sample.id)
-            yield sample
+    def refuse_missing(self, missing: dict[str, str]) -> None:
+        """Raise InputError if files are missing: path -> the id of the first sample that names it."""
         if missing:
             first = ", ".join(f"{path!r} (sample {sample_id!r})" for path, sample_id in list(missing.items())[:3])
             raise InputError(
@@ -208,14 +205,42 @@ class Samples(Sequence):
             )
 
 
+class Ids:
+    """The ids of samples, which must differ over all files."""
+
+    def __init__(self) -> None:
+        self._files = {}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def add(self, sample_id: str, path: str) -> None:
+        """Add an id from a file; raise DuplicateId if it is there already."""
+        if sample_id in self._files:
+            first = self._files[sample_id]
+            there = "" if first == path else f", first in {first!r}"
+            raise DuplicateId(f"{path!r}: the id {sample_id!r} occurs twice{there}: give every sample its own id")
+        self._files[sample_id] = path
+
+
 def default_id_of(number: int, place: int) -> str:
     """Return the id of a sample that names none: its position, and for the second file and later ones the file's."""
     return f"#{place + 1}" if number == 0 else f"#{number + 1}.{place + 1}"
 
 
+def add_missing(missing: dict[str, str], sample: Sample) -> None:
+    """Add those files of a sample that do not exist: path -> its id."""
+    for media in sample.media:
+        for path in media.missing():
+            missing.setdefault(path, sample.id)
+
+
 def load_samples(paths: list[str], image_folder: str = "") -> Samples:
     """Find the samples of some files, and check all of them; raise InputError."""
-    samples = Samples(paths, image_folder)
-    for _ in samples.checked():
-        pass
+    samples, missing = Samples(paths, image_folder), {}
+    for _, _, sample in samples.each():
+        if isinstance(sample, InputError):
+            raise sample
+        add_missing(missing, sample)
+    samples.refuse_missing(missing)
     return samples

@@ -164,10 +164,8 @@ def checked(batch: list[Prompt | InputError]) -> list[Prompt]:
     return batch
 
 
-def prompt_batches(
-    dataset: PromptDataset, batches: Iterator[list[BatchItem]], num_workers: int
-) -> Iterator[list[Prompt | InputError]]:
-    """Yield each step's prompts in order; worker processes, forked here, decode some steps ahead.
+def load_ahead(dataset: Dataset, batches: Iterator[list], num_workers: int) -> Iterator[list]:
+    """Yield each batch's items, such as a step's prompts, in order; worker processes, forked here, load some ahead.
 
     Workers must not garbage-collect objects inherited through the fork: destroying a process group would wait forever
     for threads that a fork does not copy. What is frozen while they fork is never collected in them.

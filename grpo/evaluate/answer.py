@@ -12,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 
 from data.epochs import BatchItem
-from data.loader import PromptDataset, checked, prompt_batches
+from data.loader import PromptDataset, checked, load_ahead
 from data.sample import InputError, Sample
 from grpo.evaluate.metrics import Answers, Truths
 from grpo.model.load import SpecialTokens, special_tokens
@@ -89,7 +89,7 @@ def answer(
     batches = [[i for i in batch if not is_answered(dataset.samples[i].id)] for batch in batches]
     batches = [batch for batch in batches if batch]
     own = ([BatchItem(index, index) for index in batch] for batch in batches[rank::world_size])
-    prompts = prompt_batches(dataset, own, options.num_workers)
+    prompts = load_ahead(dataset, own, options.num_workers)
     for _ in range(0, len(batches), world_size):
         own_round = raise_together(answer_batch, model, dataset.tokenizer, tokens, next(prompts, []), options)
         rounds = all_gather_object(own_round)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils.data import ConcatDataset
 
 from data.epochs import Epochs, rank_batches
-from data.loader import Prompt, PromptDataset, prompt_batches
+from data.loader import Prompt, PromptDataset, load_ahead
 from data.sample import InputError
 from grpo.config import Config
 from grpo.model.load import ModelFiles, SpecialTokens, processor_files, special_tokens
@@ -55,7 +55,7 @@ class Run:
         ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
         size, first = self.config.global_batch_size, self.resume.step
         batches = rank_batches(self.epochs, size, self.total_steps, **ranks, start_step=first)
-        return prompt_batches(self.dataset, batches, self.config.dataloader_num_workers)
+        return load_ahead(self.dataset, batches, self.config.dataloader_num_workers)
 
     def save(self, name: str, step: int, is_needed: bool = True) -> bool:
         """Write the trained model, or its adapters; a checkpoint also holds what resuming needs. Collective."""

@@ -5,21 +5,28 @@
 
 import hashlib
 import json
+import math
 import os
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+from torch.utils.data import Dataset
 
-from data.dataset import Samples
+from data.dataset import Ids, Samples, add_missing
 from data.fetch import shown
+from data.loader import load_ahead
 from data.prompt import check_text
 from data.sample import InputError, Media, Sample, with_system_prompt
 from data.video_cap import cap_videos, even, first
+from grpo.settings import cores_per_rank
 from reward.extract import extract_number
 
 ENCODER = json.JSONEncoder(sort_keys=True)
+PART = 1000  # samples that a process reads at a time
+MANY = 20_000  # samples for which it pays to start processes
+MOST_PROCESSES = 16
 
 
 @dataclass
@@ -34,15 +41,16 @@ class Survey:
 
 
 class ListDigest:
-    """The SHA-256 of a list as JSON, which is given item by item."""
+    """The SHA-256 of a list as JSON, of which some items are given at a time."""
 
     def __init__(self) -> None:
         self.hash, self.before = hashlib.sha256(b"["), ""
 
-    def add(self, item) -> None:
-        """Add an item of what JSON can hold."""
-        self.hash.update((self.before + ENCODER.encode(item)).encode())
-        self.before = ", "
+    def add(self, items: str) -> None:
+        """Add items as they stand in the list's JSON, with ", " between them; none: ""."""
+        if items:
+            self.hash.update((self.before + items).encode())
+            self.before = ", "
 
     def hexdigest(self) -> str:
         """Return the digest of the whole list."""
@@ -79,23 +87,81 @@ def is_over(sample: Sample, kind: str, most: int) -> bool:
     return 0 < most < sum(media.kind == kind for media in sample.media)
 
 
+@dataclass
+class Part:
+    """What is known of some samples that follow each other."""
+
+    ids: list[str] = field(default_factory=list)
+    truths: list[float] = field(default_factory=list)
+    keys: dict[str, None] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # path -> id
+    num_cut: int = 0  # samples with more videos or images than are kept
+    texts: str = ""  # for the digests
+    own_data: str = ""
+    error: InputError | None = None  # in the sample that follows
+
+
+class Parts(Dataset):
+    """The samples in parts, each of which one process reads."""
+
+    def __init__(self, samples: Samples, config):
+        self.samples, self.config = samples, config
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.samples) / PART)
+
+    def __getitem__(self, number: int) -> Part:
+        part, texts, own_data, config = Part(), [], [], self.config
+        for index in range(len(self.samples))[number * PART : (number + 1) * PART]:
+            try:
+                whole = self.samples.as_written(index)
+                sample = self.samples.prepare(whole)
+                check_text(sample.turns)
+            except InputError as error:
+                part.error = error
+                break
+            except ValueError as error:
+                part.error = InputError(f"sample {sample.id!r}: {error}")
+                break
+            truth = extract_number(sample.answer)
+            part.ids.append(sample.id)
+            part.truths.append(math.nan if truth is None else truth)
+            part.keys |= dict.fromkeys(sample.extra)
+            part.num_cut += is_over(whole, "video", config.max_videos) or is_over(whole, "image", config.max_images)
+            add_missing(part.missing, whole)
+            texts.append(
+                ENCODER.encode([sample.id, sample.turns, sample.answer, [name_of(media) for media in sample.media]])
+            )
+            own_data.append(ENCODER.encode(sample.extra))
+        part.texts, part.own_data = ", ".join(texts), ", ".join(own_data)
+        return part
+
+
 def survey(paths: list[str], config, messages: list[str], is_training: bool = False) -> Survey:
-    """Read and check all samples of some files; raise InputError. Adds a line to `messages` if videos are left out."""
-    prepare = partial(as_seen, config=config, is_training=is_training)
-    samples = Samples(paths, config.image_folder, prepare)
-    truths, keys, texts, own_data, num_cut = array("d"), {}, ListDigest(), ListDigest(), 0
-    for whole in samples.checked():
-        sample = prepare(whole)
-        try:
-            check_text(sample.turns)
-        except ValueError as error:
-            raise InputError(f"sample {sample.id!r}: {error}") from error
-        number = extract_number(sample.answer)
-        truths.append(np.nan if number is None else number)
-        keys |= dict.fromkeys(sample.extra)
-        texts.add([sample.id, sample.turns, sample.answer, [name_of(media) for media in sample.media]])
-        own_data.add(sample.extra)
-        num_cut += is_over(whole, "video", config.max_videos) or is_over(whole, "image", config.max_images)
+    """Read and check all samples of some files; raise InputError. Adds a line to `messages` if videos are left out.
+
+    Of many samples, each core that this rank has reads a part.
+    """
+    samples = Samples(paths, config.image_folder, partial(as_seen, config=config, is_training=is_training))
+    parts, processes = Parts(samples, config), 0
+    if len(samples) >= MANY and config.dataloader_num_workers != 0:
+        processes = min(cores_per_rank(), MOST_PROCESSES)
+    truths, keys, missing, ids, num_cut = array("d"), {}, {}, Ids(), 0
+    texts, own_data = ListDigest(), ListDigest()
+    for (part,) in load_ahead(parts, ([number] for number in range(len(parts))), processes):
+        for sample_id in part.ids:
+            number, _ = samples.place_of(len(ids))
+            ids.add(sample_id, paths[number])
+        if part.error:
+            raise part.error
+        truths.extend(part.truths)
+        keys |= part.keys
+        for path, sample_id in part.missing.items():
+            missing.setdefault(path, sample_id)
+        num_cut += part.num_cut
+        texts.add(part.texts)
+        own_data.add(part.own_data)
+    samples.refuse_missing(missing)
     if num_cut:
         each = " of each epoch" if is_training and config.video_cap == "random" else ""
         messages.append(

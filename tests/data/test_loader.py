@@ -10,7 +10,7 @@ import torch
 from data.augment import Augmentation
 from data.dataset import load_samples
 from data.epochs import BatchItem, Epochs, rank_batches
-from data.loader import PromptDataset, PromptOptions, prompt_batches, worker_failure
+from data.loader import PromptDataset, PromptOptions, load_ahead, worker_failure
 from data.sample import InputError
 from tests.conftest import OPTIONS, make_tiny
 
@@ -130,7 +130,7 @@ def test_workers_hand_over_the_prompts_of_each_step_in_order(tiny, num_workers):
     samples = [prompt.sample for prompt in tiny.prompts]
     dataset = PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, "error"))
     slots = list(rank_batches(Epochs([4], 0), 3, 5, rank=0, world_size=1))
-    batches = list(prompt_batches(dataset, iter(slots), num_workers))
+    batches = list(load_ahead(dataset, iter(slots), num_workers))
     assert [[p.sample.id for p in batch] for batch in batches] == [[f"s{s.index}" for s in step] for step in slots]
     for batch in batches:
         for prompt in batch:
@@ -159,7 +159,7 @@ def chained(error: Exception) -> Exception:
 
 
 def end_while_workers_wait(dataset) -> None:
-    prompts = prompt_batches(dataset, iter([[BatchItem(0, 0)]]), 3)  # two of the workers never get a batch
+    prompts = load_ahead(dataset, iter([[BatchItem(0, 0)]]), 3)  # two of the workers never get a batch
     next(prompts)
     raise KeyboardInterrupt  # with the iterator still alive in this frame
 

@@ -6,7 +6,9 @@ import math
 
 import pytest
 
+from data.sample import InputError
 from grpo.config import Config
+from grpo.run import survey as module
 from grpo.run.survey import ListDigest, check_truths, survey
 from tests.conftest import make_tiny
 
@@ -23,8 +25,12 @@ def test_the_digest_of_items_is_that_of_their_list(items):
     for number, item in enumerate(items):
         part = json.dumps(items[:number], sort_keys=True)
         assert digest.hexdigest() == hashlib.sha256(part.encode()).hexdigest()
-        digest.add(item)
+        digest.add(json.dumps(item, sort_keys=True))
+        digest.add("")
     assert digest.hexdigest() == hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()
+    together = ListDigest()
+    together.add(", ".join(json.dumps(item, sort_keys=True) for item in items))
+    assert together.hexdigest() == digest.hexdigest()
 
 
 def samples_of(tiny):
@@ -65,6 +71,43 @@ def test_the_fingerprint_is_of_what_is_seen_and_not_of_the_own_data(tiny):
         assert found_in(tiny, samples, **flags)[0].fingerprint != first.fingerprint
     samples[0]["conversations"][-1]["value"] = "The ejection fraction is 41%."
     assert found_in(tiny, samples)[0].fingerprint != first.fingerprint
+
+
+@pytest.fixture
+def in_processes(monkeypatch):
+    """Two processes, each of which reads two samples at a time."""
+    monkeypatch.setattr(module, "PART", 2)
+    monkeypatch.setattr(module, "MANY", 1)
+    monkeypatch.setattr(module, "MOST_PROCESSES", 2)
+
+
+def test_processes_find_what_one_finds(tiny, in_processes):
+    samples = [sample | {"id": f"{i}", f"key_{i % 5}": i} for i, sample in enumerate(samples_of(tiny) * 3)]
+    together, messages = found_in(tiny, samples, max_videos=2)
+    alone, same = found_in(tiny, samples, max_videos=2, dataloader_num_workers=0)
+    for name in ("keys", "fingerprint", "own_data"):
+        assert getattr(together, name) == getattr(alone, name)
+    assert together.keys == [f"key_{i}" for i in range(5)] and messages == same and "3 samples have" in messages[0]
+    assert together.truths.tolist() == alone.truths.tolist() == [40, 41, 42, 43] * 3
+
+
+@pytest.mark.parametrize("workers", [0, None])
+def test_the_first_mistake_of_a_file_is_named_whoever_finds_it(tiny, in_processes, workers):
+    def error_of(changes):
+        samples = [sample | {"id": f"{i}"} | changes.get(i, {}) for i, sample in enumerate(samples_of(tiny) * 3)]
+        with pytest.raises(InputError) as caught:
+            found_in(tiny, samples, dataloader_num_workers=workers)
+        return str(caught.value)
+
+    special = [{"from": "human", "value": "<video>\n<|im_end|>"}, {"from": "gpt", "value": "5%"}]
+    assert "sample '9'" in error_of({9: {"vidoe": 1}})
+    assert "sample '3'" in error_of({9: {"vidoe": 1}, 3: {"vidoe": 1}})
+    assert "'1' occurs twice" in error_of({8: {"id": "1"}, 9: {"vidoe": 1}})
+    assert "'4': the user text contains the special token <|im_end|>" in error_of({4: {"conversations": special}})
+    missing = error_of({8: {"video": "8.mp4"}, 4: {"video": "4.mp4"}, 11: {"video": "8.mp4"}})
+    assert "2 file(s) missing" in missing and missing.index("4.mp4' (sample '4')") < missing.index(
+        "8.mp4' (sample '8')"
+    )
 
 
 def test_truths_outside_the_range_are_counted(tiny):
