@@ -289,7 +289,7 @@ def test_only_rank_0_reads_the_weights(tiny, tmp_path):
 def load(tiny: Tiny, path: str) -> None:
     """Load what a run needs; write whether this rank got a model."""
     start_processes()
-    where = {"data_path": str(tiny.folder / "data.json"), "image_folder": str(tiny.folder / "videos")}
+    where = {"data_path": [str(tiny.folder / "data.json")], "image_folder": str(tiny.folder / "videos")}
     config = Config(model_id=str(tiny.folder / "model"), output_dir=f"{path}out", **where)
     torch.save(load_inputs(config).model is not None, f"{path}{dist.get_rank()}")
     dist.destroy_process_group()
