@@ -52,10 +52,10 @@ def test_grpo_raises_the_reward_on_held_out_hearts(demo):
 def test_adapters_alone_raise_it_too(demo, tmp_path, capsys):
     output, _ = demo
     resolved = json.loads((output / "config.json").read_text())
-    same = "model_id data_path image_folder nframes video_resized_width video_resized_height max_completion_length "
+    same = "model_id image_folder nframes video_resized_width video_resized_height max_completion_length "
     same += "global_batch_size num_generations max_steps temperature max_videos"
     flags = [text for name in same.split() for text in (f"--{name}", str(resolved[name]))]
-    flags += ["--reward_funcs", *resolved["reward_funcs"]]
+    flags += ["--data_path", *resolved["data_path"], "--reward_funcs", *resolved["reward_funcs"]]
     flags += "--lora_enable --lora_rank 8 --lora_dropout 0 --freeze_vision_tower --freeze_merger".split()
     assert train.main([*flags, "--learning_rate", "3e-3", "--output_dir", str(tmp_path / "lora")]) == 0
     (trained,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained in total")]
