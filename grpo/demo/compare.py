@@ -49,6 +49,7 @@ REWARDS = {
 }
 SCALES = ScaleRewards.__args__
 EARLY, SAME_TIME, CONVERGED = "supervised, stopped early", "supervised, same time", "supervised, converged"
+DATA_FLAGS = "max_videos nframes video_resized_width video_resized_height max_completion_length".split()
 EARLY_STEPS = 100  # of supervised training that stops before it knows the training answers by heart
 FIGURES = {
     "mae": ("MAE", 2),
@@ -141,13 +142,15 @@ def prepare(task: DemoTask, seed: int, config: CompareConfig) -> None:
 
 def settings_of(run: Run) -> dict:
     """Return what decides the result of a run, beside task, seed and row."""
-    settings = {"flags": run.flags, "demo": {k: v for k, v in DEMO_DEFAULTS.items() if k != "max_steps"}}
+    names = DEMO_DEFAULTS.keys() - {"max_steps"} if run.flags else DATA_FLAGS
+    settings = {"flags": run.flags, "demo": {name: DEMO_DEFAULTS[name] for name in sorted(names)}}
     return settings if run.row == SAME_TIME else settings | {"steps": run.steps}
 
 
 def read_records() -> dict[tuple, dict]:
     """Return the records of all runs that were ever done, by task, seed and row."""
-    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+    with RECORDING:
+        lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
     return {(record["task"], record["seed"], record["row"]): record for record in map(json.loads, lines)}
 
 
@@ -197,8 +200,7 @@ def train_and_evaluate(run: Run, start: Path, folder: Path, log: Path) -> None:
         call(["-m", "grpo.demo.supervised", *flags, "--seed", str(run.seed)], log)
     else:
         model = start / "warm_start"
-    names = "image_folder max_videos nframes video_resized_width video_resized_height max_completion_length"
-    flags = [part for name in names.split() for part in (f"--{name}", str(getattr(common, name)))]
+    flags = [part for name in ["image_folder", *DATA_FLAGS] for part in (f"--{name}", str(getattr(common, name)))]
     flags += ["--model_id", str(model), "--data_path", str(start / "data" / "heldout.json")]
     call(["-m", "grpo.evaluate", *flags, "--output_dir", str(folder / "eval")], log)
 
