@@ -1,6 +1,6 @@
 """Make the files of this folder with Qwen2.5-VL's own processor, as it was when the model was published.
 
-    python3 -m venv old && old/bin/pip install torch==2.13.0 transformers==4.51.3 pillow
+    python3 -m venv old && old/bin/pip install torch==2.13.0 transformers==4.51.3 pillow==13.0.0 numpy==2.4.6
     old/bin/python tests/data/golden_processor/make.py
 
 Its positions are those that the model was trained with (data/README.md), and its processor needs no torchvision. None
@@ -25,15 +25,24 @@ QUESTION = "What is the ejection fraction in these videos?"
 IMAGES = {"a.png": (56, 84), "b.png": (60, 75), "c.png": (40, 130)}  # height, width; the last two are resized
 CLIPS = {"clip_1": (4, 56, 84), "clip_2": (6, 56, 56)}  # frames, height, width, as the model is given them
 
-CLIP_1 = {"video": "clip_1", "fps": 2, "resized_width": 84, "resized_height": 56}
+# Of clip_1 a step of the grid lasts 2 s, 4 positions: more than its grid is wide, so text goes on behind its time.
+CLIP_1 = {"video": "clip_1", "fps": 1, "resized_width": 84, "resized_height": 56}
 CLIP_2 = {"video": [f"clip_2/{k}.png" for k in range(6)], "fps": 5, "resized_width": 56, "resized_height": 56}
 
 # Of each form: what stands in the JSON, the turns of the prompt, and the media by kind, a video with its fps.
 FORMS = {
-    "one video": ({"video": CLIP_1}, [("user", "<video>\n" + QUESTION)]),
+    "a folder of frames": ({"video": CLIP_1}, [("user", "<video>\n" + QUESTION)]),
+    "a list of frames": ({"video": CLIP_2}, [("user", "<video>\n" + QUESTION)]),
     "two videos": ({"video": [CLIP_1, CLIP_2]}, [("user", "<video>\n<video>\n" + QUESTION)]),
     "an image": ({"image": "a.png"}, [("user", "<image>\n" + QUESTION)]),
-    "images that are resized": ({"image": ["b.png", "c.png"]}, [("user", "<image>\n<image>\n" + QUESTION)]),
+    "three images, two resized": (
+        {"image": ["a.png", "b.png", "c.png"]},
+        [("user", "<image>\n<image>\n<image>\n" + QUESTION)],
+    ),
+    "image, video, image": (
+        {"video": CLIP_1, "image": ["c.png", "a.png"]},
+        [("user", "<image>\n<video>\n<image>\n" + QUESTION)],
+    ),
     "videos and images, mixed": (
         {"video": [CLIP_2, CLIP_1], "image": ["b.png", "a.png"]},
         [("user", "<image>See <video><image>and <video>. " + QUESTION)],
@@ -55,11 +64,12 @@ TOKENS = {
 }
 
 
-def picture(height: int, width: int, seed: int) -> np.ndarray:
-    """Draw soft waves, (height, width, 3) uint8."""
+def picture(height: int, width: int, seed: int, levels: int = 256) -> np.ndarray:
+    """Draw soft waves, (height, width, 3) uint8; few levels make small files."""
     rng, y, x = np.random.default_rng(seed), np.arange(height)[:, None, None], np.arange(width)[None, :, None]
     fx, fy, phase = rng.uniform(0.02, 0.2, 3), rng.uniform(0.02, 0.2, 3), rng.uniform(0, 6, 3)
-    return (127.5 + 120 * np.sin(fx * x + fy * y + phase)).astype(np.uint8)
+    waves = (127.5 + 120 * np.sin(fx * x + fy * y + phase)).astype(np.uint8)
+    return waves // (256 // levels) * (256 // levels)
 
 
 def rendered(turns: list[tuple[str, str]]) -> str:
@@ -79,7 +89,7 @@ def main() -> None:
     for number, (name, (frames, *size)) in enumerate(CLIPS.items()):
         (HERE / name).mkdir(exist_ok=True)
         for k in range(frames):
-            Image.fromarray(picture(*size, seed=100 * (number + 1) + k)).save(HERE / name / f"{k}.png")
+            Image.fromarray(picture(*size, 100 * (number + 1) + k, levels=16)).save(HERE / name / f"{k}.png")
     tokenizer = Qwen2TokenizerFast(
         tokenizer_file=str(HERE / "tokenizer.json"), eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
