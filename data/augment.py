@@ -1,6 +1,7 @@
-"""What differs from epoch to epoch: which videos of a sample are seen, and which frames of them.
+"""What differs whenever a sample is taken: which of its videos are seen, and which frames of them.
 
-All of it is a function of seed, epoch and sample, so that a resumed run sees what an uninterrupted one does.
+All of it is a function of seed, sample and turn (how many times it was taken before: without weights of files the
+epoch), so that a resumed run sees what an uninterrupted one does.
 """
 
 import random
@@ -16,15 +17,15 @@ class Augmentation:
     """How the samples of a training run are varied."""
 
     seed: int
-    max_videos: int = 0  # that an epoch sees of a sample, others in each; 0: all
+    max_videos: int = 0  # that are seen of a sample, others in each turn; 0: all
     frame_jitter: bool = False  # move the frames of a video, all by the same share of a step: at most half of one
 
-    def of(self, sample: Sample, epoch: int) -> Sample:
-        """Return a sample as this epoch sees it."""
+    def of(self, sample: Sample, turn: int) -> Sample:
+        """Return a sample as it is seen in this turn."""
         if self.max_videos:
-            sample = cap_videos(sample, self.max_videos, choose=random_of(sample.id, self.seed, epoch))
+            sample = cap_videos(sample, self.max_videos, choose=random_of(sample.id, self.seed, turn))
         if self.frame_jitter:
-            draw = random.Random(f"{self.seed} {epoch} {sample.id}").uniform
+            draw = random.Random(f"{self.seed} {turn} {sample.id}").uniform
             media = (
                 replace(one, options=(*one.options, ("jitter", draw(-0.5, 0.5)))) if one.kind == "video" else one
                 for one in sample.media
@@ -33,11 +34,11 @@ class Augmentation:
         return sample
 
 
-def random_of(sample_id: str, seed: int, epoch: int) -> Callable[[int, int], set[int]]:
-    """Choose `most` of `num` at random, as seed, epoch and sample decide; all are chosen within num / most epochs."""
+def random_of(sample_id: str, seed: int, turn: int) -> Callable[[int, int], set[int]]:
+    """Choose `most` of `num` at random, as seed, turn and sample decide; all are chosen within num / most turns."""
 
     def choose(num: int, most: int) -> set[int]:
         shuffled = random.Random(f"{seed} {sample_id}").sample(range(num), num)
-        return {shuffled[(epoch * most + i) % num] for i in range(min(num, most))}
+        return {shuffled[(turn * most + i) % num] for i in range(min(num, most))}
 
     return choose

@@ -29,7 +29,7 @@ from data.media import ImageOptions, MediaOptions
 from data.patches import Grid
 from data.prompt import check_text, load_tokenizer
 from data.sample import DuplicateId, InputError, Media, Sample, TagMismatch, read_system_prompt, with_system_prompt
-from data.video_cap import cap_videos
+from data.video_cap import cap_videos, even, first
 from reward.extract import extract_number
 from reward.functions import ARGUMENTS, RewardError, RewardFunction, check_keys, keys_of, load_reward_functions
 from reward.zero_skill import zero_skill
@@ -40,11 +40,11 @@ PROBLEMS += ("undecodable image", "too few frames", *KEPT)
 
 
 def find_problems(
-    sample: Sample | InputError, checked: dict[Media, Grid | MediaProblem], max_videos: int, max_images: int
+    sample: Sample | InputError, checked: dict[Media, Grid | MediaProblem], args: argparse.Namespace
 ) -> dict[str, str]:
     """Return everything that is wrong with a sample: problem -> the first reason.
 
-    checked: the results of `check_media`.
+    checked: the results of `check_media`; args: the flags about the caps.
     """
     if isinstance(sample, InputError):
         kinds = {TagMismatch: "tags and files differ", DuplicateId: "duplicate id"}
@@ -56,7 +56,8 @@ def find_problems(
         problems["malformed sample"] = str(error)
     if taken := [key for key in sample.extra if key in ARGUMENTS]:
         problems["malformed sample"] = f"key {taken[0]!r}: reward functions are given something else under this name"
-    used = cap_videos(sample, max_videos, max_images).media
+    max_videos = 0 if args.video_cap == "random" else args.max_videos  # at random, each is used in some epoch
+    used = cap_videos(sample, max_videos, args.max_images, first if args.video_cap == "first" else even).media
     bad = {media: checked[media] for media in sample.media if isinstance(checked[media], MediaProblem)}
     for media, (problem, reason) in bad.items():
         # The trainer decodes only what it uses, but all must exist.
@@ -64,12 +65,12 @@ def find_problems(
             problems.setdefault(problem, reason)
     if extract_number(sample.answer) is None:
         problems["no number in the truth"] = f"{sample.answer!r}: a numerical reward gives every completion 0.5"
-    for kind in ("video", "image"):
-        have, left = (sum(media.kind == kind for media in some) for some in (sample.media, used))
-        if left < have:
+    for kind, most in (("video", args.max_videos), ("image", args.max_images)):
+        have = sum(media.kind == kind for media in sample.media)
+        if 0 < most < have:
             not_used = [reason for media, (_, reason) in bad.items() if media.kind == kind and media not in used]
             unused = "".join(f"; not used: {reason}" for reason in not_used)
-            problems[f"over --max_{kind}s"] = f"{have} {kind}s, only {left} are used{unused}"
+            problems[f"over --max_{kind}s"] = f"{have} {kind}s, only {most} are used{unused}"
     return problems
 
 
@@ -95,7 +96,7 @@ def check(args: argparse.Namespace, options: MediaOptions, functions: list[Rewar
 
     found, valid = {problem: [] for problem in PROBLEMS}, []
     for name, entry, sample in entries:
-        problems = find_problems(sample, checked, args.max_videos, args.max_images)
+        problems = find_problems(sample, checked, args)
         has_id = isinstance(entry, dict) and isinstance(entry.get("id"), str | int)
         for problem, reason in problems.items():
             found[problem].append((repr(str(entry["id"])) if has_id else name, reason))
@@ -149,7 +150,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, MediaOptions, list[Rewar
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=style)
     parser.allow_abbrev, parser.error = False, _fail
     flag = partial(parser.add_argument, metavar="")
-    flag("--data_path", required=True, nargs="+", help="JSON or JSONL files of samples")
+    flag("--data_path", required=True, nargs="+", action="extend", help="JSON or JSONL files of samples")
     flag("--image_folder", default="", help="folder of the videos whose path in the JSON does not exist as it is")
     flag("--write_clean", default="", help="new JSON or JSONL file for the valid samples, unchanged")
     flag("--model_id", default="", help="count text tokens with this model's tokenizer; without it, only video tokens")
@@ -158,6 +159,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, MediaOptions, list[Rewar
     # The flags of train.py once more, since data/ does not import grpo/; tests compare the defaults.
     flag = partial(parser.add_argument_group("videos and images, as in train.py").add_argument, metavar="")
     flag("--max_videos", type=int, default=5, help="videos kept per sample (%(default)s); 0: all of them")
+    choices, text = ["first", "even", "random"], "which: the first, evenly spread ones, or others in each epoch (first)"
+    flag("--video_cap", choices=choices, default="first", help=text)
     flag("--max_images", type=int, default=0, help="images kept per sample; 0: all of them (%(default)s)")
     flag("--max_prompt_length", type=int, default=0, help="with --model_id: count longer prompts; 0: any (%(default)s)")
     flag("--fps", type=float, help="frames per second read from a video (2 if --nframes is not given either)")
@@ -181,6 +184,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, MediaOptions, list[Rewar
     args = parser.parse_args(argv)
     if args.num_workers < 1 or args.max_videos < 0 or args.max_images < 0:
         _fail("--num_workers must be at least 1, --max_videos and --max_images at least 0")
+    if args.video_cap != "first" and not args.max_videos:
+        _fail(f"--video_cap {args.video_cap} has no effect with --max_videos 0, which keeps all: give a number")
+    if not 0 < args.frame_cache_gb <= 1e9:
+        _fail(f"--frame_cache_gb {args.frame_cache_gb}: must be above 0, and at most 1e9")
+    if args.max_prompt_length and not args.model_id:
+        _fail("--max_prompt_length counts text, too: name the model with --model_id")
     if os.path.lexists(args.write_clean):
         _fail(f"--write_clean {args.write_clean!r} exists: name a new file")
     if args.write_clean and not os.access(os.path.dirname(args.write_clean) or ".", os.W_OK):

@@ -12,7 +12,7 @@ from data.sample import BadMedia, Media, TooFewFrames
 
 # Forking beside threads is unsafe. A fork server is safe, and fast, since it has imported these modules already.
 FORKSERVER = multiprocessing.get_context("forkserver")
-PRELOAD = ["jinja2", "data.prompt", "data.video", "data.video_cap", "reward.extract"]
+PRELOAD = ["jinja2", "PIL.ImageOps", "data.check_media", "data.check_report", "reward.functions", "reward.zero_skill"]
 
 
 class MediaProblem(NamedTuple):

@@ -11,7 +11,7 @@ from data.media import has_frame_files
 from data.patches import Grid
 from data.prompt import encode_prompt, media_lengths
 from data.sample import InputError, Media, Sample, first_line
-from data.video_cap import cap_videos
+from data.video_cap import cap_videos, even, first
 
 FORMS = ("videos only", "images only", "videos and images", "text only", "frames in files", "options of their own")
 
@@ -51,12 +51,16 @@ def print_outside(truths: np.ndarray, valid_range: list[float]) -> None:
 def print_sizes(
     samples: list[Sample], checked: dict[Media, Grid | MediaProblem], args: argparse.Namespace, tokenizer
 ) -> None:
-    """Print tables of the forms and sizes of valid samples; what is over a cap is not counted in frames and tokens."""
+    """Print tables of the forms and sizes of valid samples; what is over a cap is not counted in frames and tokens.
+
+    Of videos that are chosen at random, the even choice is counted.
+    """
     print(f"\n{'valid samples with':44}{'samples':>8}")
     for form in FORMS:
         if num := sum(form in forms_of(sample) for sample in samples):
             print(f"{form:44}{num:>8}")
-    capped = [cap_videos(sample, args.max_videos, args.max_images) for sample in samples]
+    choose = first if args.video_cap == "first" else even
+    capped = [cap_videos(sample, args.max_videos, args.max_images, choose) for sample in samples]
     num_tokens = []
     for sample in capped:
         grid = torch.tensor([checked[media] for media in sample.media], dtype=torch.long).view(-1, 3)  # (M, 3)

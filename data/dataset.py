@@ -1,7 +1,8 @@
 """The samples of JSON and JSONL files (`entry.py` has the format), read where they are needed.
 
 In memory is only where each one stands, so that files of many gigabytes cost neither the ranks nor their data workers
-anything. Every mistake is an InputError of one line, before training starts.
+anything. (A JSON list is read whole once, to find its items: large files should be JSONL.) Every mistake is an
+InputError of one line, before training starts.
 """
 
 import codecs
@@ -19,6 +20,7 @@ from data.entry import read_sample
 from data.sample import DuplicateId, InputError, Sample
 
 SPACE = re.compile(r"[ \t\n\r]*")  # what JSON allows between values
+CHUNK = 1 << 20  # bytes that are read at a time, where lines are counted
 
 
 class Entries(Sequence):
@@ -28,7 +30,10 @@ class Entries(Sequence):
         """Find where each entry stands. Raises InputError if the file cannot be read."""
         self.path = path
         if os.path.isdir(path):
-            raise InputError(f"{path!r} is a directory: --data_path takes JSON or JSONL files")
+            raise InputError(f"{path!r} is a directory: give JSON or JSONL files of samples")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError(f"{path!r} is no ordinary file, which could be read again: write the samples to one")
+        self._counted = (0, 1)  # a byte, and the line on which it stands
         try:
             self._file = os.open(path, os.O_RDONLY)  # kept: a file that takes this one's place later changes nothing
             weakref.finalize(self, os.close, self._file)
@@ -37,14 +42,16 @@ class Entries(Sequence):
                 file.seek(self._start)
                 first = next((line for line in file if line.strip()), b"")
                 is_lines = not first.lstrip().startswith(b"[") and (path.endswith(".jsonl") or _is_object(first))
+                is_lines = is_lines or not first
+                del first  # for memory: of a list, it may be the whole file
                 file.seek(self._start)
-                found = self._lines(file) if is_lines or not first else self._items(file.read())
+                found = self._lines(file) if is_lines else self._items(file.read())
                 self._places, self._checksums = array("q"), array("I")  # first byte and number of bytes of each; CRC-32
                 for place, text in found:
                     self._places.extend((place, len(text)))
                     self._checksums.append(zlib.crc32(text))
         except OSError as error:
-            raise InputError(f"cannot read {path!r} ({error.strerror}): check --data_path") from error
+            raise InputError(f"cannot read {path!r} ({error.strerror}): check the path") from error
 
     def __len__(self) -> int:
         return len(self._checksums)
@@ -113,10 +120,15 @@ class Entries(Sequence):
             raise InputError(f"{self.path!r}: unreadable JSON {where} ({error}): correct it") from error
 
     def _line_of(self, place: int) -> int:
-        """Return the number of the line, counted from 1, on which a byte stands."""
-        with open(self._file, "rb", closefd=False) as file:
-            file.seek(0)
-            return 1 + file.read(place).count(b"\n")
+        """Return the number of the line, counted from 1, on which a byte stands; from the last one counted on."""
+        at, line = self._counted if self._counted[0] <= place else (0, 1)
+        while at < place:
+            text = os.pread(self._file, min(CHUNK, place - at), at)
+            if not text:  # the file has become shorter
+                break
+            at, line = at + len(text), line + text.count(b"\n")
+        self._counted = at, line
+        return line
 
 
 def _is_object(line: bytes) -> bool:

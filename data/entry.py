@@ -28,7 +28,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def read_sample(entry, where: str, data_path: str, default_id: str, image_folder: str) -> Sample:
-    """Check one entry of the file and turn it into a Sample; every error message begins with `where`."""
+    """Check one entry of the file and turn it into a Sample; errors say `where` it stands until its id is known."""
     if not isinstance(entry, dict):
         raise InputError(f"{where} is {_json_type(entry)}, not an object: write it as {{...}}")
     sample_id = default_id if entry.get("id") is None else entry["id"]

@@ -5,7 +5,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,27 +29,29 @@ class Epochs:
         weights = self.weights or [1] * len(self.sizes)
         return [max(1, round(weight * size)) for weight, size in zip(weights, self.sizes, strict=True)]
 
-    def order(self, epoch: int) -> Tensor:
-        """Return the indices of an epoch's samples, (n,), shuffled differently in every epoch."""
-        shuffled = permutation(len(self), self.seed * 1_000_003 + epoch)
-        return torch.cat(self.taken(epoch))[shuffled] if self.weights else shuffled
+    def order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return the indices of an epoch's samples, (n,), shuffled differently in every epoch, and each one's turn.
 
-    def taken(self, epoch: int) -> list[Tensor]:
-        """Return the indices of the samples that an epoch takes from each file.
-
-        Each file gives its samples in turn, in an order that is drawn anew whenever all have been taken: with a weight
-        of 0.25 all are seen in every four epochs, and with 1.5 twice in two.
+        The turn of a sample is how many times it was taken before: without weights the number of the epoch.
         """
-        found, first = [], 0
+        shuffled = permutation(len(self), self.seed * 1_000_003 + epoch)
+        if not self.weights:
+            return shuffled, torch.full_like(shuffled, epoch)
+        indices, turns = (torch.cat(parts) for parts in zip(*self.taken(epoch), strict=True))
+        return indices[shuffled], turns[shuffled]
+
+    def taken(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the indices and turns of the samples that an epoch takes from each file.
+
+        A file gives them from an endless repetition of all its samples in one random order: with a weight of 0.25
+        other ones in each of four epochs, and with 1.5 all of them three times in two.
+        """
+        first = 0
         for number, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True)):
-            begin, end = epoch * share, (epoch + 1) * share
-            turns = [
-                permutation(size, random.Random(f"{self.seed} {number} {turn}").getrandbits(63))
-                for turn in range(begin // size, -(-end // size))
-            ]
-            found.append(first + torch.cat(turns)[begin % size :][:share])
+            order = permutation(size, random.Random(f"{self.seed} {number}").getrandbits(63))
+            places = torch.arange(epoch * share, (epoch + 1) * share)
+            yield first + order[places % size], places // size
             first += size
-        return found
 
 
 def permutation(n: int, seed: int) -> Tensor:
@@ -64,7 +66,7 @@ class BatchItem:
     position: int
     index: int  # of the sample
     is_padding: bool = False
-    epoch: int = 0
+    turn: int = 0  # how many times the run has taken this sample before
 
 
 def rank_batches(
@@ -80,10 +82,12 @@ def rank_batches(
     for step in range(start_step, total_steps):
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
         if step_in_epoch == 0 or step == start_step:
-            order = epochs.order(epoch)
-        batch = order[step_in_epoch * global_batch_size :][:global_batch_size].tolist()
-        items = [BatchItem(position, index, epoch=epoch) for position, index in enumerate(batch)]
+            order, turns = epochs.order(epoch)
+        here = slice(step_in_epoch * global_batch_size, (step_in_epoch + 1) * global_batch_size)
+        batch = zip(order[here].tolist(), turns[here].tolist(), strict=True)
+        items = [BatchItem(position, index, turn=turn) for position, (index, turn) in enumerate(batch)]
+        num_items = len(items)
         while len(items) % world_size:
-            repeated = items[len(items) - len(batch)].index
-            items.append(BatchItem(len(items), repeated, is_padding=True, epoch=epoch))
+            repeated = items[len(items) - num_items]
+            items.append(replace(repeated, position=len(items), is_padding=True))
         yield items[rank::world_size]

@@ -116,9 +116,9 @@ class PromptDataset(Dataset):
         self.options = options
 
     def sample(self, item: BatchItem, offset: int = 0) -> Sample:
-        """Return the sample of an item, or one behind it, as the item's epoch sees it."""
+        """Return the sample of an item, or one behind it, as the item's turn sees it."""
         sample = self.samples[(item.index + offset) % len(self.samples)]
-        return self.options.augmentation.of(sample, item.epoch) if self.options.augmentation else sample
+        return self.options.augmentation.of(sample, item.turn) if self.options.augmentation else sample
 
     def __getitem__(self, item: BatchItem) -> Prompt | InputError:
         bad_media, options = "", self.options
@@ -210,8 +210,8 @@ def worker_failure(error: BaseException | None) -> str | None:
     while error is not None:
         if found := re.search(r"DataLoader worker \(pid.*", " ".join(str(error).split())):
             return (
-                f"{found.group().rstrip('.')}. If memory ran out, lower --dataloader_num_workers. If a broken video "
-                "crashed the decoder, python -m data.check names it"
+                f"{found.group().rstrip('.')}. If memory ran out, lower --dataloader_num_workers (0: none). If a "
+                "broken video crashed the decoder, python -m data.check names it"
             )
         error = error.__cause__ or error.__context__
     return None

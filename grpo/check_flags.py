@@ -78,10 +78,6 @@ NOT_NEGATIVE = """
 
 def check_bounds(config) -> None:
     """Raise InputError for values out of bounds, and contradictions about videos, in any dataclass of such flags."""
-    try:
-        media_options(config)
-    except ValueError as error:
-        raise InputError(str(error)) from error
     config.system_prompt = read_system_prompt(config.system_prompt)  # so that it is kept, wherever the file goes
     values = vars(config)
     for name in POSITIVE:
@@ -90,6 +86,10 @@ def check_bounds(config) -> None:
     for name in NOT_NEGATIVE:
         if not 0 <= (values.get(name) or 0) <= 1e9:
             raise InputError(f"--{name} {values[name]}: must lie between 0 and 1e9")
+    try:
+        media_options(config)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     if not 0 < config.reward_timeout <= 1500:  # the other ranks wait meanwhile: see `start_processes`
         raise InputError(f"--reward_timeout {config.reward_timeout}: must be above 0, and at most 1500 seconds")
     lowest, *others = config.valid_range

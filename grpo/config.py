@@ -64,7 +64,7 @@ class Config:
     )
 
     num_generations: int = flag(8, "completions sampled per prompt (G)", heading="group sampling", demo=16)
-    max_completion_length: int = flag(512, "tokens after which a completion is cut", demo=16)
+    max_completion_length: int = flag(512, "tokens after which a completion is cut", demo=12)
     temperature: float = flag(0.7, "sampling temperature, also that of the trained log-probabilities", demo=1.0)
     top_p: float = flag(1.0, "sample only from the most probable tokens that make up this probability; 1: from all")
     top_k: int = flag(0, "sample only from this many most probable tokens; 0: from all")
@@ -114,7 +114,7 @@ class Config:
         None, "forward and backward passes of a rank per step: global / (per device x ranks)"
     )
     num_train_epochs: float = flag(1.0, "epochs")
-    max_steps: int = flag(0, "steps, in place of --num_train_epochs; 0: whole epochs", demo=200)
+    max_steps: int = flag(0, "steps, in place of --num_train_epochs; 0: whole epochs", demo=150)
 
     learning_rate: float = flag(
         1e-6, "peak learning rate of AdamW, reached after warm-up, then a cosine to 0", heading="optimizer", demo=2e-4

@@ -4,9 +4,8 @@
 
 For each of the demo's tasks and each seed: the same hearts and the same warm start; GRPO with each reward and each
 --scale_rewards; supervised training on the true answers: stopped early, as long as GRPO took, and until it has
-converged. Then the demo's own settings, and supervised training, on seeds that nothing was chosen on. All answers are
-greedy and judged by
-`python -m grpo.evaluate` on held-out hearts.
+converged. The demo's own settings, and supervised training, also on seeds that nothing was chosen on. All answers are
+greedy and judged by `python -m grpo.evaluate` on held-out hearts.
 
 Runs go side by side, each on one core. Each that is done is a line of `reward/results.jsonl`, and not done again: the
 same command continues where it was interrupted, on another machine, too.
@@ -30,7 +29,8 @@ from tqdm import tqdm
 
 from data.sample import InputError
 from grpo.config import DEMO_DEFAULTS, Config, DemoTask
-from grpo.demo.demo import NUM_HELDOUT, NUM_TRAIN, as_flags
+from grpo.demo.demo import NUM_CARELESS, NUM_HELDOUT, NUM_TRAIN, WARM_START_STEPS, as_flags
+from grpo.demo.supervised import BATCH, SupervisedConfig
 from grpo.flags import flag, parse_flags
 from grpo.loss import ScaleRewards
 
@@ -49,6 +49,7 @@ REWARDS = {
 }
 SCALES = ScaleRewards.__args__
 EARLY, SAME_TIME, CONVERGED = "supervised, stopped early", "supervised, same time", "supervised, converged"
+NOT_COMPARED = {"output_dir", "max_steps", "eval_steps", "eval_on_start", "per_device_eval_batch_size"}
 DATA_FLAGS = "max_videos nframes video_resized_width video_resized_height max_completion_length".split()
 EARLY_STEPS = 100  # of supervised training that stops before it knows the training answers by heart
 FIGURES = {
@@ -134,16 +135,22 @@ def where(start: Path) -> list[str]:
 def prepare(task: DemoTask, seed: int, config: CompareConfig) -> None:
     """Draw the hearts and train the warm start, as the demo does."""
     start = Path(config.output_dir, task, f"seed-{seed}", "start").absolute()
-    if not (start / "demo_report.json").exists():
-        shutil.rmtree(start, ignore_errors=True)
-        flags = f"--demo --demo_task {task} --seed {seed} --max_steps 1 --eval_steps 0 --eval_on_start false".split()
-        call(["train.py", *flags, "--output_dir", str(start)], start.with_name("start.log"))
+    if not start.exists():
+        part = start.with_name("start.part")
+        shutil.rmtree(part, ignore_errors=True)
+        code = "import sys; from pathlib import Path; from grpo.demo.demo import make_start; "
+        code += "make_start(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))"
+        call(["-c", code, str(part), task, str(seed)], start.with_name("start.log"))
+        part.rename(start)
 
 
 def settings_of(run: Run) -> dict:
     """Return what decides the result of a run, beside task, seed and row."""
-    names = DEMO_DEFAULTS.keys() - {"max_steps"} if run.flags else DATA_FLAGS
-    settings = {"flags": run.flags, "demo": {name: DEMO_DEFAULTS[name] for name in sorted(names)}}
+    settings = {"careless": NUM_CARELESS, "train": NUM_TRAIN, "heldout": NUM_HELDOUT, "warm_start": WARM_START_STEPS}
+    names = DEMO_DEFAULTS.keys() - NOT_COMPARED if run.flags else DATA_FLAGS
+    settings |= {"flags": run.flags, "demo": {name: DEMO_DEFAULTS[name] for name in sorted(names)}}
+    if run.steps and not run.flags:
+        settings["supervised"] = {"batch": BATCH, "learning_rate": SupervisedConfig.learning_rate}
     return settings if run.row == SAME_TIME else settings | {"steps": run.steps}
 
 
@@ -151,7 +158,14 @@ def read_records() -> dict[tuple, dict]:
     """Return the records of all runs that were ever done, by task, seed and row."""
     with RECORDING:
         lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    return {(record["task"], record["seed"], record["row"]): record for record in map(json.loads, lines)}
+    records = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{str(RECORDS)!r}: line {number} is damaged ({error}): remove it") from error
+        records[record["task"], record["seed"], record["row"]] = record
+    return records
 
 
 def record_of(run: Run) -> dict | None:
@@ -187,9 +201,10 @@ def train_and_evaluate(run: Run, start: Path, folder: Path, log: Path) -> None:
     data = {"data_path": [str(start / "data" / "train.json")], "image_folder": str(start / "data" / "videos")}
     common = dataclasses.replace(base, **data, seed=run.seed, model_id=str(start / "warm_start"))
     if run.flags:
-        whole = dataclasses.replace(common, output_dir=str(folder), max_steps=run.steps, save_steps=200)
+        whole = dataclasses.replace(common, output_dir=str(folder), max_steps=run.steps, save_steps=50)
         whole = dataclasses.replace(whole, eval_steps=0, eval_on_start=False, per_device_eval_batch_size=8)
         whole = dataclasses.replace(whole, dataloader_num_workers=0)  # one process: one core
+        whole = dataclasses.replace(whole, frame_cache=str(start / "frames"))
         flags = [*as_flags(whole), "--save_total_limit", "1", "--resume_from_checkpoint", "auto", *run.flags]
         add_seconds(folder, call(["train.py", *flags], log))
         model = folder / "final"
@@ -202,6 +217,7 @@ def train_and_evaluate(run: Run, start: Path, folder: Path, log: Path) -> None:
         model = start / "warm_start"
     flags = [part for name in ["image_folder", *DATA_FLAGS] for part in (f"--{name}", str(getattr(common, name)))]
     flags += ["--model_id", str(model), "--data_path", str(start / "data" / "heldout.json")]
+    flags += ["--frame_cache", str(start / "frames")]
     call(["-m", "grpo.evaluate", *flags, "--output_dir", str(folder / "eval")], log)
 
 
@@ -289,8 +305,9 @@ def by_seed(runs: list[Run], config: CompareConfig) -> list[str]:
     lines = ["| MAE | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|---" * (len(seeds) + 1) + "|"]
     for row in ["before", own_row(), EARLY, SAME_TIME, CONVERGED]:
         found = {run.seed: record_of(run) for run in runs if run.row == row}
-        if all(found.values()):
-            lines.append(f"| {row} | " + " | ".join(f"{found[seed]['mae']:.2f}" for seed in seeds) + " |")
+        if any(found.values()):
+            cells = [f"{record['mae']:.2f}" if (record := found[seed]) else "not done" for seed in seeds]
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -308,8 +325,8 @@ def write_results(runs: list[Run], config: CompareConfig, argv: list[str]) -> No
         "",
         f"GRPO: {config.steps} steps of the demo's settings; its rows are reward, then `--scale_rewards`. Supervised:",
         f"cross-entropy on the true answers, from the same warm start: for {EARLY_STEPS} steps; for as much CPU time",
-        f"as the demo's own settings took ({own_row()}); for {config.supervised_steps} steps, after which it",
-        "knows the training answers by heart.",
+        f"as the whole run of the demo's own settings ({own_row()}) took, the time to load and decode not",
+        f"counted; for {config.supervised_steps} steps, after which it knows the training answers by heart.",
         "",
         f"{NUM_TRAIN} hearts to train on, greedy answers on {NUM_HELDOUT} held-out ones; errors in points; mean ±",
         "standard deviation over seeds.",
@@ -317,7 +334,7 @@ def write_results(runs: list[Run], config: CompareConfig, argv: list[str]) -> No
     ]
     if left := len(runs) - len(records):
         lines += [
-            f"{left} of {len(runs)} runs are not done yet: the same command continues. Their rows are left out.",
+            f"{left} of {len(runs)} runs are not done yet: the same command continues. Their rows have no means yet.",
             "",
         ]
     for task in config.tasks:
@@ -335,6 +352,8 @@ def main(argv: list[str]) -> int:
     """Compare; return 2, after one line, for what the user can fix."""
     try:
         config = parse_flags(CompareConfig, argv, "python -m grpo.demo.compare")
+        if len(set(config.tasks)) < len(config.tasks):
+            raise InputError("--tasks: name each once")
         if unknown := set(config.tasks) - set(DemoTask.__args__):
             raise InputError(f"--tasks {sorted(unknown)[0]!r}: take {' or '.join(DemoTask.__args__)}")
         if min(config.steps, config.supervised_steps, config.jobs) < 1 or not config.seeds:

@@ -20,7 +20,7 @@ from data.dataset import load_samples
 from data.loader import PromptDataset, PromptOptions
 from data.prompt import load_tokenizer
 from data.sample import InputError
-from grpo.config import DEMO_DEFAULTS, Config
+from grpo.config import DEMO_DEFAULTS, Config, DemoTask
 from grpo.demo.supervised import VIDEO_OPTIONS, SupervisedConfig, fit, load_prompts
 from grpo.demo.synthetic_echo import ANSWER, QUESTION, write_samples
 from grpo.demo.tiny_tokenizer import build_tokenizer
@@ -36,7 +36,7 @@ from grpo.run.lock import lock_folder
 from grpo.run.scoring import load_functions, load_scorer
 
 # True answers are few, careless ones many, as where experts read few cases; `reward/RESULTS.md` has other numbers, too.
-NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 160, 192
+NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 80, 192
 WARM_START_STEPS = 800
 INIT_RANGE = 0.06  # standard deviation of the initial weights; with 0.02, learning starts late in such small layers
 # Words of the chat format, so that the tokenizer learns each as one token.
@@ -56,12 +56,17 @@ def build_model(tokenizer, seed: int, hidden_size: int = 128, layers: int = 4) -
     return use_our_layers(random_model(text, vision, ids, rope_theta=1e4, initializer_range=INIT_RANGE))
 
 
-def write_warm_start(folder: Path, careless_json: Path, tokenizer, seed: int) -> None:
-    """Train a new model on careless answers and save it as a model folder."""
+def make_start(folder: Path, task: DemoTask, seed: int) -> None:
+    """Draw all hearts into `folder`/data, train a new model on the careless answers, and save it as `warm_start`."""
+    data = folder / "data"
+    careless = write_samples(data, "careless", NUM_CARELESS, seed, task, is_careless=True)
+    write_samples(data, "train", NUM_TRAIN, seed, task)
+    write_samples(data, "heldout", NUM_HELDOUT, seed, task)
+    tokenizer = build_tokenizer([QUESTION, ANSWER.format(0), CHAT_WORDS])
     model = build_model(tokenizer, seed)
-    fit(model, load_prompts(careless_json, tokenizer), tokenizer, SupervisedConfig(steps=WARM_START_STEPS, seed=seed))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    fit(model, load_prompts(careless, tokenizer), tokenizer, SupervisedConfig(steps=WARM_START_STEPS, seed=seed))
+    model.save_pretrained(folder / "warm_start")
+    tokenizer.save_pretrained(folder / "warm_start")
 
 
 def prepare(config: Config) -> Config:
@@ -76,11 +81,7 @@ def prepare(config: Config) -> Config:
     if dist.get_rank() == 0 and not has_begun(output):
         num_hearts = NUM_CARELESS + NUM_TRAIN + NUM_HELDOUT
         print(f"Drawing {num_hearts} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
-        careless = write_samples(data, "careless", NUM_CARELESS, config.seed, config.demo_task, is_careless=True)
-        write_samples(data, "train", NUM_TRAIN, config.seed, config.demo_task)
-        write_samples(data, "heldout", NUM_HELDOUT, config.seed, config.demo_task)
-        tokenizer = build_tokenizer([QUESTION, ANSWER.format(0), CHAT_WORDS])
-        write_warm_start(model_folder, careless, tokenizer, config.seed)
+        make_start(output, config.demo_task, config.seed)
     dist.barrier()
     config = dataclasses.replace(
         config,
@@ -159,7 +160,8 @@ def report(config: Config, began: float) -> None:
     """
     output = Path(config.output_dir)
     samples = {
-        name: load_samples([str(output / f"data/{name}.json")], config.image_folder) for name in ("train", "heldout")
+        name: list(load_samples([str(output / f"data/{name}.json")], config.image_folder))
+        for name in ("train", "heldout")
     }
     scorer = load_scorer(config, [])
     options, rows = AnswerOptions.of(config, scorer), {}

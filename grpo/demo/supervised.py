@@ -27,6 +27,7 @@ from data.prompt import load_tokenizer
 from data.sample import InputError
 from grpo.demo.synthetic_echo import NUM_FRAMES, SIZE
 from grpo.flags import flag, parse_flags
+from grpo.logprobs import completion_logprobs
 from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND
 
@@ -48,21 +49,10 @@ class SupervisedConfig:
 
 
 def supervised_loss(model, prompts: list[Prompt], answer_ids: list[Tensor]) -> Tensor:
-    """Mean cross-entropy of the answers; padding is on the right, where causal attention never looks."""
-    rows, positions, labels = [], [], []
-    for prompt, answer in zip(prompts, answer_ids, strict=True):
-        rows.append(torch.cat([prompt.prompt_ids, answer]))
-        positions.append(torch.cat([prompt.position_ids, prompt.completion_positions(len(answer))], dim=1).T)
-        labels.append(torch.cat([torch.full_like(prompt.prompt_ids, -100), answer]))
-    pad = torch.nn.utils.rnn.pad_sequence
-    return model(
-        input_ids=pad(rows, batch_first=True),
-        position_ids=pad(positions, batch_first=True).permute(2, 0, 1),  # (3, N, L)
-        pixel_values_videos=torch.cat([prompt.pixel_values for prompt in prompts]),
-        video_grid_thw=torch.cat([prompt.grid_thw for prompt in prompts]),
-        labels=pad(labels, batch_first=True, padding_value=-100),
-        use_cache=False,
-    ).loss
+    """Mean cross-entropy of the answers, each (C,): a group of one completion per prompt, in the trainer's own pass."""
+    masks = [torch.ones_like(ids, dtype=torch.bool)[None] for ids in answer_ids]
+    groups = completion_logprobs(model, prompts, [ids[None] for ids in answer_ids], masks, 1.0, torch.tensor([]).long())
+    return -torch.cat([logprobs[0] for logprobs, _ in groups]).mean()
 
 
 def load_prompts(json_path: Path, tokenizer, image_folder: Path | None = None) -> list[Prompt]:

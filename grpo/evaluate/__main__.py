@@ -42,7 +42,7 @@ from grpo.model.load import load_model
 from grpo.model.sharding import compute_dtype
 from grpo.ranks import abort_rank, broadcast_object, print_rank0, raise_together, start_processes
 from grpo.run.scoring import load_scorer
-from grpo.run.survey import check_truths, survey
+from grpo.run.survey import check_same_on_all_ranks, check_truths, survey
 from grpo.settings import prompt_options, resolve_workers
 
 PROG = "python -m grpo.evaluate"
@@ -196,6 +196,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     """Answer what has no answer yet; write the figures and pictures, and print the figures. Collective."""
     messages = []
     found = raise_together(survey, config.data_path, config, messages)
+    check_same_on_all_ranks(found)
     check_truths(found, "--data_path", config.data_path, config.valid_range, messages)
     print_rank0(*messages)
     scorer = raise_together(load_scorer, config, found.keys)
@@ -222,7 +223,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
         disable=dist.get_rank() != 0,
     )
     with bar:
-        for answered in answer(model, dataset, options, done.__contains__):
+        for answered in answer(model, dataset, options, done):
             raise_together(predictions.append, answered.predictions)
             print_rank0(*(f"left out: {line}" for line in answered.bad_media))
             bar.update(len(answered.predictions))

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,21 +73,20 @@ class Round:
     bad_media: list[str]  # why samples were left out
 
 
-def answer(
-    model, dataset: PromptDataset, options: AnswerOptions, is_answered: Callable[[str], bool] = lambda sample_id: False
-) -> Iterator[Round]:
+def answer(model, dataset: PromptDataset, options: AnswerOptions, done: Set[str] = frozenset()) -> Iterator[Round]:
     """Answer the samples of a data set, and yield what is done after each round of batches; collective.
 
     model: unsharded. Batches are the same for any number of ranks, and sampling depends only on the seed and the place
-    of the sample, so that the answers are the same, too. Samples that are answered already, by id, are left out of
-    their batches. Raises InputError, on all ranks.
+    of the sample, so that the answers are the same, too. Samples that are `done` already, by id, are left out of their
+    batches. Raises InputError, on all ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tokens = special_tokens(model, dataset.tokenizer, model.device)
     everyone = range(len(dataset.samples))
     batches = [everyone[i : i + options.batch_size] for i in everyone[:: options.batch_size]]
-    batches = [[i for i in batch if not is_answered(dataset.samples[i].id)] for batch in batches]
-    batches = [batch for batch in batches if batch]
+    if done:
+        is_done = raise_together(lambda: [sample.id in done for sample in dataset.samples])
+        batches = [left for batch in batches if (left := [i for i in batch if not is_done[i]])]
     own = ([BatchItem(index, index) for index in batch] for batch in batches[rank::world_size])
     prompts = load_ahead(dataset, own, options.num_workers)
     for _ in range(0, len(batches), world_size):
@@ -140,7 +139,7 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
     return Round(predictions, bad_media)
 
 
-def truths_of(samples: list[Sample], options: AnswerOptions) -> Truths:
+def truths_of(samples: Sequence[Sample], options: AnswerOptions) -> Truths:
     """Collect what the answers to these n samples, all with a number, are compared with."""
     numbers = np.array([extract_number(sample.answer) for sample in samples])
     scorer = options.scorer

@@ -8,8 +8,9 @@ from functools import partial
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data.dataset import Samples
 from data.loader import PromptDataset
-from data.sample import InputError
+from data.sample import InputError, Sample
 from grpo.config import Config
 from grpo.evaluate.answer import AnswerOptions, answer, answers_of, truths_of
 from grpo.evaluate.metrics import figures
@@ -29,6 +30,11 @@ class Evaluation:
     seconds: float
 
 
+def samples_with_number(samples: Samples) -> list[Sample]:
+    """Read those samples whose truth has a number; raise InputError if their file has changed."""
+    return [sample for sample in samples if extract_number(sample.answer) is not None]
+
+
 class HeldOut:
     """Held-out samples, and how they are answered: greedily."""
 
@@ -36,7 +42,7 @@ class HeldOut:
         """Decode nothing yet, but score the best constant answer. Collective; raises InputError."""
         self.config, self.dataset = config, dataset
         self.options = AnswerOptions.of(config, scorer)
-        with_number = [sample for sample in dataset.samples if extract_number(sample.answer) is not None]
+        with_number = raise_together(samples_with_number, dataset.samples)
         self.truths = raise_together(truths_of, with_number, self.options)
         self.ids = [sample.id for sample in with_number]
 

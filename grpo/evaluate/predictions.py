@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from grpo.run.lock import lock_folder
 class Predictions:
     """The answers so far; rank 0 keeps them on disk."""
 
-    def __init__(self, output_dir: str, settings: dict, samples: list[Sample]):
+    def __init__(self, output_dir: str, settings: dict, samples: Sequence[Sample]):
         """Read what is there. Raises InputError if it is of another model, other samples or other flags."""
         self.path, self.done = Path(output_dir, "predictions.jsonl"), {}
         if dist.get_rank() != 0:

@@ -1,6 +1,7 @@
 """What an evaluation leaves: metrics.json, pictures, and a table on the screen."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from grpo.evaluate.predictions import write_whole
 from grpo.run.scoring import score_texts
 
 
-def report(config, settings: dict, samples: list[Sample], done: dict[str, Prediction], options: AnswerOptions) -> None:
+def report(
+    config, settings: dict, samples: Sequence[Sample], done: dict[str, Prediction], options: AnswerOptions
+) -> None:
     """Write metrics.json and the pictures, and print the table. Raise InputError.
 
     config: the flags of the command; done: the predictions, by id.

@@ -30,7 +30,7 @@ def length_of(dataset: PromptDataset, index: int) -> int:
     """Count the prompt tokens of a sample as the first epoch sees it; 0 if it cannot be read or is too long."""
     try:
         return fit_prompt(dataset.sample(BatchItem(0, index)), dataset.tokenizer, dataset.options)[1]
-    except (BadMedia, FileNotFoundError, LongPrompt, ValueError):
+    except (BadMedia, FileNotFoundError, LongPrompt, ValueError, InputError):
         return 0  # reported when the sample is trained on
 
 

@@ -22,6 +22,7 @@ from grpo.run.inputs import load_inputs
 from grpo.run.preflight import memory_preflight
 from grpo.run.resume import ResumeState
 from grpo.run.scoring import Scorer
+from grpo.run.survey import check_same_on_all_ranks
 from grpo.run.tracking import Tracker
 from grpo.settings import count_steps, prompt_options
 
@@ -74,6 +75,7 @@ def start(config: Config, device: torch.device, trial_step: Callable) -> Run | N
     fits into memory. Collective; raises InputError.
     """
     inputs = raise_together(load_inputs, config)
+    check_same_on_all_ranks(inputs.data, *([inputs.heldout] if inputs.heldout else []))
     config, tokenizer = inputs.config, inputs.tokenizer
     samples, heldout_samples = inputs.data.samples, inputs.heldout and inputs.heldout.samples
     resume = broadcast_object(inputs.resume)

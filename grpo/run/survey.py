@@ -20,6 +20,7 @@ from data.loader import load_ahead
 from data.prompt import check_text
 from data.sample import InputError, Media, Sample, with_system_prompt
 from data.video_cap import cap_videos, even, first
+from grpo.ranks import all_gather_object
 from grpo.settings import cores_per_rank
 from reward.extract import extract_number
 
@@ -121,7 +122,8 @@ class Parts(Dataset):
                 part.error = error
                 break
             except ValueError as error:
-                part.error = InputError(f"sample {sample.id!r}: {error}")
+                number, _ = self.samples.place_of(index)
+                part.error = InputError(f"{self.samples.files[number].path!r}: sample {sample.id!r}: {error}")
                 break
             truth = extract_number(sample.answer)
             part.ids.append(sample.id)
@@ -169,6 +171,16 @@ def survey(paths: list[str], config, messages: list[str], is_training: bool = Fa
             f"--max_images {config.max_images} images: the rest is left out{each}"
         )
     return Survey(samples, np.array(truths), list(keys), texts.hexdigest(), own_data.hexdigest())
+
+
+def check_same_on_all_ranks(*found: Survey) -> None:
+    """Raise InputError, on all ranks, if they have read different samples, such as from disks of their own. Collective.
+
+    They would train on different samples under one name, or wait for each other forever.
+    """
+    digests = [(one.fingerprint, one.own_data) for one in found]
+    if any(others != digests for others in all_gather_object(digests)):
+        raise InputError("the ranks have read different samples: give all machines the same files, and start again")
 
 
 def check_truths(found: Survey, flag: str, paths: list[str], valid_range: list[float], messages: list[str]) -> None:

@@ -125,6 +125,18 @@ def test_samples_that_are_kept_do_not_make_the_check_fail(folder, capsys):
     assert run(folder, capsys, [MIXED[-1]], "--max_videos", "0")[2]["over --max_videos"][0] == 0
 
 
+@pytest.mark.parametrize(("cap", "is_kept"), [("first", True), ("even", False), ("random", False)])
+def test_a_bad_video_matters_where_the_cap_takes_it(folder, capsys, cap, is_kept):
+    entries = [entry("bad", ["a.mp4", "b.mp4", "d.mp4"]), entry("fine", ["a.mp4"])]  # of three, the even choice is 0, 2
+    code, _, table = run(folder, capsys, entries, "--max_videos", "2", "--video_cap", cap)
+    assert code == int(not is_kept) and table["undecodable video"][0] == int(not is_kept)
+    assert table["over --max_videos"] == (1, "kept", "'bad'")
+
+
+def test_several_files_may_be_named_one_after_the_other(folder):
+    assert parse(["--data_path", "x", "y", "--data_path", "z"])[0].data_path == ["x", "y", "z"]
+
+
 def test_a_bad_video_beyond_the_cap_is_kept_since_the_trainer_does_not_open_it_but_misses_it(folder, capsys):
     entries = [entry("bad", ["a.mp4", "d.mp4"]), entry("gone", ["a.mp4", "gone.mp4"])]
     code, text, table = run(folder, capsys, entries, "--max_videos", "1", "--write_clean", str(folder / "clean.json"))
@@ -205,6 +217,9 @@ def test_nothing_is_overwritten_and_nothing_else_written(folder, capsys, monkeyp
         (["--data_path", "x", "--nframes", "8", "--fps", "2"], "--fps or --nframes"),
         (["--data_path", "x", "--video_resized_width", "56"], "together"),
         (["--data_path", "x", "--max_videos", "-1"], "--max_videos"),
+        (["--data_path", "x", "--frame_cache", "y", "--frame_cache_gb", "inf"], "--frame_cache_gb inf"),
+        (["--data_path", "x", "--max_prompt_length", "50"], "--model_id"),
+        (["--data_path", "x", "--max_videos", "0", "--video_cap", "even"], "--video_cap even"),
         (["--data_path", "x", "--num_workers", "0"], "--num_workers"),
         (["--data_path", "gone.json"], "gone.json"),
     ],
@@ -223,7 +238,7 @@ def test_a_file_that_is_no_json_is_one_line_and_exit_code_2(folder, capsys):
 
 def test_the_flags_about_videos_are_those_of_the_trainer():
     names = "max_videos fps nframes video_resized_width video_resized_height video_min_pixels video_max_pixels".split()
-    names += ["max_images", "image_min_pixels", "image_max_pixels"]
+    names += ["max_images", "video_cap", "image_min_pixels", "image_max_pixels"]
     arguments, options, functions = parse(["--data_path", "x"])
     assert {name: getattr(arguments, name) for name in names} == {name: getattr(Config(), name) for name in names}
     assert options == media_options(Config())._replace(threads=1)

@@ -1,10 +1,15 @@
 import json
 import math
+import multiprocessing
 import os
+import re
 import tracemalloc
+from functools import partial
+from os import pread
 
 import pytest
 
+from data import dataset
 from data.dataset import Entries, Samples, load_samples
 from data.epochs import BatchItem
 from data.loader import PromptDataset, PromptOptions
@@ -123,7 +128,13 @@ def test_a_missing_file_or_a_directory_is_named(folder):
     for path, problem in ((folder / "none.json", "No such file"), (folder, "is a directory")):
         with pytest.raises(InputError) as caught:
             load_samples([str(path)])
-        assert all(part in str(caught.value) for part in (repr(str(path)), problem, "--data_path"))
+        assert all(part in str(caught.value) for part in (repr(str(path)), problem))
+
+
+def test_a_pipe_is_no_file_of_samples(folder):
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(InputError, match="pipe' is no ordinary file"):
+        load_samples([str(folder / "pipe")])
 
 
 def test_malformed_json_is_named_with_line_and_column(folder):
@@ -134,6 +145,27 @@ def test_malformed_json_is_named_with_line_and_column(folder):
     assert "line 1, column 11" in error_of(folder, '[{"id": 1,}]')
     assert "line 1, column 10 (Invalid" in error_of(folder, '[{"id": "\x00\x1b"}]')
     assert "line 1, column" in error_of(folder, f'{{"id": 1,\n{json.dumps(entry())}', "train.jsonl")
+
+
+def test_lines_are_counted_once_and_by_processes_that_share_the_file(folder, monkeypatch):
+    """Wrong lines of a file are each named by their number, also if forked processes ask for them side by side."""
+    monkeypatch.setattr(dataset, "CHUNK", 1000)
+    path, lines = folder / "train.jsonl", ["{'id': 1}" + " " * (i % 90) for i in range(3000)]
+    path.write_text("\n".join([json.dumps(entry()), *lines]))
+    samples = Samples([str(path)], str(folder))
+    reads = []
+    monkeypatch.setattr(os, "pread", lambda *args: reads.append(args[1]) or pread(*args))
+    errors = [str(sample) for _, _, sample in samples.each() if isinstance(sample, InputError)]
+    assert [int(re.search(r"line (\d+)", error)[1]) for error in errors] == list(range(2, 3002))
+    assert sum(reads) < 3 * path.stat().st_size  # each part of the file is read for its entries, and for its lines
+
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        found = pool.map(partial(line_named, samples), [1 + i * 31 % 3000 for i in range(3000)], chunksize=10)
+    assert all(line == index + 1 for index, line in found)
+
+
+def line_named(samples, index):
+    return index, int(re.search(r"line (\d+)", load_error(samples, index))[1])
 
 
 def test_json_that_no_parser_takes_is_an_input_error(folder):

@@ -11,7 +11,7 @@ from data.augment import Augmentation
 from data.dataset import load_samples
 from data.epochs import BatchItem, Epochs, rank_batches
 from data.loader import PromptDataset, PromptOptions, load_ahead, worker_failure
-from data.sample import InputError
+from data.sample import InputError, Media, Sample
 from tests.conftest import OPTIONS, make_tiny
 
 
@@ -51,12 +51,12 @@ def test_ranks_always_have_equally_many_items_and_extra_ones_are_padding(num_sam
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    assert torch.equal(Epochs([50], 1).order(2), Epochs([50], 1).order(2))
-    assert len({tuple(Epochs([50], seed).order(epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert order_of(Epochs([50], 1), 2) == order_of(Epochs([50], 1), 2)
+    assert len({tuple(Epochs([50], seed).order(epoch)[0].tolist()) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
 
 def order_of(epochs, epoch):
-    return epochs.order(epoch).tolist()
+    return epochs.order(epoch)[0].tolist()
 
 
 def test_without_weights_an_epoch_of_several_files_is_that_of_one():
@@ -84,6 +84,27 @@ def test_parts_of_a_file_add_up_over_epochs(weight, epochs, times):
     plan = Epochs([4, 10], 0, [1.0, weight])
     seen = Counter(i for epoch in range(epochs) for i in order_of(plan, epoch) if i >= 4)
     assert set(seen) == set(range(4, 14)) and set(seen.values()) == {times}
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.75, 1.0])
+def test_an_epoch_takes_no_sample_twice_unless_its_weight_is_above_1(weight):
+    plan = Epochs([10, 4], 0, [weight, 1.0])
+    for epoch in range(12):
+        order = order_of(plan, epoch)
+        assert len(order) == len(set(order)) == round(10 * weight) + 4
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0, 2.0])
+def test_a_samples_turns_count_up_so_that_it_shows_other_videos_each_time(weight):
+    plan, turns, videos = Epochs([4, 4], 0, [1.0, weight]), [], []
+    sample = Sample("s", tuple(Media("video", f"{i}.mp4") for i in range(8)), (("user", "<video>" * 8),), "1")
+    for (item,) in rank_batches(plan, 1, 16 * len(plan), rank=0, world_size=1):
+        if item.index == 5:
+            turns.append(item.turn)
+            videos.append({media.name for media in Augmentation(0, max_videos=2).of(sample, item.turn).media})
+    assert sorted(turns) == list(range(int(16 * weight)))
+    if weight <= 1:
+        assert all(len(set.union(*videos[i : i + 4])) == 8 for i in range(len(videos) - 3))
 
 
 @pytest.fixture
@@ -179,21 +200,21 @@ def test_an_epoch_has_its_own_videos_and_frames_whoever_loads_them(tiny):
     samples = [prompt.sample for prompt in tiny.prompts]
     options = PromptOptions(OPTIONS, augmentation=Augmentation(seed=3, max_videos=2, frame_jitter=True))
     dataset, again = (PromptDataset(samples, tiny.tokenizer, 2, options) for _ in range(2))
-    epochs = [dataset[BatchItem(0, 1, epoch=epoch)] for epoch in range(4)]  # of 3 videos
+    epochs = [dataset[BatchItem(0, 1, turn=epoch)] for epoch in range(4)]  # of 3 videos
     assert {media.name for prompt in epochs for media in prompt.sample.media} == {"1_0.mp4", "1_1.mp4", "1_2.mp4"}
     assert all(len(prompt.grid_thw) == prompt.sample.turns[0][1].count("<video>") == 2 for prompt in epochs)
     assert len({tuple(media.options for media in prompt.sample.media) for prompt in epochs}) == 4
     for epoch in (3, 1):
-        same = again[BatchItem(7, 1, epoch=epoch)]
+        same = again[BatchItem(7, 1, turn=epoch)]
         assert same.sample == epochs[epoch].sample and torch.equal(same.pixel_values, epochs[epoch].pixel_values)
     moved = PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, augmentation=Augmentation(3, 0, True)))
-    pixels = [moved[BatchItem(0, 1, epoch=epoch)].pixel_values for epoch in range(3)]
+    pixels = [moved[BatchItem(0, 1, turn=epoch)].pixel_values for epoch in range(3)]
     assert not torch.equal(pixels[0], pixels[1]) and not torch.equal(pixels[1], pixels[2])
 
 
-def test_every_item_knows_its_epoch():
+def test_without_weights_a_samples_turn_is_the_epoch():
     steps = list(rank_batches(Epochs([5], 0), 2, 7, rank=1, world_size=2))
-    assert [{item.epoch for item in step} for step in steps] == [{0}, {0}, {0}, {1}, {1}, {1}, {2}]
+    assert [{item.turn for item in step} for step in steps] == [{0}, {0}, {0}, {1}, {1}, {1}, {2}]
     assert list(rank_batches(Epochs([5], 0), 2, 7, rank=1, world_size=2, start_step=4)) == steps[4:]
 
 

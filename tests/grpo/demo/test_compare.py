@@ -103,18 +103,27 @@ def test_the_table_has_mean_and_spread_over_seeds_and_keeps_what_was_written_by_
     assert sum(cell == "" for cell in cells) == 1 and len(rows) == 1 + 1 + 9 + 3 + 1 + 5  # empty: above the rows' names
     new = [i for i, run in enumerate(runs) if run.row == own_row()]
     assert "| " + " | ".join([own_row(), *(f"{i + 0.25:.2f}" for i in new)]) + " |" in rows
-    # Of a row that is not whole, nothing is shown.
+    # Of a row that is not whole there are no means.
     lines = compare.RECORDS.read_text().splitlines(keepends=True)
     compare.RECORDS.write_text("".join(line for line in lines if own_row() not in line or '"seed": 1,' not in line))
     write_results(runs, config, [])
     text = compare.RESULTS.read_text()
-    assert "1 of 31 runs are not done yet" in text and f"| {own_row()} |" not in text
+    assert "1 of 31 runs are not done yet" in text
+    cells = [f"{new[0] + 0.25:.2f}", "not done", f"{new[2] + 0.25:.2f}"]
+    assert [line for line in text.splitlines() if f"| {own_row()} |" in line] == [
+        "| " + " | ".join([own_row(), *cells]) + " |"
+    ]
+    with open(compare.RECORDS, "a") as file:
+        file.write('{"task": "ea')  # as a full disk leaves it
+    with pytest.raises(compare.InputError, match="results.jsonl': line 31 is damaged .*: remove it"):
+        record_of(runs[0])
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--tasks", "harder"], "--tasks 'harder'"),
+        (["--tasks", "easy", "easy"], "--tasks"),
         (["--steps", "0"], "--steps"),
         (["--new_seeds", "0"], "--new_seeds"),
     ],

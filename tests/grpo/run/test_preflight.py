@@ -11,11 +11,20 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 import train
 from data.loader import PromptDataset, PromptOptions
-from data.sample import Media
+from data.sample import InputError, Media
 from grpo.ranks import start_processes
 from grpo.run.preflight import longest_prompt
 from tests.conftest import OPTIONS, run_ranks
 from tests.test_train import curves, flags, main_on_a_rank, run_main, weights
+
+
+class Changed(list):
+    """Samples of which the second one's file has changed since it was first read."""
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise InputError("changed")
+        return super().__getitem__(index)
 
 
 def find_longest(dataset: PromptDataset, path: str) -> None:
@@ -37,6 +46,9 @@ def test_the_longest_prompt_is_found_without_decoding_and_broken_videos_do_not_m
     lengths = [len(prompt.prompt_ids) for prompt in tiny.prompts]
     assert lengths[1] == max(lengths)
     assert json.loads((tmp_path / "found").read_text()) == [lengths[1], "s1"]
+    dataset.samples = Changed(samples)  # one rank alone meets the change: it says so where all ranks take part
+    run_ranks(find_longest, world_size, dataset, str(tmp_path / "found"))
+    assert json.loads((tmp_path / "found").read_text())[0] == max(lengths[2:])
 
 
 @pytest.mark.parametrize(

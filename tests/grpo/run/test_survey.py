@@ -3,14 +3,17 @@
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from data.sample import InputError
 from grpo.config import Config
+from grpo.ranks import start_processes
 from grpo.run import survey as module
-from grpo.run.survey import ListDigest, check_truths, survey
-from tests.conftest import make_tiny
+from grpo.run.survey import ListDigest, check_same_on_all_ranks, check_truths, survey
+from tests.conftest import make_tiny, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +106,36 @@ def test_the_first_mistake_of_a_file_is_named_whoever_finds_it(tiny, in_processe
     assert "sample '9'" in error_of({9: {"vidoe": 1}})
     assert "sample '3'" in error_of({9: {"vidoe": 1}, 3: {"vidoe": 1}})
     assert "'1' occurs twice" in error_of({8: {"id": "1"}, 9: {"vidoe": 1}})
-    assert "'4': the user text contains the special token <|im_end|>" in error_of({4: {"conversations": special}})
+    assert "some.json': sample '4': the user text contains the special token <|im_end|>" in error_of(
+        {4: {"conversations": special}}
+    )
     missing = error_of({8: {"video": "8.mp4"}, 4: {"video": "4.mp4"}, 11: {"video": "8.mp4"}})
     assert "2 file(s) missing" in missing and missing.index("4.mp4' (sample '4')") < missing.index(
         "8.mp4' (sample '8')"
     )
+
+
+def survey_on_a_rank(paths: list[str], images: str, out: str) -> None:
+    start_processes()
+    found = survey([paths[dist.get_rank()]], Config(image_folder=images, dataloader_num_workers=0), [])
+    try:
+        check_same_on_all_ranks(found)
+        line = "same"
+    except InputError as error:
+        line = str(error)
+    Path(f"{out}-{dist.get_rank()}").write_text(line)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("key", [None, "id", "site"])
+def test_ranks_that_read_different_samples_stop(tiny, tmp_path, key):
+    samples, paths = samples_of(tiny), [str(tmp_path / f"{name}.json") for name in "ab"]
+    for path in paths:
+        Path(path).write_text(json.dumps(samples))
+        samples[-1] |= {key: "other"} if key else {}
+    run_ranks(survey_on_a_rank, 2, paths, str(tiny.folder / "videos"), str(tmp_path / "out"))
+    lines = {(tmp_path / f"out-{rank}").read_text() for rank in range(2)}
+    assert len(lines) == 1 and lines.pop().startswith("the ranks have read different samples" if key else "same")
 
 
 def test_truths_outside_the_range_are_counted(tiny):
