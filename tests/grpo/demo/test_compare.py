@@ -36,7 +36,7 @@ def start(tmp_path, config):
     tiny = make_tiny(tmp_path / "tiny", num_videos=(1,))
     folder = tmp_path / "compare" / "easy" / "seed-0" / "start"
     shutil.copytree(tiny.folder / "model", folder / "warm_start")
-    for name in ("train", "heldout"):
+    for name in ("train", "test"):
         write_samples(folder / "data", name, 9, seed=0)
     return folder
 
