@@ -204,13 +204,14 @@ def train_and_evaluate(run: Run, start: Path, folder: Path, log: Path) -> None:
     data = {"data_path": [str(start / "data" / "train.json")], "image_folder": str(start / "data" / "videos")}
     common = dataclasses.replace(base, **data, seed=run.seed, model_id=str(start / "warm_start"))
     if run.flags:
-        whole = dataclasses.replace(common, output_dir=str(folder), max_steps=run.steps, save_steps=50)
-        whole = dataclasses.replace(whole, eval_steps=0, eval_on_start=False, per_device_eval_batch_size=8)
+        model = folder / "run" / "final"
+        whole = dataclasses.replace(common, output_dir=str(folder / "run"), max_steps=run.steps, eval_steps=0)
+        whole = dataclasses.replace(whole, eval_on_start=False, frame_cache=str(start / "frames"))
         whole = dataclasses.replace(whole, dataloader_num_workers=0)  # one process: one core
-        whole = dataclasses.replace(whole, frame_cache=str(start / "frames"))
-        flags = [*as_flags(whole), "--save_total_limit", "1", "--resume_from_checkpoint", "auto", *run.flags]
-        add_seconds(folder, call(["train.py", *flags], log))
-        model = folder / "final"
+        if not (folder / "seconds.json").exists():
+            shutil.rmtree(folder / "run", ignore_errors=True)  # begun anew: its time is that of the whole
+            seconds = call(["train.py", *as_flags(whole), *run.flags], log)
+            (folder / "seconds.json").write_text(json.dumps({"cpu_seconds": seconds}))
     elif run.steps:
         model = folder / "model"
         if not (model / "seconds.json").exists():  # the last file of a whole one
@@ -234,13 +235,6 @@ def check_settings(run: Run, folder: Path) -> None:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings))
-
-
-def add_seconds(folder: Path, seconds: float) -> None:
-    """Add the CPU seconds of a run, or of a part of it after an interruption, to seconds.json."""
-    path = folder / "seconds.json"
-    before = json.loads(path.read_text())["cpu_seconds"] if path.exists() else 0.0
-    path.write_text(json.dumps({"cpu_seconds": before + seconds}))
 
 
 def seconds_in(run: Run, folder: Path) -> float:
