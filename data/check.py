@@ -150,7 +150,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, MediaOptions, list[Rewar
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=style)
     parser.allow_abbrev, parser.error = False, _fail
     flag = partial(parser.add_argument, metavar="")
-    flag("--data_path", required=True, nargs="+", action="extend", help="JSON or JSONL files of samples")
+    flag("--data_path", required=True, nargs="+", help="JSON or JSONL files of samples")
     flag("--image_folder", default="", help="folder of the videos whose path in the JSON does not exist as it is")
     flag("--write_clean", default="", help="new JSON or JSONL file for the valid samples, unchanged")
     flag("--model_id", default="", help="count text tokens with this model's tokenizer; without it, only video tokens")

@@ -66,10 +66,6 @@ def parse_flags(cls: type, argv: list[str], prog: str, defaults: dict | None = N
         groups, prog=prog, usage=f"{prog} [flags]", formatter_class=_HelpFormatter, allow_abbrev=False
     )
     parser.error = fail
-    given = [word.split("=")[0].replace("-", "_") for word in argv]
-    for name in ("data_path", "eval_data_path"):  # of other flags, the last one counts
-        if given.count(f"__{name}") > 1:
-            fail(f"--{name} is given twice, and only the last would count: write all files after one")
     parser.set_defaults(**(defaults or {}))
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:

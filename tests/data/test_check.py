@@ -133,10 +133,6 @@ def test_a_bad_video_matters_where_the_cap_takes_it(folder, capsys, cap, is_kept
     assert table["over --max_videos"] == (1, "kept", "'bad'")
 
 
-def test_several_files_may_be_named_one_after_the_other(folder):
-    assert parse(["--data_path", "x", "y", "--data_path", "z"])[0].data_path == ["x", "y", "z"]
-
-
 def test_a_bad_video_beyond_the_cap_is_kept_since_the_trainer_does_not_open_it_but_misses_it(folder, capsys):
     entries = [entry("bad", ["a.mp4", "d.mp4"]), entry("gone", ["a.mp4", "gone.mp4"])]
     code, text, table = run(folder, capsys, entries, "--max_videos", "1", "--write_clean", str(folder / "clean.json"))

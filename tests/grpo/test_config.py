@@ -101,14 +101,6 @@ def test_hyphens_are_taken_for_underscores(spelt):
     assert parse_config([*GIVEN, spelt, "7"]).max_videos == 7
 
 
-def test_files_are_named_after_one_flag_and_of_other_flags_the_last_one_counts():
-    assert parse_config([*GIVEN, "--seed", "1", "--seed", "2"]).seed == 2
-    assert parse_config(["--model_id", "m", "--output_dir", "o", "--data_path", "d", "e"]).data_path == ["d", "e"]
-    for more in (["--data_path", "e"], ["--data-path=e"]):
-        with pytest.raises(InputError, match="--data_path is given twice, and only the last would count"):
-            parse_config([*GIVEN, *more])
-
-
 @pytest.mark.parametrize("size", ["inf", "nan", "0", "-1"])
 def test_the_size_of_the_frame_cache_is_a_number_of_gigabytes(size):
     with pytest.raises(InputError, match=f"--frame_cache_gb .*{size}.*: must be above 0"):

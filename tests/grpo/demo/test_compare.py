@@ -58,7 +58,7 @@ def test_runs_are_trained_evaluated_recorded_and_not_done_twice(config, start):
         metrics = json.loads((some.folder(config) / "eval" / "metrics.json").read_text())
         record = record_of(some)
         assert all(record[name] == metrics[name]["value"] for name in compare.FIGURES) and record["mae"] >= 0
-    resolved = json.loads((run.folder(config) / "config.json").read_text())
+    resolved = json.loads((run.folder(config) / "run" / "config.json").read_text())
     assert resolved["reward_funcs"] == ["smooth_numerical_reward", "concordance_reward"]
     assert resolved["reward_weights"] == [1.0, 0.5] and resolved["scale_rewards"] == "none"
     assert resolved["max_steps"] == 1 and resolved["temperature"] == 1.0  # the demo's
