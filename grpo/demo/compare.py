@@ -129,11 +129,6 @@ def call(arguments: list[str], log: Path) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def where(start: Path) -> list[str]:
-    """Return the flags of a model's and samples' place."""
-    return ["--image_folder", str(start / "data" / "videos"), "--data_path", str(start / "data" / "train.json")]
-
-
 def prepare(task: DemoTask, seed: int, config: CompareConfig) -> None:
     """Draw the hearts and train the warm start, as the demo does, and draw those on which models are compared."""
     start = Path(config.output_dir, task, f"seed-{seed}", "start").absolute()
@@ -216,8 +211,8 @@ def train_and_evaluate(run: Run, start: Path, folder: Path, log: Path) -> None:
         model = folder / "model"
         if not (model / "seconds.json").exists():  # the last file of a whole one
             shutil.rmtree(model, ignore_errors=True)
-            flags = ["--model_id", common.model_id, *where(start), "--output_dir", str(model)]
-            flags += ["--steps", str(run.steps), "--seed", str(run.seed)]
+            flags = ["--model_id", common.model_id, "--image_folder", common.image_folder, "--output_dir", str(model)]
+            flags += ["--data_path", *common.data_path, "--steps", str(run.steps), "--seed", str(run.seed)]
             call(["-m", "grpo.demo.supervised", *flags], log)
     else:
         model = start / "warm_start"
