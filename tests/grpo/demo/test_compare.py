@@ -3,30 +3,22 @@
 import json
 import shutil
 import statistics
+from dataclasses import replace
 
 import pytest
 
-from grpo.demo import compare
-from grpo.demo.compare import (
-    CompareConfig,
-    Run,
-    all_runs,
-    call,
-    do,
-    grpo_runs,
-    own_row,
-    record_of,
-    settings_of,
-    write_results,
-)
+from data.sample import InputError
+from grpo.demo import compare, compare_runs, compare_table
+from grpo.demo.compare import CompareConfig, all_runs, grpo_runs, own_row, write
+from grpo.demo.compare_runs import FIGURES, SAME_TIME, Run, call, do, record_of, settings_of
 from grpo.demo.synthetic_echo import write_samples
 from tests.conftest import make_tiny
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "RESULTS", tmp_path / "RESULTS.md")
-    monkeypatch.setattr(compare, "RECORDS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(compare_table, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(compare_runs, "RECORDS", tmp_path / "results.jsonl")
     return CompareConfig(output_dir=str(tmp_path / "compare"), tasks=["easy"], seeds=[0, 1], new_seeds=[10], steps=1)
 
 
@@ -54,22 +46,22 @@ def test_runs_are_trained_evaluated_recorded_and_not_done_twice(config, start):
     supervised = Run("easy", 0, compare.CONVERGED, [], steps=2)
     for some in (run, supervised, Run("easy", 0, "before", [])):
         assert record_of(some) is None
-        do(some, config)
-        metrics = json.loads((some.folder(config) / "eval" / "metrics.json").read_text())
+        do(some, config.output_dir)
+        metrics = json.loads((some.folder(config.output_dir) / "eval" / "metrics.json").read_text())
         record = record_of(some)
-        assert all(record[name] == metrics[name]["value"] for name in compare.FIGURES) and record["mae"] >= 0
-    resolved = json.loads((run.folder(config) / "run" / "config.json").read_text())
+        assert all(record[name] == metrics[name]["value"] for name in FIGURES) and record["mae"] >= 0
+    resolved = json.loads((run.folder(config.output_dir) / "run" / "config.json").read_text())
     assert resolved["reward_funcs"] == ["smooth_numerical_reward", "concordance_reward"]
     assert resolved["reward_weights"] == [1.0, 0.5] and resolved["scale_rewards"] == "none"
     assert resolved["max_steps"] == 1 and resolved["temperature"] == 1.0  # the demo's
     assert record_of(run)["cpu_seconds"] > 1 and record_of(supervised)["cpu_seconds"] > 0.01
     shutil.rmtree(start.parent)  # as on another machine
     for some in (run, supervised):
-        do(some, config)
-    assert not start.parent.exists() and len(compare.RECORDS.read_text().splitlines()) == 3
+        do(some, config.output_dir)
+    assert not start.parent.exists() and len(compare_runs.RECORDS.read_text().splitlines()) == 3
     supervised.steps = 3
-    with pytest.raises(compare.InputError, match="results.jsonl.*: easy, seed 0, supervised, converged was made with"):
-        do(supervised, config)
+    with pytest.raises(InputError, match="results.jsonl.*: easy, seed 0, supervised, converged was made with"):
+        do(supervised, config.output_dir)
 
 
 def test_supervised_training_takes_as_long_as_grpo():
@@ -77,23 +69,24 @@ def test_supervised_training_takes_as_long_as_grpo():
 
 
 def test_a_run_that_fails_names_its_log(tmp_path, capsys):
-    with pytest.raises(compare.InputError, match="train.py --demo --no_such_flag … failed: .*log says why"):
+    with pytest.raises(InputError, match="train.py --demo --no_such_flag … failed: .*log says why"):
         call(["train.py", "--demo", "--no_such_flag"], tmp_path / "log")
     assert "unknown flag '--no_such_flag'" in (tmp_path / "log").read_text()
 
 
 def test_the_table_has_mean_and_spread_over_seeds_and_keeps_what_was_written_by_hand(config, tmp_path):
-    compare.RESULTS.write_text(f"old\n\n{compare.BY_HAND}\n\n- this\n")
+    compare_table.RESULTS.write_text(f"old\n\n{compare_table.BY_HAND}\n\n- this\n")
     runs = all_runs(config)
     for number, run in enumerate(runs):
-        record = {"task": run.task, "seed": run.seed, "row": run.row, "settings": settings_of(run)}
+        done = replace(run, steps=7) if run.row == SAME_TIME else run  # its steps are known when others are done
+        record = {"task": run.task, "seed": run.seed, "row": run.row, "settings": settings_of(done)}
         record |= {"date": "2026-01-02", "steps": 1, "cpu_seconds": 1.0}
-        record |= {name: number + 0.25 for name in compare.FIGURES}
-        with open(compare.RECORDS, "a") as file:
+        record |= {name: number + 0.25 for name in FIGURES}
+        with open(compare_runs.RECORDS, "a") as file:
             file.write(json.dumps(record) + "\n")
-    write_results(runs, config, ["--steps", "1"])
-    text = compare.RESULTS.read_text()
-    assert text.endswith(f"{compare.BY_HAND}\n\n- this\n") and "old" not in text
+    write(config, ["--steps", "1"])
+    text = compare_table.RESULTS.read_text()
+    assert text.endswith(f"{compare_table.BY_HAND}\n\n- this\n") and "old" not in text
     assert "`python -m grpo.demo.compare --steps 1`, 2026-01-02, on" in text and "not done yet" not in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     both = [i for i, run in enumerate(runs) if run.row == own_row() and run.seed < 2]
@@ -104,18 +97,20 @@ def test_the_table_has_mean_and_spread_over_seeds_and_keeps_what_was_written_by_
     new = [i for i, run in enumerate(runs) if run.row == own_row()]
     assert "| " + " | ".join([own_row(), *(f"{i + 0.25:.2f}" for i in new)]) + " |" in rows
     # Of a row that is not whole there are no means.
-    lines = compare.RECORDS.read_text().splitlines(keepends=True)
-    compare.RECORDS.write_text("".join(line for line in lines if own_row() not in line or '"seed": 1,' not in line))
-    write_results(runs, config, [])
-    text = compare.RESULTS.read_text()
+    lines = compare_runs.RECORDS.read_text().splitlines(keepends=True)
+    compare_runs.RECORDS.write_text(
+        "".join(line for line in lines if own_row() not in line or '"seed": 1,' not in line)
+    )
+    write(config, [])
+    text = compare_table.RESULTS.read_text()
     assert "1 of 31 runs are not done yet" in text
     cells = [f"{new[0] + 0.25:.2f}", "not done", f"{new[2] + 0.25:.2f}"]
     assert [line for line in text.splitlines() if f"| {own_row()} |" in line] == [
         "| " + " | ".join([own_row(), *cells]) + " |"
     ]
-    with open(compare.RECORDS, "a") as file:
+    with open(compare_runs.RECORDS, "a") as file:
         file.write('{"task": "ea')  # as a full disk leaves it
-    with pytest.raises(compare.InputError, match="results.jsonl': line 31 is damaged .*: remove it"):
+    with pytest.raises(InputError, match="results.jsonl': line 31 is damaged .*: remove it"):
         record_of(runs[0])
 
 

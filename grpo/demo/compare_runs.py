@@ -1,0 +1,182 @@
+"""A run of the comparison: a model trained on one core, judged on hearts of its own, and recorded.
+
+A run that is done is a line of `reward/results.jsonl`, with what decides its result, and is not done again.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.sample import InputError
+from grpo.config import DEMO_DEFAULTS, Config, DemoTask
+from grpo.demo.demo import NUM_CARELESS, NUM_TRAIN, WARM_START_STEPS, as_flags
+from grpo.demo.supervised import BATCH, SupervisedConfig
+from grpo.flags import parse_flags
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "reward" / "results.jsonl"
+RECORDING = threading.Lock()
+
+BEFORE, SAME_TIME = "before", "supervised, same time"  # rows that are not like others
+NUM_TEST = 768  # hearts on which models are compared
+DATA_FLAGS = "max_videos nframes video_resized_width video_resized_height max_completion_length".split()
+NOT_COMPARED = {"output_dir", "max_steps", "eval_steps", "eval_on_start", "per_device_eval_batch_size"}
+FIGURES = {  # of an evaluation: title and digits in the table
+    "mae": ("MAE", 2),
+    "median_error": ("median error", 2),
+    "r2": ("R²", 3),
+    "ccc": ("CCC", 3),
+    "sd_ratio": ("sd(answer) / sd(truth)", 2),
+    "mae_40": ("MAE, truth below 40", 2),
+    "clipped_ratio": ("share cut", 3),
+    "out_of_range": ("answers outside 0–100", 1),
+    "distinct_answers": ("distinct answers", 1),
+}
+
+
+@dataclass
+class Run:
+    """One trained model."""
+
+    task: DemoTask
+    seed: int
+    row: str  # of the table
+    flags: list[str]  # of train.py; none: supervised, or not trained
+    steps: int = 0
+
+    def folder(self, output_dir: str) -> Path:
+        """Where it is written."""
+        return Path(output_dir, self.task, f"seed-{self.seed}", self.row.replace(" ", "_")).absolute()
+
+
+def call(arguments: list[str], log: Path) -> float:
+    """Run a command on one core; return the CPU seconds it took. Raises InputError if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise InputError(f"{' '.join(arguments[:3])} … failed: {log} says why")
+    return usage.ru_utime + usage.ru_stime
+
+
+def prepare(task: DemoTask, seed: int, output_dir: str) -> None:
+    """Draw the hearts and train the warm start, as the demo does, and draw those on which models are compared."""
+    start = Path(output_dir, task, f"seed-{seed}", "start").absolute()
+    if not start.exists():
+        part = start.with_name("start.part")
+        shutil.rmtree(part, ignore_errors=True)
+        code = "from pathlib import Path; from grpo.demo.demo import make_start, write_samples; "
+        code += f"make_start(Path({str(part)!r}), {task!r}, {seed}); "
+        code += f"write_samples(Path({str(part / 'data')!r}), 'test', {NUM_TEST}, {seed}, {task!r})"
+        call(["-c", code], start.with_name("start.log"))
+        part.rename(start)
+
+
+def settings_of(run: Run) -> dict:
+    """Return what decides the result of a run, beside task, seed and row."""
+    settings = {"careless": NUM_CARELESS, "train": NUM_TRAIN, "test": NUM_TEST, "warm_start": WARM_START_STEPS}
+    names = DEMO_DEFAULTS.keys() - NOT_COMPARED if run.flags else DATA_FLAGS
+    settings |= {"flags": run.flags, "demo": {name: DEMO_DEFAULTS[name] for name in sorted(names)}}
+    if not run.flags and run.row != BEFORE:
+        settings["supervised"] = {"batch": BATCH, "learning_rate": SupervisedConfig.learning_rate}
+    return settings if run.row == SAME_TIME else settings | {"steps": run.steps}
+
+
+def read_records() -> dict[tuple, dict]:
+    """Return the records of all runs that were ever done, by task, seed and row."""
+    with RECORDING:
+        lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+    records = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{str(RECORDS)!r}: line {number} is damaged ({error}): remove it") from error
+        records[record["task"], record["seed"], record["row"]] = record
+    return records
+
+
+def record_of(run: Run) -> dict | None:
+    """Return the record of a run, None if it is not done; raise InputError if it was done in another way."""
+    record = read_records().get((run.task, run.seed, run.row))
+    if record and record["settings"] != settings_of(run):
+        raise InputError(
+            f"{str(RECORDS)!r}: {run.task}, seed {run.seed}, {run.row} was made with other settings: remove its line"
+        )
+    return record
+
+
+def do(run: Run, output_dir: str) -> None:
+    """Train a model, let it answer the hearts of the test, and record the figures, unless that is done."""
+    if record_of(run):
+        return
+    folder = run.folder(output_dir)
+    start, log, report = folder.with_name("start"), folder.with_name(f"{folder.name}.log"), folder / "eval"
+    check_settings(run, folder)
+    model, seconds = train(run, start, folder, log)
+    if not (report / "metrics.json").exists():
+        flags = [part for name in DATA_FLAGS for part in (f"--{name}", str(DEMO_DEFAULTS[name]))]
+        flags += ["--model_id", str(model), "--data_path", str(start / "data" / "test.json")]
+        flags += ["--image_folder", str(start / "data" / "videos"), "--frame_cache", str(start / "frames")]
+        call(["-m", "grpo.evaluate", *flags, "--output_dir", str(report)], log)
+    metrics = json.loads((report / "metrics.json").read_text())
+    record = {"task": run.task, "seed": run.seed, "row": run.row, "settings": settings_of(run)}
+    record |= {"date": time.strftime("%Y-%m-%d"), "steps": run.steps, "cpu_seconds": seconds}
+    record |= {name: metrics[name]["value"] for name in FIGURES}
+    with RECORDING, open(RECORDS, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def check_settings(run: Run, folder: Path) -> None:
+    """Note how a run is made, or raise InputError if what is there was made in another way."""
+    settings, path = settings_of(run), folder / "run.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise InputError(f"{str(folder)!r} was made with other settings: name a new --output_dir")
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
+
+
+def train(run: Run, start: Path, folder: Path, log: Path) -> tuple[Path, float]:
+    """Train the model of a run, unless that is done; return its folder and the CPU seconds that it took."""
+    if not run.steps:
+        return start / "warm_start", 0.0
+    output, data = folder / "run", start / "data"
+    if run.flags:
+        config = dataclasses.replace(
+            parse_flags(Config, [], "", DEMO_DEFAULTS),
+            model_id=str(start / "warm_start"),
+            data_path=[str(data / "train.json")],
+            image_folder=str(data / "videos"),
+            frame_cache=str(start / "frames"),
+            output_dir=str(output),
+            seed=run.seed,
+            max_steps=run.steps,
+            eval_steps=0,
+            eval_on_start=False,
+            dataloader_num_workers=0,  # one process: one core
+        )
+        command, model = ["train.py", *as_flags(config), *run.flags], output / "final"
+    else:
+        command, model = ["-m", "grpo.demo.supervised", "--model_id", str(start / "warm_start")], output
+        command += ["--data_path", str(data / "train.json"), "--image_folder", str(data / "videos")]
+        command += ["--output_dir", str(output), "--steps", str(run.steps), "--seed", str(run.seed)]
+    path = folder / "seconds.json"
+    if not path.exists():
+        shutil.rmtree(output, ignore_errors=True)  # an interrupted run begins anew: its time is that of the whole
+        seconds = call(command, log)
+        if not run.flags:  # of training alone, without the time to load and decode
+            seconds = json.loads((output / "seconds.json").read_text())["cpu_seconds"]
+        path.write_text(json.dumps({"cpu_seconds": seconds}))
+    return model, json.loads(path.read_text())["cpu_seconds"]
