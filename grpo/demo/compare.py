@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.sample import InputError
 from grpo.config import DEMO_DEFAULTS, Config, DemoTask
-from grpo.demo.compare_runs import BEFORE, NUM_TEST, SAME_TIME, Run, do, prepare, record_of
+from grpo.demo.compare_runs import BEFORE, NUM_TEST, Run, do, prepare, record_of
 from grpo.demo.compare_table import RESULTS, write_results
 from grpo.demo.demo import NUM_TRAIN
 from grpo.flags import flag, parse_flags
@@ -35,7 +35,7 @@ REWARDS = {
     ],
 }
 SCALES = ScaleRewards.__args__
-EARLY, CONVERGED = "supervised, stopped early", "supervised, converged"
+EARLY, SAME_TIME, CONVERGED = "supervised, stopped early", "supervised, same time", "supervised, converged"
 EARLY_STEPS = 100  # of supervised training that stops before it knows the training answers by heart
 
 
@@ -75,18 +75,27 @@ def own_row() -> str:
 def all_runs(config: CompareConfig) -> list[Run]:
     """List all runs, in the order of the table."""
     places = [(task, seed) for task in config.tasks for seed in [*config.seeds, *config.new_seeds]]
-    steps = {EARLY: EARLY_STEPS, SAME_TIME: 0, CONVERGED: config.supervised_steps}  # 0: `steps_in_the_time_of` says
-    supervised = [Run(*place, row, [], num) for row, num in steps.items() for place in places]
-    return [*(Run(*place, BEFORE, []) for place in places), *grpo_runs(config), *supervised]
+    early = [Run(*place, EARLY, [], EARLY_STEPS) for place in places]
+    converged = [Run(*place, CONVERGED, [], config.supervised_steps) for place in places]
+    grpo = grpo_runs(config)
+    own = {(run.task, run.seed): run for run in grpo if run.row == own_row()}
+    same_time = [
+        Run(*place, SAME_TIME, [], steps_in_the_time_of(record_of(own[place]), record_of(run)))
+        for place, run in zip(places, converged, strict=True)
+    ]
+    return [*(Run(*place, BEFORE, []) for place in places), *grpo, *early, *same_time, *converged]
+
+
+def steps_in_the_time_of(own: dict | None, converged: dict | None) -> int | None:
+    """Return the steps of supervised training that take as long as the demo's own settings; None if not known yet."""
+    if own is None or converged is None:
+        return None
+    return max(1, round(own["cpu_seconds"] / (converged["cpu_seconds"] / converged["steps"])))
 
 
 def compare(config: CompareConfig) -> None:
     """Do all runs that are not done, those of the demo's own settings first."""
     runs = all_runs(config)
-    same_time = [run for run in runs if run.row == SAME_TIME]
-    others = [run for run in runs if run.row == EARLY or (run.flags and run.row != own_row())]
-    # By place: supervised training is timed beside the GRPO whose time it gets, since machines are not always as fast.
-    first = sorted((run for run in runs if run not in same_time + others), key=lambda run: (run.task, run.seed))
     with ThreadPoolExecutor(config.jobs) as pool, tqdm(total=len(runs), unit="run") as bar:
 
         def do_all(some: list[Run]) -> None:
@@ -95,21 +104,12 @@ def compare(config: CompareConfig) -> None:
 
         places = dict.fromkeys((run.task, run.seed) for run in runs if not record_of(run))
         list(pool.map(lambda place: prepare(*place, config.output_dir), places))
-        do_all(first)
-        for run in same_time:
-            run.steps = steps_in_the_time_of(*(record_of(other) for other in first if is_timed(other, run)))
-        do_all(same_time)
-        do_all(others)
-
-
-def is_timed(run: Run, same_time: Run) -> bool:
-    """Say whether a run decides how long supervised training of the same time takes."""
-    return (run.task, run.seed) == (same_time.task, same_time.seed) and run.row in (own_row(), CONVERGED)
-
-
-def steps_in_the_time_of(own: dict, converged: dict) -> int:
-    """Return the steps of supervised training that take as long as the demo's own settings."""
-    return max(1, round(own["cpu_seconds"] / (converged["cpu_seconds"] / converged["steps"])))
+        # By place: supervised training is timed beside the GRPO whose time it gets. No machine is always equally fast.
+        first = [run for run in runs if run.row in (BEFORE, own_row(), CONVERGED)]
+        do_all(sorted(first, key=lambda run: (run.task, run.seed)))
+        do_all([run for run in all_runs(config) if run.row == SAME_TIME])
+        others = [run for run in runs if run.row == EARLY or run.flags and run.row != own_row()]
+        do_all(sorted(others, key=lambda run: run.flags))
 
 
 def write(config: CompareConfig, argv: list[str]) -> None:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "reward" / "results.jsonl"
 RECORDING = threading.Lock()
 
-BEFORE, SAME_TIME = "before", "supervised, same time"  # rows that are not like others
+BEFORE = "before"  # the row of the warm start
 NUM_TEST = 768  # hearts on which models are compared
 DATA_FLAGS = "max_videos nframes video_resized_width video_resized_height max_completion_length".split()
 NOT_COMPARED = {"output_dir", "max_steps", "eval_steps", "eval_on_start", "per_device_eval_batch_size"}
@@ -49,7 +49,7 @@ class Run:
     seed: int
     row: str  # of the table
     flags: list[str]  # of train.py; none: supervised, or not trained
-    steps: int = 0
+    steps: int | None = 0  # None: not known before other runs are done
 
     def folder(self, output_dir: str) -> Path:
         """Where it is written."""
@@ -90,7 +90,7 @@ def settings_of(run: Run) -> dict:
     settings |= {"flags": run.flags, "demo": {name: DEMO_DEFAULTS[name] for name in sorted(names)}}
     if not run.flags and run.row != BEFORE:
         settings["supervised"] = {"batch": BATCH, "learning_rate": SupervisedConfig.learning_rate}
-    return settings if run.row == SAME_TIME else settings | {"steps": run.steps}
+    return settings | {"steps": run.steps}
 
 
 def read_records() -> dict[tuple, dict]:
@@ -109,6 +109,8 @@ def read_records() -> dict[tuple, dict]:
 
 def record_of(run: Run) -> dict | None:
     """Return the record of a run, None if it is not done; raise InputError if it was done in another way."""
+    if run.steps is None:
+        return None
     record = read_records().get((run.task, run.seed, run.row))
     if record and record["settings"] != settings_of(run):
         raise InputError(
@@ -176,6 +178,8 @@ def train(run: Run, start: Path, folder: Path, log: Path) -> tuple[Path, float]:
     if not path.exists():
         shutil.rmtree(output, ignore_errors=True)  # an interrupted run begins anew: its time is that of the whole
         seconds = call(command, log)
+        if not (model / "config.json").exists():  # a signal ends train.py in order
+            raise InputError(f"{' '.join(command[:3])} … was interrupted: {log}")
         if not run.flags:  # of training alone, without the time to load and decode
             seconds = json.loads((output / "seconds.json").read_text())["cpu_seconds"]
         path.write_text(json.dumps({"cpu_seconds": seconds}))

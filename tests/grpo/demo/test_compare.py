@@ -1,8 +1,12 @@
 """The comparison of rewards: its runs, that it continues, and the table that it writes."""
 
 import json
+import os
 import shutil
+import signal
 import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -10,9 +14,9 @@ import pytest
 from data.sample import InputError
 from grpo.demo import compare, compare_runs, compare_table
 from grpo.demo.compare import CompareConfig, all_runs, grpo_runs, own_row, write
-from grpo.demo.compare_runs import FIGURES, SAME_TIME, Run, call, do, record_of, settings_of
+from grpo.demo.compare_runs import FIGURES, Run, call, do, record_of, settings_of
 from grpo.demo.synthetic_echo import write_samples
-from tests.conftest import make_tiny
+from tests.conftest import children_of, make_tiny
 
 
 @pytest.fixture
@@ -64,8 +68,23 @@ def test_runs_are_trained_evaluated_recorded_and_not_done_twice(config, start):
         do(supervised, config.output_dir)
 
 
-def test_supervised_training_takes_as_long_as_grpo():
-    assert compare.steps_in_the_time_of({"cpu_seconds": 100.0}, {"cpu_seconds": 60.0, "steps": 600}) == 1000
+def test_an_interrupted_run_does_not_count_as_trained(config, start):
+    """A signal ends train.py in order, with exit code 0."""
+    (run,) = [run for run in grpo_runs(replace(config, steps=1000)) if (run.seed, run.row) == (0, own_row())]
+    folder = run.folder(config.output_dir)
+
+    def interrupt():
+        while not (folder / "run" / "rollouts.jsonl").exists():
+            time.sleep(0.1)
+        os.kill(children_of(os.getpid())[-1], signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(interrupt)
+        with pytest.raises(InputError, match="train.py --.* … was interrupted: .*log"):
+            do(run, config.output_dir)
+        waiting.result()
+    assert (folder / "run" / "config.json").exists()
+    assert not (folder / "seconds.json").exists() and record_of(run) is None
 
 
 def test_a_run_that_fails_names_its_log(tmp_path, capsys):
@@ -78,9 +97,10 @@ def test_the_table_has_mean_and_spread_over_seeds_and_keeps_what_was_written_by_
     compare_table.RESULTS.write_text(f"old\n\n{compare_table.BY_HAND}\n\n- this\n")
     runs = all_runs(config)
     for number, run in enumerate(runs):
-        done = replace(run, steps=7) if run.row == SAME_TIME else run  # its steps are known when others are done
+        seconds = 200.0 if run.row == own_row() else 100.0
+        done = replace(run, steps=1200) if run.row == compare.SAME_TIME else run  # 600 steps took half of the time
         record = {"task": run.task, "seed": run.seed, "row": run.row, "settings": settings_of(done)}
-        record |= {"date": "2026-01-02", "steps": 1, "cpu_seconds": 1.0}
+        record |= {"date": "2026-01-02", "steps": done.steps, "cpu_seconds": seconds}
         record |= {name: number + 0.25 for name in FIGURES}
         with open(compare_runs.RECORDS, "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -103,7 +123,7 @@ def test_the_table_has_mean_and_spread_over_seeds_and_keeps_what_was_written_by_
     )
     write(config, [])
     text = compare_table.RESULTS.read_text()
-    assert "1 of 31 runs are not done yet" in text
+    assert "2 of 31 runs are not done yet" in text  # the time of GRPO is that of supervised training, too
     cells = [f"{new[0] + 0.25:.2f}", "not done", f"{new[2] + 0.25:.2f}"]
     assert [line for line in text.splitlines() if f"| {own_row()} |" in line] == [
         "| " + " | ".join([own_row(), *cells]) + " |"
