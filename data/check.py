@@ -117,8 +117,8 @@ def check(args: argparse.Namespace, options: MediaOptions, functions: list[Rewar
         print_sizes(samples, checked, args, tokenizer)
         print_rare_keys(samples)
         print_outside(truths, args.valid_range)
-        if found := zero_skill(functions, samples, truths, keys):
-            print(found)
+        if line := zero_skill(functions, samples, truths, [key for key in keys_of(samples) if key not in ARGUMENTS]):
+            print(line)
     num_left_out = len(entries) - len(valid)
     num_images = sum(one.kind == "image" for one in checked)
     counted = f"{len(checked) - num_images} videos" + f", {num_images} images" * bool(num_images)

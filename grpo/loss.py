@@ -8,7 +8,7 @@ For one prompt with completions o_1 … o_G and rewards r_1 … r_G (GRPO: DeepS
               + beta (pi_ref / pi - log(pi_ref / pi) - 1)                                    kl_estimate
     loss    = sum_i weight_i sum_t loss_it                                                   completion_weights
 
-The loss types differ only in `weight_i`; N is the number of completions of all ranks in a step:
+The loss types differ only in `weight_i`; N is the number of trained completions of all ranks in a step:
 
     dapo     1 / (tokens of all ranks): every token counts alike              (DAPO, arXiv:2503.14476, equation 8)
     grpo     1 / (N · tokens of o_i): every completion counts alike           (DeepSeekMath, equation 3)

@@ -44,6 +44,7 @@ _WINDOW = 48  # characters; longer than any label
 _THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _DECIMAL_COMMA = re.compile(r"[0-9]+,[0-9]+")
 _PLAIN = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
+_SEVERAL_POINTS = re.compile(r"\.[0-9]+\.[0-9]")  # "55%.3.3", "12.03.2024": no number, but more than one
 _LARGEST = 1e100  # larger numbers are no measurements; up to here, squared errors are finite
 
 _ONE_SPELLING = str.maketrans("０１２３４５６７８９．％\u2212\u2010\u2011", "0123456789.%---")
@@ -67,8 +68,10 @@ def extract_number(text: str) -> float | None:
 @lru_cache(maxsize=4096)
 def says_two_numbers(text: str) -> bool:
     """Say whether a text has two different numbers outside its `<think>` parts; counts and labels are none."""
-    said = set()
-    for values, _ in _runs(without_thoughts(text)):
+    said, text = set(), without_thoughts(text)
+    if _SEVERAL_POINTS.search(text.translate(_ONE_SPELLING)):
+        return True
+    for values, _ in _runs(text):
         said.update(values)
         if len(said) > 1:
             return True
@@ -111,11 +114,18 @@ def _runs(text: str, one_bare: bool = False) -> Iterator[tuple[list[float], bool
 
 
 def _answer_block(text: str) -> str:
-    """Return what stands between the first `<answer>` and the next `</answer>`, else what is no thought."""
-    # Two searches: one pattern with `.*?` would scan to the end of the text again for each unclosed tag.
-    opened = re.search("<answer>", text, re.IGNORECASE)
-    closed = opened and re.compile("</answer>", re.IGNORECASE).search(text, opened.end())
-    return text[opened.end() : closed.start()] if closed else without_thoughts(text)
+    """Return what stands between the first `<answer>` and the next `</answer>`, else what is no thought.
+
+    A block outside of thoughts comes first: a thought may quote another.
+    """
+    said = without_thoughts(text)
+    for part in (said, text):
+        # Two searches: one pattern with `.*?` would scan to the end of the text again for each unclosed tag.
+        opened = re.search("<answer>", part, re.IGNORECASE)
+        closed = opened and re.compile("</answer>", re.IGNORECASE).search(part, opened.end())
+        if closed:
+            return part[opened.end() : closed.start()]
+    return said
 
 
 def _is_no_answer(text: str, start: int, end: int, percent: re.Match | None) -> bool:

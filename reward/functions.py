@@ -42,6 +42,11 @@ class RewardFunction:
     digest: str | None = None  # of the user's file
 
     @property
+    def is_built_in(self) -> bool:
+        """True if it is one of `reward/`."""
+        return getattr(reward, self.name, None) is self.call
+
+    @property
     def is_whole_step(self) -> bool:
         """True if it is given the completions of all prompts and ranks at once: its attribute `whole_step`."""
         return getattr(self.call, "whole_step", False)
@@ -78,6 +83,9 @@ def load_reward_functions(
         given = {"valid_range": valid_range} | options
         function.weight = weight
         function.options = {name: value for name, value in given.items() if name in taken}
+        scale = function.options.get("error_scale", 1)
+        if function.is_built_in and not (isinstance(scale, int | float) and scale > 0):
+            raise RewardError(f"--reward_kwargs: error_scale {scale!r}: give a number of points above 0")
     if unknown := [name for name in options if not any(name in function.options for function in functions)]:
         raise RewardError(
             f"--reward_kwargs: no reward function has a parameter {unknown[0]!r}: correct the name, or leave it out"
@@ -96,6 +104,8 @@ def read_kwargs(text: str) -> dict:
         ) from error
     if not isinstance(options, dict):
         raise RewardError(f"--reward_kwargs {text!r} is no JSON object: write it as '{{\"error_scale\": 8}}'")
+    if "valid_range" in options:
+        raise RewardError("--reward_kwargs: valid_range is a flag of its own: give it as --valid_range")
     if own := [name for name in options if name in ARGUMENTS]:
         raise RewardError(f"--reward_kwargs: {own[0]!r} is given to reward functions by the trainer: leave it out")
     return options
@@ -156,12 +166,13 @@ def check_keys(functions: list[RewardFunction], keys: list[str]) -> None:
             f"the samples have a key {taken[0]!r}: reward functions are given something else under this name, rename it"
         )
     for function in functions:
-        if taken := [key for key in keys if key in function.options]:
+        parameters = own_parameters(function.call)
+        if taken := [key for key in keys if key in (parameters if function.is_built_in else function.options)]:
             raise RewardError(
                 f"the samples have a key {taken[0]!r}, and reward function {function.name} a parameter of this name "
                 "that is set by flags: rename one"
             )
-        needed = {name for name, p in own_parameters(function.call).items() if p.default is p.empty}
+        needed = {name for name, p in parameters.items() if p.default is p.empty}
         if missing := sorted(needed - {*ARGUMENTS, *keys, *function.options}):
             raise RewardError(
                 f"reward function {function.name} needs {missing[0]!r}, a key that no sample has: add it to the "

@@ -4,13 +4,13 @@ A reward curve says little without it: where most truths are alike, the best con
 A reward function of the user's may be slow, or fail on a text that no model would write: then there is no line.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from reward.functions import RewardFunction, score_answers
+from reward.time_limit import OutOfTime, time_limit
 
 MOST_SAMPLES = 1000  # that constant answers are scored on at the start of a run
 BLOCK = 64  # texts that a function is given at a time
@@ -45,29 +45,26 @@ def constant_texts(truths: np.ndarray) -> list[str]:
 
 
 def constant_rewards(
-    functions: list[RewardFunction], samples: list, truths: np.ndarray, keys: list[str], call: Callable | None = None
+    functions: list[RewardFunction], samples: list, truths: np.ndarray, keys: list[str]
 ) -> np.ndarray | None:
     """Return the rewards of the constant answers at each of n samples, (2 K, n), nan where they are not scored.
 
-    truths: (n,); keys, call: see `score_answers`. None where functions of the whole step have a weight, since they
+    truths: (n,); keys: see `score_answers`. None where functions of the whole step have a weight, since they
     cannot be scored here, and where a function fails or takes too long.
     """
     if any(function.is_whole_step and function.weight for function in functions):
         return None
     weighted = [function for function in functions if function.weight]
-    began, rewards = time.monotonic(), []
-    for text in constant_texts(truths):
-        row = []
-        for first in range(0, len(samples), BLOCK):
-            block = samples[first : first + BLOCK]
-            try:
-                row += score_answers(weighted, block, [text] * len(block), keys, call=call)
-            except (Exception, SystemExit):  # where it matters, on sampled answers, it is reported
-                return None
-            if time.monotonic() - began > MOST_SECONDS:
-                return None
-        rewards.append(row)
-    return np.array(rewards, dtype=float)
+    blocks = [samples[first : first + BLOCK] for first in range(0, len(samples), BLOCK)]
+
+    def rewards_of(text: str) -> list[float | None]:
+        return [reward for block in blocks for reward in score_answers(weighted, block, [text] * len(block), keys)]
+
+    try:
+        with time_limit(MOST_SECONDS):
+            return np.array([rewards_of(text) for text in constant_texts(truths)], dtype=float)
+    except (Exception, SystemExit, OutOfTime):  # where it matters, on sampled answers, it is reported
+        return None
 
 
 def zero_skill(

@@ -117,8 +117,8 @@ def write(config: CompareConfig, argv: list[str]) -> None:
     conditions = [
         f"GRPO: {config.steps} steps of the demo's settings; its rows are reward, then `--scale_rewards`. Supervised:",
         f"cross-entropy on the true answers, from the same warm start: for {EARLY_STEPS} steps; for as much CPU time",
-        f"as the whole run of the demo's own settings ({own_row()}) took, the time to load and decode not",
-        f"counted; for {config.supervised_steps} steps, after which it knows the training answers by heart.",
+        f"as the demo's own settings ({own_row()}) took, whose time to load and decode counts, too; for",
+        f"{config.supervised_steps} steps, after which it knows the training answers by heart.",
         "",
         f"{NUM_TRAIN} hearts to train on, greedy answers on {NUM_TEST} others; errors in points; mean ± standard",
         "deviation over seeds.",

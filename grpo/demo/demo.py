@@ -16,12 +16,11 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from data.dataset import load_samples
-from data.loader import PromptDataset, PromptOptions
+from data.loader import PromptDataset
 from data.prompt import load_tokenizer
 from data.sample import InputError
 from grpo.config import DEMO_DEFAULTS, Config, DemoTask
-from grpo.demo.supervised import VIDEO_OPTIONS, SupervisedConfig, fit, load_prompts
+from grpo.demo.supervised import SupervisedConfig, fit, load_prompts
 from grpo.demo.synthetic_echo import ANSWER, QUESTION, write_samples
 from grpo.demo.tiny_tokenizer import build_tokenizer
 from grpo.evaluate.answer import AnswerOptions, Prediction, answer, answers_of, truths_of
@@ -32,8 +31,11 @@ from grpo.model.layers import use_our_layers
 from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND, TextSize, VisionSize, random_model
 from grpo.ranks import broadcast_object, raise_together
+from grpo.run.inputs import check_scorer
 from grpo.run.lock import lock_folder
-from grpo.run.scoring import load_functions, load_scorer
+from grpo.run.scoring import load_scorer
+from grpo.run.survey import survey
+from grpo.settings import prompt_options
 
 # True answers are few, careless ones many, as where experts read few cases; `reward/RESULTS.md` has other numbers, too.
 NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 80, 192
@@ -74,7 +76,7 @@ def prepare(config: Config) -> Config:
 
     A folder whose run has begun is only continued; one in which an earlier `prepare` was interrupted is used again.
     """
-    raise_together(load_functions, config)  # a mistake in them is known before anything is made
+    check_scorer(raise_together(load_scorer, config, []), config)  # a mistake is known before anything is made
     config = broadcast_object(raise_together(choose_folder, config))
     output = Path(config.output_dir)
     data, model_folder = output / "data", output / "warm_start"
@@ -159,18 +161,16 @@ def report(config: Config, began: float) -> None:
     samples: what a constant or a scale would repair, that one need not learn.
     """
     output = Path(config.output_dir)
-    samples = {
-        name: list(load_samples([str(output / f"data/{name}.json")], config.image_folder))
-        for name in ("train", "heldout")
+    how = load_tokenizer(config.model_id), TOKENS_PER_SECOND, prompt_options(config)
+    datasets = {
+        name: PromptDataset(survey(paths, config, []).samples, *how)
+        for name, paths in {"train": config.data_path, "heldout": config.eval_data_path}.items()
     }
-    scorer = load_scorer(config, [])
-    options, rows = AnswerOptions.of(config, scorer), {}
-    tokenizer = load_tokenizer(config.model_id)
+    options, rows = AnswerOptions.of(config, load_scorer(config, [])), {}
+    truths = truths_of(list(datasets["heldout"].samples), options)
     for when, folder in {"before": config.model_id, "after": output / "final"}.items():
         model = load_model(str(folder)).eval()
-        how = tokenizer, TOKENS_PER_SECOND, PromptOptions(VIDEO_OPTIONS)
-        answers = {name: answer_all(model, PromptDataset(some, *how), options) for name, some in samples.items()}
-        truths = truths_of(samples["heldout"], options)
+        answers = {name: answer_all(model, dataset, options) for name, dataset in datasets.items()}
         rows[when] = {
             name: figure["value"]
             for name, figure in figures(truths, answers_of(answers["heldout"]), config.valid_range, config.cuts).items()

@@ -24,7 +24,7 @@ from data.frames import VideoOptions
 from data.loader import Prompt, load_prompt
 from data.media import MediaOptions
 from data.prompt import load_tokenizer
-from data.sample import InputError
+from data.sample import BadMedia, InputError
 from grpo.demo.synthetic_echo import NUM_FRAMES, SIZE
 from grpo.flags import flag, parse_flags
 from grpo.logprobs import completion_logprobs
@@ -41,7 +41,7 @@ class SupervisedConfig:
 
     model_id: str = flag("", "folder of the demo's model", heading="what")
     data_path: str = flag("", "JSON file of samples")
-    image_folder: str = flag("", "folder of the videos")
+    image_folder: str = flag("", "folder of the videos (videos, beside the file)")
     output_dir: str = flag("", "folder for the trained model and seconds.json")
     steps: int = flag(1500, f"steps of {BATCH} samples")
     learning_rate: float = flag(1e-3, "peak learning rate")
@@ -55,9 +55,9 @@ def supervised_loss(model, prompts: list[Prompt], answer_ids: list[Tensor]) -> T
     return -torch.cat([logprobs[0] for logprobs, _ in groups]).mean()
 
 
-def load_prompts(json_path: Path, tokenizer, image_folder: Path | None = None) -> list[Prompt]:
-    """Decode all samples of a JSON of synthetic hearts."""
-    samples = load_samples([str(json_path)], str(image_folder or json_path.parent / "videos"))
+def load_prompts(json_path: Path, tokenizer, image_folder: str = "") -> list[Prompt]:
+    """Decode all samples of a JSON of synthetic hearts; their videos lie beside it if no folder is given."""
+    samples = load_samples([str(json_path)], image_folder or str(json_path.parent / "videos"))
     return [load_prompt(sample, tokenizer, TOKENS_PER_SECOND, VIDEO_OPTIONS) for sample in samples]
 
 
@@ -87,8 +87,8 @@ def main(argv: list[str]) -> int:
         if not config.output_dir or os.path.exists(config.output_dir):
             raise InputError(f"--output_dir {config.output_dir!r}: name a new folder")
         model, tokenizer = load_model(config.model_id), load_tokenizer(config.model_id)
-        prompts = load_prompts(Path(config.data_path), tokenizer, Path(config.image_folder))
-    except InputError as error:
+        prompts = load_prompts(Path(config.data_path), tokenizer, config.image_folder)
+    except (InputError, BadMedia) as error:
         print(f"grpo.demo.supervised: error: {error}", file=sys.stderr)
         return 2
     began = time.process_time()

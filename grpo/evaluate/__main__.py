@@ -117,8 +117,10 @@ DECISIVE_TOO = "max_images video_cap image_min_pixels image_max_pixels max_promp
 
 def parse(argv: list[str]) -> EvaluateConfig:
     """Read the flags, with those of a run as defaults; raise InputError."""
-    given = parse_flags(EvaluateConfig, argv, PROG)
-    config = parse_flags(EvaluateConfig, argv, PROG, defaults_of_run(given)) if given.run else given
+    config = parse_flags(EvaluateConfig, argv, PROG)
+    if config.run:
+        given = parse_flags(EvaluateConfig, argv, PROG, {"reward_funcs": None})  # None: they are not given
+        config = parse_flags(EvaluateConfig, argv, PROG, defaults_of_run(given))
     if config.adapter and not config.model_id:
         config.model_id = base_of(config.adapter)
     for name in ("model_id", "data_path", "output_dir"):
@@ -146,7 +148,7 @@ def defaults_of_run(given: EvaluateConfig) -> dict:
         held_out = run.get("eval_data_path", [])
         held_out = [held_out] if isinstance(held_out, str) and held_out else held_out  # of a run of an older version
         defaults |= {"data_path": held_out, "output_dir": os.path.join(given.run, "eval")}
-        if given.reward_funcs != default_of(field_of("reward_funcs")):  # the run's are those of other functions
+        if given.reward_funcs is not None:  # the run's weights and arguments are those of other functions
             defaults = {
                 name: value for name, value in defaults.items() if name not in ("reward_weights", "reward_kwargs")
             }
@@ -196,10 +198,10 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     """Answer what has no answer yet; write the figures and pictures, and print the figures. Collective."""
     messages = []
     found = raise_together(survey, config.data_path, config, messages)
-    check_same_on_all_ranks(found)
+    scorer = raise_together(load_scorer, config, found.keys)
+    check_same_on_all_ranks(found, functions=scorer.functions)
     check_truths(found, "--data_path", config.data_path, config.valid_range, messages)
     print_rank0(*messages)
-    scorer = raise_together(load_scorer, config, found.keys)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)
     options = AnswerOptions.of(config, scorer, config.num_samples, config.temperature)

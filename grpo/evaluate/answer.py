@@ -6,7 +6,6 @@
 import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from grpo.ranks import all_gather_object, raise_together
 from grpo.rollout import SamplingParams, generate, generators
 from grpo.run.preflight import is_out_of_memory
 from grpo.run.records import finite_or_none
-from grpo.run.scoring import Scorer, call_reward, sampled_columns, score_texts
+from grpo.run.scoring import Scorer, sampled_columns, score_texts
 from reward.extract import extract_number
 from reward.zero_skill import constant_rewards
 
@@ -143,8 +142,7 @@ def truths_of(samples: Sequence[Sample], options: AnswerOptions) -> Truths:
     """Collect what the answers to these n samples, all with a number, are compared with."""
     numbers = np.array([extract_number(sample.answer) for sample in samples])
     scorer = options.scorer
-    call = partial(call_reward, timeout=scorer.timeout)
-    rewards = constant_rewards(scorer.functions, samples, numbers, scorer.keys, call)
+    rewards = constant_rewards(scorer.functions, samples, numbers, scorer.keys)
     return Truths(numbers, np.full((1, len(numbers)), np.nan) if rewards is None else rewards)
 
 

@@ -91,7 +91,8 @@ def check_scorer(scorer: Scorer, config: Config) -> None:
         raise InputError(
             f"--global_batch_size 1: reward function {together[0].name} compares the prompts of a step: take more"
         )
-    if config.metric_for_best_model == "eval/reward" and all(function.is_whole_step for function in scorer.functions):
+    has_say = any(function.weight and not function.is_whole_step for function in scorer.functions)
+    if config.metric_for_best_model == "eval/reward" and not has_say:
         raise InputError(
             "--metric_for_best_model eval/reward: functions of the whole step have no say in evaluations: take another"
         )

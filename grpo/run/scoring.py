@@ -1,11 +1,8 @@
 """Call the reward functions on completions; report which function failed or timed out, and on which sample."""
 
 import math
-import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,10 +25,7 @@ from reward.functions import (
     score_answers,
     weighted_sum,
 )
-
-
-class OutOfTime(BaseException):
-    """A reward function takes too long. Not an Exception, which the function might catch."""
+from reward.time_limit import OutOfTime, time_limit
 
 
 @dataclass
@@ -48,24 +42,15 @@ class Scorer:
         return [function.weight for function in self.functions]
 
 
-def load_functions(config) -> list[RewardFunction]:
-    """Load the reward functions that the flags name; raise InputError."""
+def load_scorer(config, keys: list[str]) -> Scorer:
+    """Load the reward functions that the flags name, for samples with these keys of their own; raise InputError."""
+    flags, keys = (config.reward_funcs, config.reward_weights, config.reward_kwargs), list(dict.fromkeys(keys))
     try:
-        return load_reward_functions(
-            config.reward_funcs, config.reward_weights, config.reward_kwargs, config.valid_range
-        )
+        functions = load_reward_functions(*flags, config.valid_range)
+        check_keys(functions, keys)
     except RewardError as error:
         if dist.get_rank() == 0:
             show(error.details)
-        raise InputError(str(error)) from error
-
-
-def load_scorer(config, keys: list[str]) -> Scorer:
-    """Load the reward functions that the flags name, for samples with these keys of their own; raise InputError."""
-    functions, keys = load_functions(config), list(dict.fromkeys(keys))
-    try:
-        check_keys(functions, keys)
-    except RewardError as error:
         raise InputError(str(error)) from error
     return Scorer(functions, keys, config.reward_timeout)
 
@@ -198,19 +183,3 @@ def failing_sample(function: RewardFunction, columns: dict[str, list], step: int
         except (Exception, SystemExit, OutOfTime):
             return f"sample {sample_id!r}"
     return f"sample {columns['sample_id'][0]!r}"
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in code that runs too long, and again each second if it catches that; main thread only."""
-
-    def interrupt(number, frame):
-        raise OutOfTime
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

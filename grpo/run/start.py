@@ -75,7 +75,8 @@ def start(config: Config, device: torch.device, trial_step: Callable) -> Run | N
     fits into memory. Collective; raises InputError.
     """
     inputs = raise_together(load_inputs, config)
-    check_same_on_all_ranks(inputs.data, *([inputs.heldout] if inputs.heldout else []))
+    read = [inputs.data] + ([inputs.heldout] if inputs.heldout else [])
+    check_same_on_all_ranks(*read, functions=inputs.scorer.functions)
     config, tokenizer = inputs.config, inputs.tokenizer
     samples, heldout_samples = inputs.data.samples, inputs.heldout and inputs.heldout.samples
     resume = broadcast_object(inputs.resume)

@@ -23,6 +23,7 @@ from data.video_cap import cap_videos, even, first
 from grpo.ranks import all_gather_object
 from grpo.settings import cores_per_rank
 from reward.extract import extract_number
+from reward.functions import RewardFunction
 
 ENCODER = json.JSONEncoder(sort_keys=True)
 PART = 1000  # samples that a process reads at a time
@@ -173,14 +174,15 @@ def survey(paths: list[str], config, messages: list[str], is_training: bool = Fa
     return Survey(samples, np.array(truths), list(keys), texts.hexdigest(), own_data.hexdigest())
 
 
-def check_same_on_all_ranks(*found: Survey) -> None:
-    """Raise InputError, on all ranks, if they have read different samples, such as from disks of their own. Collective.
+def check_same_on_all_ranks(*found: Survey, functions: list[RewardFunction]) -> None:
+    """Raise InputError, on all ranks, if they have read different files, such as from disks of their own. Collective.
 
-    They would train on different samples under one name, or wait for each other forever.
+    They would train on different samples or rewards under one name, or wait for each other forever.
     """
-    digests = [(one.fingerprint, one.own_data) for one in found]
-    if any(others != digests for others in all_gather_object(digests)):
-        raise InputError("the ranks have read different samples: give all machines the same files, and start again")
+    samples, files = [(one.fingerprint, one.own_data) for one in found], [one.digest for one in functions]
+    for what, digests in {"samples": samples, "reward functions": files}.items():
+        if any(others != digests for others in all_gather_object(digests)):
+            raise InputError(f"the ranks have read different {what}: give all machines the same files, and start again")
 
 
 def check_truths(found: Survey, flag: str, paths: list[str], valid_range: list[float], messages: list[str]) -> None:

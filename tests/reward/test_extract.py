@@ -183,6 +183,7 @@ def test_only_the_answer_block_is_read_if_there_is_one(text, number):
         ("<think>40%</think><answer>55", 55),
         ("40%</think><answer>55</answer>60%", 55),
         ("<think>40%<answer>55</answer>", 55),  # an answer block, wherever it stands
+        ("<think>As <answer>60%</answer> says</think><answer>55</answer>", 55),  # but one outside of thoughts first
     ],
 )
 def test_without_an_answer_block_only_what_is_no_thought_is_read(text, number):
@@ -226,6 +227,8 @@ def test_hostile_text_is_read_in_linear_time(piece):
         "30% <think> 55% </think> 55%",
         "40</think>55 60",
         "55<think>40</think>60</think>",
+        "55%.3.3.3",
+        "55% on 12.03.2024",
     ],
 )
 def test_two_different_numbers_are_found_wherever_they_are_said(text):

@@ -280,7 +280,6 @@ def test_arguments_that_the_trainer_gives_are_refused(name):
 def test_an_argument_that_no_function_takes_is_refused():
     error = error_of("format_reward", "numerical_video_reward", kwargs='{"error_scale": 8, "eror_scale": 8}')
     assert says(error, "--reward_kwargs: no reward function has a parameter 'eror_scale'")
-    assert says(error_of("format_reward", kwargs='{"valid_range": [0, 1]}'), "'valid_range'")
 
 
 @pytest.mark.parametrize("name", ["kwargs", "args", "others"])
@@ -318,12 +317,21 @@ def test_each_function_is_given_the_arguments_that_it_takes(mine):
     ]
 
 
-def test_the_valid_range_is_given_to_functions_that_take_it_unless_the_arguments_have_another():
+def test_the_valid_range_is_given_to_functions_that_take_it():
     names = "smooth_numerical_reward", "concordance_reward", "numerical_video_reward", "format_reward"
     ranges = [function.options.get("valid_range") for function in load(*names, valid_range=[0.0, 50.0])]
     assert ranges == [[0.0, 50.0], [0.0, 50.0], None, None]
-    functions = load(*names, valid_range=[0.0, 50.0], kwargs='{"valid_range": [10, 20]}')
-    assert [function.options.get("valid_range") for function in functions] == [[10, 20], [10, 20], None, None]
+    error = error_of("smooth_numerical_reward", kwargs='{"valid_range": [100, 0]}')
+    assert says(error, "--reward_kwargs: valid_range is a flag of its own")
+
+
+@pytest.mark.parametrize("scale", ["0", "-6", '"8"', "null", "[6]"])
+def test_an_error_scale_that_no_error_can_be_divided_by_is_refused(mine, scale):
+    kwargs = f'{{"error_scale": {scale}}}'
+    for name in ("numerical_video_reward", "smooth_numerical_reward"):
+        assert says(error_of(name, kwargs=kwargs), "--reward_kwargs: error_scale", "above 0")
+    path = mine("def f(completions, error_scale=1, **kwargs): return [0.0]\n")
+    assert load(f"{path}:f", kwargs=kwargs)[0].options == json.loads(kwargs)  # what it means is the user's own
 
 
 def test_arguments_reach_the_function():
@@ -388,6 +396,8 @@ def test_a_key_named_like_an_argument_that_is_set_by_flags_is_refused_with_the_f
     with pytest.raises(RewardError, match="a key 'valid_range', and reward function smooth_numerical_reward"):
         check_keys(functions, ["valid_range"])
     check_keys(functions[:1], ["valid_range"])  # which does not take it
+    with pytest.raises(RewardError, match="a key 'error_scale', and reward function smooth_numerical_reward"):
+        check_keys(functions, ["error_scale"])
 
 
 def test_a_parameter_that_no_key_and_no_flag_gives_is_refused_with_the_function():

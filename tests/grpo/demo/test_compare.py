@@ -68,6 +68,29 @@ def test_runs_are_trained_evaluated_recorded_and_not_done_twice(config, start):
         do(supervised, config.output_dir)
 
 
+def test_the_demos_own_rows_come_first_and_supervised_training_gets_their_time(config, monkeypatch):
+    """The order of the runs, with none of them done in earnest."""
+    order, prepared = [], []
+
+    def done(run, output_dir):
+        record = {"task": run.task, "seed": run.seed, "row": run.row, "settings": settings_of(run)}
+        record |= {"steps": run.steps, "cpu_seconds": 200.0 if run.flags else 100.0}
+        with open(compare_runs.RECORDS, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        order.append(run)
+
+    monkeypatch.setattr(compare, "do", done)
+    monkeypatch.setattr(compare, "prepare", lambda *place: prepared.append(place))
+    compare.compare(replace(config, jobs=1))
+    assert prepared == [("easy", seed, config.output_dir) for seed in (0, 1, 10)]
+    assert [run.row for run in order[:3]] == ["before", own_row(), compare.CONVERGED]
+    assert {run.seed for run in order[:3]} == {0} and len(order) == len(all_runs(config)) == 31
+    assert [(run.row, run.seed, run.steps) for run in order[9:12]] == [
+        (compare.SAME_TIME, seed, 1200) for seed in (0, 1, 10)
+    ]
+    assert all(record_of(run) for run in all_runs(config))
+
+
 def test_an_interrupted_run_does_not_count_as_trained(config, start):
     """A signal ends train.py in order, with exit code 0."""
     (run,) = [run for run in grpo_runs(replace(config, steps=1000)) if (run.seed, run.row) == (0, own_row())]

@@ -315,6 +315,22 @@ def test_flags_beside_a_run_count_more_than_its_own(tiny, run, tmp_path):
     assert found["settings"]["nframes"] == 4  # of the run
 
 
+def test_reward_functions_beside_a_run_come_without_the_weights_of_its_own(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    own = {"reward_funcs": ["numerical_video_reward", "format_reward"], "reward_weights": [1.0, 0.5]}
+    own |= {"reward_kwargs": '{"error_scale": 8}'}
+    (tmp_path / "final").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(config | own))
+
+    def rewards_of(*more):
+        parsed = command.parse(["--run", str(tmp_path), *more])
+        return {name: getattr(parsed, name) for name in own}
+
+    assert rewards_of() == own
+    for name in ("numerical_video_reward", "smooth_numerical_reward"):  # the first is the default
+        assert rewards_of("--reward_funcs", name) == {"reward_funcs": [name], "reward_weights": [], "reward_kwargs": ""}
+
+
 def run_in_little_memory(arguments: list[str], log: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, -1))
     with open(log, "w") as file, redirect_stdout(file), redirect_stderr(file):

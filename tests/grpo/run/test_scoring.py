@@ -288,6 +288,15 @@ def test_a_run_with_nothing_but_a_reward_of_the_whole_step_is_evaluated_without_
     assert not {"eval/reward", "eval/zero_skill_reward", "zero_skill_reward"} & found.keys()
 
 
+@pytest.mark.parametrize("more", [[], ["numerical_video_reward", "--reward_weights", "1", "0"]], ids=["alone", "curve"])
+def test_the_best_model_is_not_chosen_by_a_reward_that_no_evaluation_has(tiny, tmp_path, capfd, more):
+    more = [*named("by_rank_of_length"), *more, "--metric_for_best_model", "eval/reward"]
+    more += ["--global_batch_size", "4", "--eval_data_path", tiny.folder / "data.json"]
+    assert train.main(flags(tiny, tmp_path / "out", *more)) == 2
+    assert "functions of the whole step have no say in evaluations" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_reward_function_that_exits_ends_the_run_with_its_name(tiny, tmp_path, capfd):
     body = "    if step:\n        raise SystemExit(0)\n    return [0.0] * len(completions)\n"
     (tmp_path / "mine.py").write_text("def leaves(completions, step, **kwargs):\n" + body)
@@ -308,6 +317,9 @@ def by_tokens(completions, completion_ids, **kwargs):
 
 def failing_on_constants(completions, step, **kwargs):
     return [1 / step for _ in completions]
+
+def failing_on_tags(completions, **kwargs):
+    return [{True: 1.0}["<think>" not in completion[0]["content"]] for completion in completions]
 """
 
 
@@ -320,6 +332,15 @@ def test_the_zero_skill_line_stops_no_run(tiny, tmp_path, monkeypatch, capsys, n
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("zero skill: ")]
     assert "mean error of 1.00" in line and ("best mean reward" in line) == has_line
     assert ("zero_skill_reward" in curves(tmp_path / "out")) == has_line
+
+
+def test_a_function_that_fails_on_constants_alone_stops_no_evaluation_and_prints_nothing(tiny, tmp_path, capfd):
+    (tmp_path / "mine.py").write_text(SLOW)
+    more = ["--reward_funcs", f"{tmp_path}/mine.py:failing_on_tags", "--eval_data_path", tiny.folder / "data.json"]
+    assert train.main(flags(tiny, tmp_path / "out", "--global_batch_size", "4", *more)) == 0
+    found = curves(tmp_path / "out")
+    assert found["eval/reward"][0] == 1.0 and not {"eval/zero_skill_reward", "zero_skill_reward"} & found.keys()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_truths_outside_the_valid_range_are_pointed_out_before_training(tiny, tmp_path, capsys):

@@ -13,6 +13,7 @@ from grpo.config import Config
 from grpo.ranks import start_processes
 from grpo.run import survey as module
 from grpo.run.survey import ListDigest, check_same_on_all_ranks, check_truths, survey
+from reward.functions import RewardFunction
 from tests.conftest import make_tiny, run_ranks
 
 
@@ -115,11 +116,11 @@ def test_the_first_mistake_of_a_file_is_named_whoever_finds_it(tiny, in_processe
     )
 
 
-def survey_on_a_rank(paths: list[str], images: str, out: str) -> None:
+def survey_on_a_rank(paths: list[str], images: str, out: str, digests: str) -> None:
     start_processes()
     found = survey([paths[dist.get_rank()]], Config(image_folder=images, dataloader_num_workers=0), [])
     try:
-        check_same_on_all_ranks(found)
+        check_same_on_all_ranks(found, functions=[RewardFunction("mine", max, digest=digests[dist.get_rank()])])
         line = "same"
     except InputError as error:
         line = str(error)
@@ -127,15 +128,23 @@ def survey_on_a_rank(paths: list[str], images: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("key", [None, "id", "site"])
-def test_ranks_that_read_different_samples_stop(tiny, tmp_path, key):
+@pytest.mark.parametrize(
+    ("key", "digests", "line"),
+    [
+        (None, "aa", "same"),
+        ("id", "aa", "the ranks have read different samples: "),
+        ("site", "aa", "the ranks have read different samples: "),
+        (None, "ab", "the ranks have read different reward functions: "),
+    ],
+)
+def test_ranks_that_read_different_files_stop(tiny, tmp_path, key, digests, line):
     samples, paths = samples_of(tiny), [str(tmp_path / f"{name}.json") for name in "ab"]
     for path in paths:
         Path(path).write_text(json.dumps(samples))
         samples[-1] |= {key: "other"} if key else {}
-    run_ranks(survey_on_a_rank, 2, paths, str(tiny.folder / "videos"), str(tmp_path / "out"))
+    run_ranks(survey_on_a_rank, 2, paths, str(tiny.folder / "videos"), str(tmp_path / "out"), digests)
     lines = {(tmp_path / f"out-{rank}").read_text() for rank in range(2)}
-    assert len(lines) == 1 and lines.pop().startswith("the ranks have read different samples" if key else "same")
+    assert len(lines) == 1 and lines.pop().startswith(line)
 
 
 def test_truths_outside_the_range_are_counted(tiny):
