@@ -167,6 +167,7 @@ def train(run: Run, start: Path, folder: Path, log: Path) -> tuple[Path, float]:
             max_steps=run.steps,
             eval_steps=0,
             eval_on_start=False,
+            logging_steps=10,  # nobody watches
             dataloader_num_workers=0,  # one process: one core
         )
         command, model = ["train.py", *as_flags(config), *run.flags], output / "final"
