@@ -8,7 +8,7 @@ import time
 from grpo.demo.compare_runs import FIGURES, ROOT, Run, record_of
 
 RESULTS = ROOT / "reward" / "RESULTS.md"
-BY_HAND = "## Many true labels or few"  # from this heading on, the results are written by hand and kept
+BY_HAND = "## What the tables say"  # from this heading on, the results are written by hand and kept
 
 
 def table(runs: list[Run]) -> list[str]:
