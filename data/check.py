@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.check_media import FORKSERVER, PRELOAD, MediaProblem, check_in_own_process
-from data.check_report import print_outside, print_rare_keys, print_sizes
+from data.check_report import outside_line, print_rare_keys, print_sizes
 from data.dataset import Samples
 from data.fetch import DEFAULT_CACHE
 from data.frame_cache import CacheError, FrameCache
@@ -116,7 +116,8 @@ def check(args: argparse.Namespace, options: MediaOptions, functions: list[Rewar
         truths = np.array([extract_number(sample.answer) for sample in samples], dtype=float)  # None becomes nan
         print_sizes(samples, checked, args, tokenizer)
         print_rare_keys(samples)
-        print_outside(truths, args.valid_range)
+        if line := outside_line(truths, args.valid_range):
+            print(line)
         if line := zero_skill(functions, samples, truths, [key for key in keys_of(samples) if key not in ARGUMENTS]):
             print(line)
     num_left_out = len(entries) - len(valid)

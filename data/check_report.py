@@ -38,14 +38,16 @@ def print_rare_keys(samples: list[Sample]) -> None:
             print(f"key {key!r}: only {len(having)} of {len(samples)} samples have it ({shown})")
 
 
-def print_outside(truths: np.ndarray, valid_range: list[float]) -> None:
-    """Say how many truths are outside the range of possible answers."""
-    outside = truths[(truths < valid_range[0]) | (truths > valid_range[1])]
-    if len(outside):
-        print(
-            f"{len(outside)} truths, such as {outside[0]:g}, are outside --valid_range {valid_range[0]:g} "
-            f"{valid_range[1]:g}, so that no answer to them can be right: set it to the range of the truths"
-        )
+def outside_line(truths: np.ndarray, valid_range: list[float]) -> str | None:
+    """Say how many truths are outside the range of possible answers; None if none is."""
+    lowest, highest = valid_range
+    outside = truths[(truths < lowest) | (truths > highest)]
+    if not len(outside):
+        return None
+    return (
+        f"{len(outside)} truths, such as {outside[0]:g}, are outside --valid_range {lowest:g} {highest:g}, "
+        "so that no answer to them can be right: set it to the range of the truths"
+    )
 
 
 def print_sizes(

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 from torch.utils.data import Dataset
 
+from data.check_report import outside_line
 from data.dataset import Ids, Samples, add_missing
 from data.fetch import shown
 from data.loader import load_ahead
@@ -194,10 +195,5 @@ def check_truths(found: Survey, flag: str, paths: list[str], valid_range: list[f
 
 def note_truths_outside(found: Survey, paths: list[str], valid_range: list[float], messages: list[str]) -> None:
     """Add a line to `messages` if truths are outside the range."""
-    lowest, highest = valid_range
-    outside = found.truths[(found.truths < lowest) | (found.truths > highest)]
-    if len(outside):
-        messages.append(
-            f"{' '.join(paths)!r}: {len(outside)} truths, such as {outside[0]:g}, are outside --valid_range "
-            f"{lowest:g} {highest:g}, so that no answer to them can be right: set it to the range of the truths"
-        )
+    if line := outside_line(found.truths, valid_range):
+        messages.append(f"{' '.join(paths)!r}: {line}")
