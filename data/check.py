@@ -118,7 +118,7 @@ def check(args: argparse.Namespace, options: MediaOptions, functions: list[Rewar
         print_rare_keys(samples)
         if line := outside_line(truths, args.valid_range):
             print(line)
-        if line := zero_skill(functions, samples, truths, [key for key in keys_of(samples) if key not in ARGUMENTS]):
+        if line := zero_skill(functions, samples, truths, keys_of(samples)):
             print(line)
     num_left_out = len(entries) - len(valid)
     num_images = sum(one.kind == "image" for one in checked)

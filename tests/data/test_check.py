@@ -371,6 +371,7 @@ def test_the_check_knows_the_reward_functions_of_the_flags(folder, capsys):
 def test_a_key_that_reward_functions_know_by_another_meaning_is_malformed(folder, capsys):
     _, text, table = run(folder, capsys, [entry("fine"), entry("taken") | {"completion_ids": [1]}])
     assert table["malformed sample"] == (1, "left out", "'taken'") and "key 'completion_ids'" in text
+    assert "the best mean reward of a constant is 1.000" in text  # of the other one
 
 
 def test_every_form_has_a_row_and_every_fault_of_an_image_a_line(mixed, tmp_path, capsys):

@@ -185,6 +185,19 @@ def test_the_demo_does_not_touch_a_folder_that_exists(demo, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--reward_kwargs", '{"error_scale": 0}'], "error_scale 0"),
+        (["--reward_funcs", "concordance_reward", "--global_batch_size", "1"], "--global_batch_size 1"),
+    ],
+    ids=["arguments", "nothing to compare"],
+)
+def test_wrong_rewards_are_known_before_anything_is_made(tmp_path, capsys, more, words):
+    assert train.main(["--demo", "--output_dir", str(tmp_path / "out"), *more]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """An empty current folder, and the process group that choosing one of its folders asks."""

@@ -1,10 +1,11 @@
 """Supervised training, with which GRPO is compared: its loss is Hugging Face's own, and it learns its answers."""
 
 import copy
+import shutil
 
 import torch
 
-from grpo.demo.supervised import SupervisedConfig, fit, supervised_loss
+from grpo.demo.supervised import SupervisedConfig, fit, main, supervised_loss
 from tests.grpo.test_packed import hf_twin, pixels_of, relative
 
 
@@ -45,3 +46,13 @@ def test_it_learns_its_answers_and_the_same_seed_gives_the_same_weights(tiny):
         weights.append([parameter.detach() for parameter in model.parameters()])
     assert losses[0][1] < 0.5 * losses[0][0]
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_a_broken_video_is_one_line(tiny, tmp_path, capsys):
+    shutil.copytree(tiny.folder / "videos", tmp_path / "videos")
+    shutil.copy(tiny.folder / "data.json", tmp_path)
+    (tmp_path / "videos" / "0_0.mp4").write_bytes(b"no video")
+    flags = ["--model_id", str(tiny.folder / "model"), "--data_path", str(tmp_path / "data.json")]
+    assert main([*flags, "--output_dir", str(tmp_path / "out")]) == 2  # the videos lie beside the file
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("grpo.demo.supervised: error: ") and "0_0.mp4" in line and not (tmp_path / "out").exists()
