@@ -17,7 +17,7 @@ import re
 import stat
 from functools import lru_cache
 
-from data.fetch import FetchError, check_address, is_address, shown
+from data.media.fetch import FetchError, check_address, is_address, shown
 from data.sample import IMAGE_SUFFIXES, IMAGE_TAG, TAG_PATTERN, VIDEO_TAG, InputError, Media, Sample, TagMismatch
 
 KEYS = ("id", "video", "image", "conversations")

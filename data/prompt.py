@@ -17,7 +17,7 @@ import re
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from data.patches import MERGE_SIZE
+from data.media.patches import MERGE_SIZE
 from data.sample import InputError, first_line
 
 TAG_PATTERN = re.compile(r"\n?<(video|image)>\n?")  # the tag includes one newline on each side

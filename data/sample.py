@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from data.fetch import is_address, shown
+from data.media.fetch import is_address, shown
 
 VIDEO_TAG, IMAGE_TAG = "<video>", "<image>"
 TAG_PATTERN = re.compile(f"{VIDEO_TAG}|{IMAGE_TAG}")

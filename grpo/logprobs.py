@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from data.loader import Prompt
-from data.patches import MERGE_SIZE, PATCH_VALUES
+from data.media.patches import MERGE_SIZE, PATCH_VALUES
 from grpo.attention import matmul_float32, packed
 
 TOKENS_PER_CHUNK = 1024  # logits of this many tokens exist at a time: 0.6 GB in float32, with Qwen's 152k words

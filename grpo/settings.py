@@ -4,12 +4,12 @@ import dataclasses
 import math
 import os
 
-from data.augment import Augmentation
-from data.fetch import DEFAULT_CACHE
-from data.frame_cache import FrameCache
-from data.frames import VideoOptions
 from data.loader import PromptOptions
-from data.media import ImageOptions, MediaOptions
+from data.media.augment import Augmentation
+from data.media.fetch import DEFAULT_CACHE
+from data.media.frame_cache import FrameCache
+from data.media.frames import VideoOptions
+from data.media.images import ImageOptions, MediaOptions
 from data.sample import InputError
 from grpo.config import Config
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import transformers
 
 from data.loader import Prompt
-from data.patches import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
+from data.media.patches import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from data.prompt import mrope_positions
 from data.sample import InputError, Sample
 from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update

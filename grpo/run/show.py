@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data.loader import Prompt
-from data.patches import PATCH_SIZE, unpatchify
+from data.media.patches import PATCH_SIZE, unpatchify
 
 WIDTH, MARGIN, LINE = 1200, 8, 16  # of a contact sheet: its width, borders, and the height of a line, in pixels
 TEXT_SIZE = 12

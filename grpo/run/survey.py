@@ -14,10 +14,10 @@ from functools import partial
 import numpy as np
 from torch.utils.data import Dataset
 
-from data.check_report import outside_line
+from data.check.report import outside_line
 from data.dataset import Ids, Samples, add_missing
-from data.fetch import shown
 from data.loader import load_ahead
+from data.media.fetch import shown
 from data.prompt import check_text
 from data.sample import InputError, Media, Sample, with_system_prompt
 from data.video_cap import cap_videos, even, first

@@ -12,12 +12,12 @@ import time
 import numpy as np
 import pytest
 
-from data.check import PROBLEMS, check, main, parse
-from data.check_media import check_in_own_process, check_media
-from data.check_report import FORMS
+from data.check.__main__ import PROBLEMS, check, main, parse
+from data.check.media import check_in_own_process, check_media
+from data.check.report import FORMS
 from data.dataset import load_samples
-from data.frames import VideoOptions
-from data.media import MediaOptions
+from data.media.frames import VideoOptions
+from data.media.images import MediaOptions
 from data.sample import InputError, Media
 from grpo.config import Config
 from grpo.demo.mp4 import write_mp4

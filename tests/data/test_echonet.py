@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from data.dataset import load_samples
-from data.echonet import main
-from data.frames import VideoOptions
-from data.patches import unpatchify
-from data.video import load_video, open_video, read_frames
+from data.echonet.__main__ import main
+from data.media.frames import VideoOptions
+from data.media.patches import unpatchify
+from data.media.video import load_video, open_video, read_frames
 from reward.extract import extract_number
 from tests.conftest import ROOT
 

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from data.augment import Augmentation
 from data.dataset import load_samples
 from data.epochs import BatchItem, Epochs, rank_batches
 from data.loader import PromptDataset, PromptOptions, load_ahead, worker_failure
+from data.media.augment import Augmentation
 from data.sample import InputError, Media, Sample
 from tests.conftest import OPTIONS, make_tiny
 

@@ -1,6 +1,6 @@
 import pytest
 
-from data.augment import random_of
+from data.media.augment import random_of
 from data.sample import VIDEO_TAG, InputError, Media, Sample
 from data.video_cap import cap_videos, even
 

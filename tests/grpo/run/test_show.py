@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from data.loader import load_prompt
-from data.patches import resize
-from data.video import read_frames
+from data.media.patches import resize
+from data.media.video import read_frames
 from grpo.run.show import WIDTH, bands, completions_table, contact_sheet, table_cell, video_strips
 from tests.conftest import OPTIONS
 from tests.grpo.run.test_records import GROUPS, group

@@ -6,9 +6,9 @@ import statistics
 import numpy as np
 import torch
 
-from data.check_media import MediaProblem
-from data.media import has_frame_files
-from data.patches import Grid
+from data.check.media import MediaProblem
+from data.media.images import has_frame_files
+from data.media.patches import Grid
 from data.prompt import encode_prompt, media_lengths
 from data.sample import InputError, Media, Sample, first_line
 from data.video_cap import cap_videos, even, first

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from data.epochs import BatchItem
-from data.frames import VideoOptions
 from data.loader import Prompt, PromptDataset, PromptOptions
-from data.media import MediaOptions
+from data.media.frames import VideoOptions
+from data.media.images import MediaOptions
 from data.sample import InputError, Media, Sample
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer
-from tests.data.test_video import gray_clip, gray_levels, with_index_first
+from tests.data.media.test_video import gray_clip, gray_levels, with_index_first
 
 OPTIONS = MediaOptions(VideoOptions(nframes=4, resized_width=56, resized_height=56))
 LEVELS = [0, 50, 100, 150]  # of frames 0, 5, 10, 15

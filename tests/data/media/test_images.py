@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data.frames import VideoOptions, frame_span
-from data.media import ImageOptions, MediaOptions, load_media, media_grid, read_image
+from data.media.frames import VideoOptions, frame_span
+from data.media.images import ImageOptions, MediaOptions, load_media, media_grid, read_image
+from data.media.video import load_video, open_video, read_frames
 from data.sample import BadMedia, Media, TooFewFrames
-from data.video import load_video, open_video, read_frames
 from grpo.demo.mp4 import write_mp4
 
 SMALL = VideoOptions(nframes=4, resized_width=56, resized_height=56)

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from data.frames import VideoOptions
-from data.video import resized_frames
+from data.media.frames import VideoOptions
+from data.media.video import resized_frames
 
 ENDING = ".frames"
 KEPT_SHARE = 0.9  # of the bound, when entries are removed

@@ -1,7 +1,7 @@
 """Make the files of this folder with Qwen2.5-VL's own processor, as it was when the model was published.
 
     python3 -m venv old && old/bin/pip install torch==2.13.0 transformers==4.51.3 pillow==13.0.0 numpy==2.4.6
-    old/bin/python tests/data/golden_processor/make.py
+    old/bin/python tests/data/media/golden_processor/make.py
 
 Its positions are those that the model was trained with (data/README.md), and its processor needs no torchvision. None
 of our code runs here. `tokenizer.json` is a small tokenizer with Qwen's special tokens, `data.json` has a sample of

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.frames import VideoOptions, frame_indices, smart_resize, target_size
+from data.media.frames import VideoOptions, frame_indices, smart_resize, target_size
 
 TOKEN = 28 * 28  # pixels
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from data.epochs import BatchItem
-from data.frame_cache import CacheError, FrameCache
-from data.frames import VideoOptions
 from data.loader import PromptDataset, PromptOptions
-from data.media import load_media
+from data.media.frame_cache import CacheError, FrameCache
+from data.media.frames import VideoOptions
+from data.media.images import load_media
+from data.media.video import resized_frames
 from data.sample import BadMedia, InputError, Media
-from data.video import resized_frames
 from grpo.demo.mp4 import write_mp4
 from tests.conftest import OPTIONS
 

@@ -19,14 +19,14 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from data.check_media import FORKSERVER, PRELOAD, MediaProblem, check_in_own_process
-from data.check_report import outside_line, print_rare_keys, print_sizes
+from data.check.media import FORKSERVER, PRELOAD, MediaProblem, check_in_own_process
+from data.check.report import outside_line, print_rare_keys, print_sizes
 from data.dataset import Samples
-from data.fetch import DEFAULT_CACHE
-from data.frame_cache import CacheError, FrameCache
-from data.frames import VideoOptions
-from data.media import ImageOptions, MediaOptions
-from data.patches import Grid
+from data.media.fetch import DEFAULT_CACHE
+from data.media.frame_cache import CacheError, FrameCache
+from data.media.frames import VideoOptions
+from data.media.images import ImageOptions, MediaOptions
+from data.media.patches import Grid
 from data.prompt import check_text, load_tokenizer
 from data.sample import DuplicateId, InputError, Media, Sample, TagMismatch, read_system_prompt, with_system_prompt
 from data.video_cap import cap_videos, even, first

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data.frames import VideoOptions, frame_indices
-from data.patches import CLIP_MEAN, CLIP_STD
+from data.media.frames import VideoOptions, frame_indices
+from data.media.patches import CLIP_MEAN, CLIP_STD
+from data.media.video import load_video, read_frames, video_grid
 from data.sample import BadMedia
-from data.video import load_video, read_frames, video_grid
 from grpo.demo.mp4 import encode_jpeg, write_mp4
-from tests.data.test_frames import TOKEN
-from tests.data.test_patches import random_frames
+from tests.data.media.test_frames import TOKEN
+from tests.data.media.test_patches import random_frames
 
 
 def gray_clip(num_frames: int, height: int = 64, width: int = 64) -> np.ndarray:

@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-import data.fetch
+import data.media.fetch
 from data.dataset import load_samples
-from data.fetch import FetchError, check_address, fetch, shown
 from data.loader import load_prompt
+from data.media.fetch import FetchError, check_address, fetch, shown
 from data.sample import BadMedia, InputError, Media
 from grpo.run.survey import name_of
 from tests.conftest import OPTIONS
@@ -128,11 +128,11 @@ def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(server, tmp_path,
 
 
 def test_a_server_that_sends_a_byte_at_a_time_is_given_up(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.fetch, "SECONDS_IN_ALL", 0.3)
+    monkeypatch.setattr(data.media.fetch, "SECONDS_IN_ALL", 0.3)
     began = time.monotonic()
     with pytest.raises(FetchError, match=r"not complete after 0\.3 seconds"):
         get(server, "/drip.mp4", tmp_path, pauses=())
-    monkeypatch.setattr(data.fetch, "SECONDS_WITHOUT_DATA", 0.2)
+    monkeypatch.setattr(data.media.fetch, "SECONDS_WITHOUT_DATA", 0.2)
     with pytest.raises(FetchError, match="timed out"):
         get(server, "/slow.mp4", tmp_path, pauses=())
     assert time.monotonic() - began < 10

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data.patches import patchify, resize, unpatchify
+from data.media.patches import patchify, resize, unpatchify
 
 
 def random_frames(*shape: int, seed: int = 0) -> torch.Tensor:

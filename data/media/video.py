@@ -12,9 +12,9 @@ import numpy as np
 import torch  # before decord: on some machines decord's bundled libraries clash with torch's if they are loaded first
 from decord import DECORDError, DECORDLimitReachedError, VideoReader
 
-from data.frames import VideoOptions, frame_indices, frame_span, target_size
-from data.mp4_check import check_mp4
-from data.patches import PATCH_SIZE, TEMPORAL_PATCH_SIZE, Grid, LoadedMedia, as_patches, resize
+from data.media.frames import VideoOptions, frame_indices, frame_span, target_size
+from data.media.mp4_check import check_mp4
+from data.media.patches import PATCH_SIZE, TEMPORAL_PATCH_SIZE, Grid, LoadedMedia, as_patches, resize
 from data.sample import BadMedia, TooFewFrames
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from data.patches import PIXELS_PER_TOKEN, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
+from data.media.patches import PIXELS_PER_TOKEN, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 
 DEFAULT_FPS = 2.0
 MIN_FRAMES, MAX_FRAMES = 4, 768

@@ -4,21 +4,21 @@ import multiprocessing
 import os
 from typing import NamedTuple
 
-from data.fetch import shown
-from data.frame_cache import CacheError
-from data.media import MediaOptions, load_media
-from data.patches import Grid
+from data.media.fetch import shown
+from data.media.frame_cache import CacheError
+from data.media.images import MediaOptions, load_media
+from data.media.patches import Grid
 from data.sample import BadMedia, Media, TooFewFrames
 
 # Forking beside threads is unsafe. A fork server is safe, and fast, since it has imported these modules already.
 FORKSERVER = multiprocessing.get_context("forkserver")
-PRELOAD = ["jinja2", "PIL.ImageOps", "data.check_media", "data.check_report", "reward.functions", "reward.zero_skill"]
+PRELOAD = ["jinja2", "PIL.ImageOps", "data.check.media", "data.check.report", "reward.functions", "reward.zero_skill"]
 
 
 class MediaProblem(NamedTuple):
     """Why the trainer would refuse a video or an image."""
 
-    problem: str  # one of those that `check.py` lists
+    problem: str  # one of those that `__main__.py` lists
     reason: str  # one line that names the file
 
 

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data.fetch import DEFAULT_CACHE, FetchError, fetch, is_address
-from data.frame_cache import FrameCache
-from data.frames import DEFAULT_FPS, VideoOptions, frame_indices, frame_span, smart_resize
-from data.patches import PATCH_SIZE, PIXELS_PER_TOKEN, Grid, LoadedMedia, as_patches, patchify, resize
+from data.media.fetch import DEFAULT_CACHE, FetchError, fetch, is_address
+from data.media.frame_cache import FrameCache
+from data.media.frames import DEFAULT_FPS, VideoOptions, frame_indices, frame_span, smart_resize
+from data.media.patches import PATCH_SIZE, PIXELS_PER_TOKEN, Grid, LoadedMedia, as_patches, patchify, resize
+from data.media.video import grid_of, load_video, resize_frames, video_grid
 from data.sample import IMAGE_SUFFIXES, BadMedia, Media, TooFewFrames
-from data.video import grid_of, load_video, resize_frames, video_grid
 
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L")  # more than 8 bits per pixel, which would be clipped to white
 

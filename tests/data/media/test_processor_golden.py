@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from data.dataset import load_samples
-from data.frames import VideoOptions
 from data.loader import load_prompt
-from data.media import MediaOptions
-from data.patches import CLIP_STD
+from data.media.frames import VideoOptions
+from data.media.images import MediaOptions
+from data.media.patches import CLIP_STD
 from grpo.demo.tiny_tokenizer import CHAT_TEMPLATE
 
 FOLDER = Path(__file__).parent / "golden_processor"  # made by the script in it

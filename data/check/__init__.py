@@ -1,0 +1,1 @@
+"""`python -m data.check`: what is wrong with a data set."""

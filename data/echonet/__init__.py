@@ -1,0 +1,1 @@
+"""`python -m data.echonet`: EchoNet-Dynamic as a data set."""
