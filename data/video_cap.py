@@ -7,8 +7,11 @@ text and also added each video as a media item. Here a tag and its video are kep
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 from data.sample import InputError, Sample, keep_media
+
+VideoCap = Literal["first", "even", "random"]
 
 
 def first(num: int, most: int) -> set[int]:

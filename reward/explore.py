@@ -17,22 +17,22 @@ numbers or answers, or a text with one number or answer a line. Entries without 
 the shares are those of the five truths of the picture: a first look, since they depend on the data.
 """
 
-import argparse
 import inspect
 import json
-import math
 import os
 import sys
 import traceback
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import ndtr
 
+from data.flags import parse_flags
+from data.sample import InputError
 from reward.extract import extract_number
+from reward.flags import Bounds, JudgeFlags, flag
 from reward.functions import (
     ARGUMENTS,
     RewardError,
@@ -53,6 +53,19 @@ Curve = tuple[np.ndarray, np.ndarray]  # errors (n,) in points, in even steps, a
 
 
 @dataclass
+class ExploreConfig(JudgeFlags):
+    """The flags; those of `train.py` have its meaning."""
+
+    heading = "what"
+    reward_funcs: list[str] = flag(
+        ["numerical_video_reward", "smooth_numerical_reward"], "names in reward/, or file.py:function"
+    )
+    truths: str = flag("", "file of samples, numbers or answers (the five truths of the picture)")
+    num_generations: int = flag(8, "completions of a group", Bounds(lambda n: n >= 2, "give at least 2"))
+    output: str = flag("reward.png", "PNG file of the picture, replaced if it exists")
+
+
+@dataclass
 class OneNumber:
     """What `columns_of` reads of a sample, for one of which only the true number is known."""
 
@@ -63,7 +76,7 @@ class OneNumber:
 
 
 def explore(
-    function: RewardFunction, shown: np.ndarray, truths: np.ndarray, args: argparse.Namespace
+    function: RewardFunction, shown: np.ndarray, truths: np.ndarray, args: ExploreConfig
 ) -> tuple[list[Curve], np.ndarray]:
     """Return the curves at the truths shown, (5,), and the share of groups of equal rewards over truths (n,).
 
@@ -241,34 +254,14 @@ def answer_of(entry, where: str) -> str:
         raise RewardError(f"{where} is no number, no text and no sample with an answer ({what}): correct it") from error
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Parse the flags; raise RewardError if one is wrong."""
-    style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
-    usage = "python -m reward.explore [--truths FILE] [flags]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=style)
-    parser.allow_abbrev, parser.error = False, fail
-    flag = partial(parser.add_argument, metavar="")
-    flag("--truths", default="", help="file of samples, numbers or answers (the five truths of the picture)")
-    two = ["numerical_video_reward", "smooth_numerical_reward"]
-    flag("--reward_funcs", nargs="+", default=two, help="names in reward/, or file.py:function (the numerical two)")
-    flag("--reward_kwargs", default="", help="JSON object of arguments for the functions that take them")
-    flag("--valid_range", nargs=2, type=float, default=[0.0, 100.0], help="lowest and highest possible answer (0 100)")
-    flag("--num_generations", type=int, default=8, help="completions of a group (%(default)s)")
-    flag("--output", default="reward.png", help="PNG file of the picture, replaced if it exists (%(default)s)")
-    args = parser.parse_args(argv)
-    low, high = args.valid_range
-    if not -math.inf < low < high < math.inf:
-        fail(f"--valid_range {low:g} {high:g}: give the lowest and the highest possible answer, as in 0 100")
-    if args.num_generations < 2:
-        fail(f"--num_generations {args.num_generations}: give at least 2")
-    if os.path.isdir(args.output) or not os.access(os.path.dirname(args.output) or ".", os.W_OK):
-        fail(f"--output {args.output!r} cannot be written: name a file in a folder that exists and is yours to write")
-    return args
-
-
-def fail(message: str):
-    """Raise RewardError for a wrong flag."""
-    raise RewardError(f"{message} (--help explains the flags)")
+def parse(argv: list[str]) -> ExploreConfig:
+    """Read the flags; raise InputError if one is wrong."""
+    config = parse_flags(ExploreConfig, argv, "python -m reward.explore", description=__doc__)
+    if os.path.isdir(config.output) or not os.access(os.path.dirname(config.output) or ".", os.W_OK):
+        raise InputError(
+            f"--output {config.output!r} cannot be written: name a file in a folder that exists and is yours to write"
+        )
+    return config
 
 
 def main(argv: list[str]) -> int:
@@ -287,9 +280,14 @@ def main(argv: list[str]) -> int:
         try:
             figure.savefig(args.output, format="png")
         except OSError as error:
-            fail(f"--output {args.output!r} cannot be written ({error.strerror}): name another place")
+            raise InputError(
+                f"--output {args.output!r} cannot be written ({error.strerror}): name another place"
+            ) from error
         print(f"\nthe picture is in {args.output!r}")
         return 0
+    except InputError as error:
+        print(f"python -m reward.explore: error: {error}", file=sys.stderr)
+        return 2
     except RewardError as error:
         print(f"{error.details}python -m reward.explore: error: {error}", file=sys.stderr)
         return 2

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from data.flags import parse_flags
 from data.loader import Prompt
 from data.media.patches import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from data.prompt import mrope_positions
@@ -29,7 +30,6 @@ from data.sample import InputError, Sample
 from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update
 from grpo.config import Config
 from grpo.decoding import decoder_for
-from grpo.flags import flag, parse_flags
 from grpo.model.layers import use_our_layers
 from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import init_optimizer_state, make_optimizer
@@ -38,29 +38,31 @@ from grpo.model.sharding import build_models, compute_dtype
 from grpo.ranks import abort_rank, start_processes
 from grpo.run.preflight import with_trial_advantages
 from grpo.run.tracking import peak_memory_gb
+from reward.flags import Bounds, flag
 from train import rollout_phase, update_phase
 
 VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN = 1, 2, 3, 4  # token ids of the random model
 IDS = {"video_token_id": VIDEO_TOKEN, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
 IDS |= {"image_token_id": IMAGE_TOKEN, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb")
+AT_LEAST_1 = Bounds(lambda n: n >= 1, "must be at least 1")
+AT_LEAST_2 = Bounds(lambda n: n >= 2, "must be at least 2")
 
 
 @dataclass
 class Options:
     """The flags."""
 
-    size: Literal["tiny", "cpu", "3b", "7b"] = flag(
-        "cpu", "the model: 1, 29, 3,755 or 8,292 million parameters", heading="step"
-    )
-    num_videos: int = flag(5, "videos of the prompt")
-    frames: int = flag(8, "frames of a video")
-    resolution: int = flag(84, "width and height of the frames in pixels, rounded to a multiple of 28")
-    num_generations: int = flag(8, "completions per prompt (G)")
-    completion_length: int = flag(32, "tokens of every completion")
+    heading = "step"
+    size: Literal["tiny", "cpu", "3b", "7b"] = flag("cpu", "the model: 1, 29, 3,755 or 8,292 million parameters")
+    num_videos: int = flag(5, "videos of the prompt", AT_LEAST_1)
+    frames: int = flag(8, "frames of a video", Bounds(lambda n: n >= 2 and n % 2 == 0, "must be even, and at least 2"))
+    resolution: int = flag(84, "width and height of the frames in pixels, rounded to a multiple of 28", AT_LEAST_1)
+    num_generations: int = flag(8, "completions per prompt (G)", AT_LEAST_2)
+    completion_length: int = flag(32, "tokens of every completion", AT_LEAST_2)
     freeze_vision_tower: bool = flag(False, "do not train the vision tower")
     gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
-    runs: int = flag(3, "measured runs, whose medians are shown; each is preceded by one for its peak memory")
+    runs: int = flag(3, "measured runs, whose medians are shown, each after one for its peak memory", AT_LEAST_1)
     baseline: bool = flag(True, "also measure the baseline: one copy of the prompt per completion")
     json: str = flag("", "file to write the figures to")
 
@@ -255,18 +257,8 @@ def table(figures: dict) -> str:
 def parse(argv: list[str]) -> Options:
     """Read the flags; raise InputError for unknown flags and impossible values."""
     options = parse_flags(Options, argv, "python -m grpo.benchmark")
-
-    def fail(message: str):
-        raise InputError(f"{message}: python -m grpo.benchmark --help explains the flags")
-
-    least = {"num_videos": 1, "frames": 2, "resolution": 1, "num_generations": 2, "completion_length": 2, "runs": 1}
-    for name, value in least.items():
-        if getattr(options, name) < value:
-            fail(f"--{name} {getattr(options, name)} must be at least {value}")
-    if options.frames % 2:
-        fail(f"--frames {options.frames} must be even")
     if options.json and not os.access(Path(options.json).absolute().parent, os.W_OK):
-        fail(f"--json {options.json!r} cannot be written")
+        raise InputError(f"--json {options.json!r} cannot be written: name a file in a folder that is yours")
     return options
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from data.loader import PromptDataset
+from data.flags import default_of
+from data.loader import PromptDataset, prompt_options
 from data.prompt import load_tokenizer
 from data.sample import InputError
 from grpo.config import DEMO_DEFAULTS, Config, DemoTask
@@ -26,7 +27,6 @@ from grpo.demo.tiny_tokenizer import build_tokenizer
 from grpo.evaluate.answer import AnswerOptions, Prediction, answer, answers_of, truths_of
 from grpo.evaluate.metrics import figures
 from grpo.evaluate.report import number
-from grpo.flags import default_of
 from grpo.model.layers import use_our_layers
 from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND, TextSize, VisionSize, random_model
@@ -35,7 +35,6 @@ from grpo.run.inputs import check_scorer
 from grpo.run.lock import lock_folder
 from grpo.run.scoring import load_scorer
 from grpo.run.survey import survey
-from grpo.settings import prompt_options
 
 # True answers are few, careless ones many, as where experts read few cases; `reward/RESULTS.md` has other numbers, too.
 NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 80, 192

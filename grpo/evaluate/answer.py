@@ -3,6 +3,7 @@
 | n | samples | N | answers per sample | K | constant answers |
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ class AnswerOptions:
     num_samples: int  # answers per sample (N)
     temperature: float  # 0: greedy
     max_completion_length: int  # tokens
+    top_p: float
+    top_k: int
     batch_size: int  # prompts of a rank that are answered together
     seed: int
     num_workers: int
@@ -57,6 +60,8 @@ class AnswerOptions:
             num_samples=num_samples,
             temperature=temperature,
             max_completion_length=config.max_completion_length,
+            top_p=config.top_p,
+            top_k=config.top_k,
             batch_size=config.per_device_eval_batch_size,
             seed=config.seed,
             num_workers=config.dataloader_num_workers,
@@ -102,7 +107,9 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
     if not prompts:
         return Round([], bad_media)
     N = options.num_samples
-    params = SamplingParams(N, options.max_completion_length, options.temperature or 1.0)
+    params = SamplingParams(N, options.max_completion_length)  # greedy
+    if options.temperature:
+        params = dataclasses.replace(params, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k)
     # Steps of training count from 1, so that step 0 draws other numbers than they do.
     draws = generators(prompts, options.seed, 0, tokens.device) if options.temperature else None
     try:

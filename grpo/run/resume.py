@@ -11,21 +11,10 @@ import torch.distributed as dist
 from data.epochs import Epochs
 from data.sample import InputError, first_line
 from grpo.config import Config
-from grpo.flags import default_of
+from grpo.run.batches import count_steps
 from grpo.run.checkpoint import PROGRESS, checkpoints
 from grpo.run.scoring import Scorer
 from grpo.run.survey import Survey
-from grpo.settings import count_steps
-
-# Flags that a resumed run may change. The data may lie elsewhere but must be the same. How a step's work is split does
-# not change results. With another number of steps the learning rate continues as in a run of the new length.
-MAY_CHANGE = """
-    output_dir resume_from_checkpoint save_steps save_total_limit logging_steps log_completions dataloader_num_workers
-    media_cache frame_cache frame_cache_gb reward_timeout max_bad_steps on_bad_video data_path image_folder max_steps
-    num_train_epochs demo
-    per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing memory_preflight
-    eval_data_path eval_steps eval_on_start per_device_eval_batch_size cuts
-""".split()
 
 
 @dataclass
@@ -130,8 +119,7 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
     """Read the progress file of a saved folder; raise InputError if its run had other flags or data."""
     try:
         old = json.loads((folder / PROGRESS).read_text())
-        defaults = {field.name: default_of(field) for field in dataclasses.fields(Config)}
-        flags = defaults | old["flags"]  # an older checkpoint does not know the newest flags
+        flags = old["flags"]
         needed = ("step", "total_steps", "ranks", "num_samples", "data", "counts")
         # Older checkpoints lack the last six.
         old = {key: old[key] for key in needed} | {
@@ -142,10 +130,11 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
             "extra": old.get("extra", metadata["extra"]),
             "file_sizes": old.get("file_sizes"),
         }
+        fixed = [field.name for field in dataclasses.fields(Config) if not field.metadata["may_change"]]
         changed = [
-            f"--{name} {new!r} was {flags[name]!r}"
-            for name, new in metadata["flags"].items()
-            if name not in MAY_CHANGE and not is_same(name, new, flags[name])
+            f"--{name} {getattr(config, name)!r} was {flags[name]!r}"
+            for name in fixed
+            if not is_same(name, getattr(config, name), flags[name])
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(

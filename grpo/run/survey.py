@@ -16,13 +16,12 @@ from torch.utils.data import Dataset
 
 from data.check.report import outside_line
 from data.dataset import Ids, Samples, add_missing
-from data.loader import load_ahead
+from data.loader import cores_per_rank, load_ahead
 from data.media.fetch import shown
 from data.prompt import check_text
 from data.sample import InputError, Media, Sample, with_system_prompt
 from data.video_cap import cap_videos, even, first
 from grpo.ranks import all_gather_object
-from grpo.settings import cores_per_rank
 from reward.extract import extract_number
 from reward.functions import RewardFunction
 

@@ -16,13 +16,12 @@ from data.check.__main__ import PROBLEMS, check, main, parse
 from data.check.media import check_in_own_process, check_media
 from data.check.report import FORMS
 from data.dataset import load_samples
+from data.loader import media_options
 from data.media.frames import VideoOptions
 from data.media.images import MediaOptions
 from data.sample import InputError, Media
-from grpo.config import Config
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer
-from grpo.settings import media_options
 from tests.conftest import OPTIONS, ROOT, make_tiny
 
 SMALL = "--nframes 4 --video_resized_width 56 --video_resized_height 56 --num_workers 2".split()
@@ -193,11 +192,11 @@ def test_nothing_is_overwritten_and_nothing_else_written(folder, capsys, monkeyp
         assert error.startswith("python -m data.check: error: --write_clean ") and error.count("\n") == 1
         assert repr(str(path)) in error and message in error
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
-    checked = parse(["--data_path", str(data), "--image_folder", str(folder / "videos"), "--write_clean", "clean.json"])
+    config = parse(["--data_path", str(data), "--image_folder", str(folder / "videos"), "--write_clean", "clean.json"])
     monkeypatch.chdir(folder)
     (folder / "clean.json").write_text("written meanwhile")
     with pytest.raises(FileExistsError):
-        check(*checked)
+        check(config, media_options(config), [])
     assert (folder / "clean.json").read_text() == "written meanwhile"
     (folder / "clean.json").unlink()
     run(folder, capsys, [entry("bad", ["d.mp4"])], "--write_clean", str(folder / "clean.json"))
@@ -230,20 +229,6 @@ def test_a_file_that_is_no_json_is_one_line_and_exit_code_2(folder, capsys):
     (folder / "train.json").write_text("[{}, {")
     assert main(["--data_path", str(folder / "train.json")]) == 2
     assert "malformed JSON at line 1, column 7" in capsys.readouterr().err
-
-
-def test_the_flags_about_videos_are_those_of_the_trainer():
-    names = "max_videos fps nframes video_resized_width video_resized_height video_min_pixels video_max_pixels".split()
-    names += ["max_images", "video_cap", "image_min_pixels", "image_max_pixels"]
-    arguments, options, functions = parse(["--data_path", "x"])
-    assert {name: getattr(arguments, name) for name in names} == {name: getattr(Config(), name) for name in names}
-    assert options == media_options(Config())._replace(threads=1)
-    given = {"fps": 3.0, "video_min_pixels": 28 * 28, "video_max_pixels": 9 * 28 * 28}
-    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    assert parse(["--data_path", "x", *flags])[1] == media_options(Config(**given))._replace(threads=1)
-    sizes = {"nframes": 6, "video_resized_width": 84, "video_resized_height": 56}
-    flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    assert parse(["--data_path", "x", *flags])[1] == media_options(Config(**sizes))._replace(threads=1)
 
 
 def test_sizes_are_those_that_are_trained(tmp_path, capsys):
@@ -321,12 +306,6 @@ def test_the_command_prints_its_table_and_only_that(folder):
     assert "6/6" in lines[-1] and all(
         "s/file" in line or "file/s" in line for line in lines
     )  # the bar, and no word of FFmpeg
-
-
-def test_data_imports_neither_the_trainer_nor_in_its_library_the_reward():
-    for path in (ROOT / "data").glob("*.py"):
-        imported = set(re.findall(r"^\s*(?:from|import) (grpo|train|reward)\b", path.read_text(), re.MULTILINE))
-        assert imported <= ({"reward"} if path.name == "check.py" else set()), path
 
 
 def test_options_of_the_check_reach_the_decoder(folder, capsys):

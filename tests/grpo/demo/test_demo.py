@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from data.prompt import load_tokenizer
 from data.sample import InputError
-from grpo.check_flags import parse_config
+from grpo.config import parse_config
 from grpo.demo.demo import choose_folder
 from grpo.demo.supervised import load_prompts
 from grpo.demo.synthetic_echo import Heart, draw_clarities, draw_clip, draw_heart, write_samples

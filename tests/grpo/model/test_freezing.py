@@ -10,8 +10,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 
 import train
 from data.sample import InputError
-from grpo.check_flags import parse_config
-from grpo.config import Config
+from grpo.config import Config, parse_config
 from grpo.logprobs import completion_logprobs, encode_media
 from grpo.model import sharding
 from grpo.model.lora import add_adapters

@@ -32,7 +32,7 @@ from grpo.model.lora import (
 )
 from grpo.model.optimizer import freeze, make_optimizer
 from grpo.ranks import full_tensor, start_processes
-from grpo.settings import resolve_batch_sizes
+from grpo.run.batches import resolve_batch_sizes
 from tests.conftest import Tiny, run_ranks
 from tests.grpo.model.test_sharding import relative, rollouts_of, with_advantages
 from tests.test_train import curves, flags, run_main, weights

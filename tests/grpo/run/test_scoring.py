@@ -16,9 +16,9 @@ from grpo.config import Config
 from grpo.model import sharding
 from grpo.model.optimizer import make_optimizer
 from grpo.ranks import full_tensor, start_processes
+from grpo.run.batches import resolve_batch_sizes
 from grpo.run.scoring import load_scorer
 from grpo.run.survey import survey
-from grpo.settings import resolve_batch_sizes
 from tests.conftest import OPTIONS, Tiny, run_ranks
 from tests.grpo.model.test_sharding import relative, rollouts_of
 from tests.grpo.rewards import named
