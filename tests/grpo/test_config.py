@@ -186,4 +186,4 @@ def test_every_flag_about_a_number_has_bounds():
     """Sizes in pixels and frames are checked together, where they are used."""
     numbers = [f for f in dataclasses.fields(Config) if {int, float} & {f.type, *get_args(f.type)}]
     without = {f.name for f in numbers if not f.metadata["bounds"] and "pixels" not in f.name}
-    assert without == {"fps", "nframes", "video_resized_width", "video_resized_height"}
+    assert without == {"reward_weights", "fps", "nframes", "video_resized_width", "video_resized_height"}

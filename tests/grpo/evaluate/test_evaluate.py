@@ -265,7 +265,7 @@ def test_an_adapter_of_another_model_gets_one_line(tiny, tmp_path, capfd):
     [
         (["--nframes", "2"], "nframes 2 was 4"),
         (["--max_videos", "1"], "max_videos 1 was 5"),
-        (["--num_samples", "2", "--temperature", "1"], "num_samples 2 was 1, temperature 1.0 was 0.0"),
+        (["--num_samples", "2", "--temperature", "1"], "temperature 1.0 was 0.0, num_samples 2 was 1"),
         ("other data", "samples '"),
         ("other model", "weights '"),
         ("no settings", "settings.json beside it cannot be read"),
