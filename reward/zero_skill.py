@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reward.functions import RewardFunction, score_answers
+from reward.functions import RewardError, RewardFunction, score_answers
 from reward.time_limit import OutOfTime, time_limit
 
 MOST_SAMPLES = 1000  # that constant answers are scored on at the start of a run
@@ -57,13 +57,13 @@ def constant_rewards(
     weighted = [function for function in functions if function.weight]
     blocks = [samples[first : first + BLOCK] for first in range(0, len(samples), BLOCK)]
 
-    def rewards_of(text: str) -> list[float | None]:
-        return [reward for block in blocks for reward in score_answers(weighted, block, [text] * len(block), keys)]
+    def rewards_of(text: str) -> np.ndarray:
+        return np.concatenate([score_answers(weighted, block, [text] * len(block), keys) for block in blocks])
 
     try:
         with time_limit(MOST_SECONDS):
-            return np.array([rewards_of(text) for text in constant_texts(truths)], dtype=float)
-    except (Exception, SystemExit, OutOfTime):  # where it matters, on sampled answers, it is reported
+            return np.array([rewards_of(text) for text in constant_texts(truths)])
+    except (RewardError, OutOfTime):  # where it matters, on sampled answers, it is reported
         return None
 
 
