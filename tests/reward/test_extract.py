@@ -301,7 +301,6 @@ def test_numbers_on_both_sides_of_a_thought_do_not_become_one():
 def test_two_numbers_are_looked_for_in_linear_time(piece):
     text = piece * (20_000 // len(piece))
     started = time.process_time()
-    says_two_numbers(text)
     says_two_numbers("1 " + text + "x")
     assert time.process_time() - started < 2.0  # quadratic time takes many
 
