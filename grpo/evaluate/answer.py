@@ -148,9 +148,7 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
 def truths_of(samples: Sequence[Sample], options: AnswerOptions) -> Truths:
     """Collect what the answers to these n samples, all with a number, are compared with."""
     numbers = np.array([extract_number(sample.answer) for sample in samples])
-    scorer = options.scorer
-    rewards = constant_rewards(scorer.functions, samples, numbers, scorer.keys)
-    return Truths(numbers, np.full((1, len(numbers)), np.nan) if rewards is None else rewards)
+    return Truths(numbers, constant_rewards(options.scorer.functions, samples, numbers, options.scorer.keys))
 
 
 def answers_of(predictions: list[Prediction]) -> Answers:

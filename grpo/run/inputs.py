@@ -17,7 +17,7 @@ from grpo.run.lock import lock_folder
 from grpo.run.resume import ResumeState, find_resume_state
 from grpo.run.scoring import Scorer, load_scorer
 from grpo.run.survey import Survey, check_truths, note_truths_outside, survey
-from reward.numerical import append_to_log
+from reward.numerical import log_path
 from reward.zero_skill import ZeroSkill, zero_skill
 
 
@@ -64,7 +64,8 @@ def load_inputs(config: Config) -> Inputs:
     if config.lora_enable and model is not None:
         layers_to_adapt(model, config)  # raises InputError if there are none
     try:
-        append_to_log([])  # the log for debugging, if one is wanted, must be writable
+        if log := log_path():
+            open(log, "ab").close()  # the log for debugging, if one is wanted, must be writable
         os.makedirs(output, exist_ok=True)
     except OSError as error:
         raise InputError(f"{error.filename!r} cannot be written ({error.strerror}): name another place") from error

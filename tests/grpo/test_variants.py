@@ -96,7 +96,7 @@ def test_a_run_without_any_reward_trains_nothing(tiny, tmp_path):
         ("raising", ["KeyError", "'s3'"]),
         ("too_few", ["1 rewards"]),
         ("infinite", ["inf", "'s3'"]),
-        ("raising_on_the_whole_step", ["ValueError", "the step that begins with sample 's"]),
+        ("raising_on_the_whole_step", ["ValueError", "samples 's"]),
     ],
 )
 def test_a_reward_function_that_fails_stops_the_run_with_its_name(tiny, tmp_path, capfd, function, words):
