@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from data.media.images import MediaOptions, load_media, media_grid
 from data.media.patches import PATCH_VALUES
 from data.prompt import encode_prompt
 from data.sample import BadMedia, InputError, Sample, keep_media
+
+OnBadMedia = Literal["error", "skip"]
+OnLongPrompt = Literal["error", "skip", "fewer_videos"]
 
 
 @dataclass
@@ -59,14 +63,22 @@ class PromptOptions:
     """How samples become prompts."""
 
     media: MediaOptions
-    on_bad_media: str = "error"  # or "skip"
+    on_bad_media: OnBadMedia = "error"
     max_prompt_length: int = 0  # tokens; 0: any
-    on_long_prompt: str = "error"  # or "skip" or "fewer_videos"
+    on_long_prompt: OnLongPrompt = "error"
     augmentation: Augmentation | None = None
 
 
 class LongPrompt(Exception):
     """A prompt has more tokens than it may; the message says how many."""
+
+
+def is_left_out(choice: OnBadMedia | OnLongPrompt) -> bool:
+    """Say whether a sample that cannot be used is left out; else the run stops."""
+    left_out = {"skip": True, "error": False, "fewer_videos": False}  # the last: none of its videos are left
+    if choice not in left_out:
+        raise NotImplementedError(f"data/loader.py does not know what to do by {choice!r}")
+    return left_out[choice]
 
 
 def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: MediaOptions) -> Prompt:
@@ -128,20 +140,18 @@ class PromptDataset(Dataset):
                 if options.max_prompt_length:
                     sample, _ = fit_prompt(whole, self.tokenizer, options)
                 prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, options.media)
-            except (BadMedia, FileNotFoundError) as error:
+            except (BadMedia, FileNotFoundError, LongPrompt) as error:
                 bad_media = bad_media or f"sample {sample.id!r}: {error}"
-                if options.on_bad_media == "error":
-                    return InputError(f"{bad_media}; replace the file, or skip such samples with --on_bad_video skip")
+                choice, mend = options.on_bad_media, "replace the file, or skip such samples with --on_bad_video skip"
+                if isinstance(error, LongPrompt):
+                    choice, mend = options.on_long_prompt, "raise it, or choose another --on_long_prompt"
+                if not is_left_out(choice):
+                    return InputError(f"{bad_media}; {mend}")
                 continue
             except CacheError as error:
                 return InputError(f"{error}: make room, or name another place")
             except InputError as error:  # the file of samples has changed
                 return error
-            except LongPrompt as error:
-                bad_media = bad_media or f"sample {sample.id!r}: {error}"
-                if options.on_long_prompt != "skip":
-                    return InputError(f"{bad_media}; raise it, or choose another --on_long_prompt")
-                continue
             except ValueError as error:
                 return InputError(f"sample {sample.id!r}: {error}")
             is_padding = item.is_padding or bool(bad_media)

@@ -7,12 +7,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from data.loader import OnLongPrompt
+from data.video_cap import VideoCap
 from grpo.flags import flag
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
 
 DemoTask = Literal["easy", "hard"]
-VideoCap = Literal["first", "even", "random"]
-OnLongPrompt = Literal["error", "skip", "fewer_videos"]
 BestModelMetric = Literal[
     "eval/mae", "eval/median_error", "eval/rmse", "eval/bias", "eval/r2", "eval/pearson", "eval/ccc", "eval/within_5",
     "eval/reward", "eval/parse_rate",

@@ -209,7 +209,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     settings |= {n: v for n in DECISIVE_TOO if (v := getattr(config, n)) != getattr(Config, n)}
     settings |= {"seed": config.seed} if config.temperature else {}
     settings["rewards"] = [[f.name, f.weight, f.options, f.digest] for f in scorer.functions]
-    settings |= {"samples": found.fingerprint, "weights": digest_of(model)}
+    settings |= {"samples": found.fingerprint, "system_prompt": config.system_prompt, "weights": digest_of(model)}
     samples = found.samples
     predictions = raise_together(Predictions, config.output_dir, settings, samples)
     done = broadcast_object(set(predictions.done))  # ids
