@@ -5,7 +5,8 @@ https://github.com/QwenLM/Qwen2.5-VL, qwen-vl-utils/src/qwen_vl_utils/vision_pro
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import InitVar, dataclass, replace
 
 import torch
 
@@ -46,42 +47,45 @@ class VideoOptions:
     video_end: float | None = None
     jitter: float = 0.0
 
+    is_own: InitVar[bool] = False  # of one video: errors then name options without the dashes of flags
+
     def with_own(self, own: dict[str, float]) -> "VideoOptions":
         """Return the options with a video's own in their place; raise ValueError, naming them, if they are wrong."""
         replaced = [names for names in (FRAME_COUNTS, SIZES) if own.keys() & names]
-        try:
-            return replace(self, **{name: None for names in replaced for name in names} | own)
-        except ValueError as error:
-            text = str(error).replace("--video_", "").replace("--", "")
-            raise ValueError(f"has options of its own that cannot be: {text}") from error
+        return replace(self, **{name: None for names in replaced for name in names} | own, is_own=bool(own))
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, is_own: bool) -> None:
+        for problem in self._problems("" if is_own else "--", "" if is_own else "--video_"):
+            raise ValueError(f"has options of its own that cannot be: {problem}" if is_own else problem)
+
+    def _problems(self, count: str, size: str) -> Iterator[str]:
+        """Yield what is wrong; count and size stand before the names of options about frames and pixels."""
+        width, height, least, most = self.resized_width, self.resized_height, self.min_pixels, self.max_pixels
         if self.fps is not None and self.nframes is not None:
-            raise ValueError("give --fps or --nframes, not both")
-        if (self.resized_width is None) != (self.resized_height is None):
-            raise ValueError("give --video_resized_width and --video_resized_height together")
-        for name in ("fps", "nframes", "resized_width", "resized_height", "min_pixels", "max_pixels"):
+            yield f"give {count}fps or {count}nframes, not both"
+        if (width is None) != (height is None):
+            yield f"give {size}resized_width and {size}resized_height together"
+        for name in (*FRAME_COUNTS, *SIZES, "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                flag = name if name in ("fps", "nframes") else f"video_{name}"
-                raise ValueError(f"--{flag} must be positive, got {value}")
+                yield f"{count if name in FRAME_COUNTS else size}{name} must be positive, got {value}"
         if self.nframes is not None and self.nframes < 2:
-            raise ValueError(f"--nframes must be at least 2, got {self.nframes}")
-        if self.resized_width is None and self.min_pixels > self.max_pixels:
-            raise ValueError(f"--video_min_pixels {self.min_pixels} is more than --video_max_pixels {self.max_pixels}")
+            yield f"{count}nframes must be at least 2, got {self.nframes}"
         if self.min_frames > self.max_frames or self.max_frames < 2:
-            raise ValueError(f"max_frames {self.max_frames} must be at least 2 and min_frames {self.min_frames}")
+            yield f"max_frames {self.max_frames} must be at least 2 and min_frames {self.min_frames}"
         if self.video_end is not None and not self.video_start < self.video_end:
-            raise ValueError(f"video_end {self.video_end:g} must be after video_start {self.video_start:g}")
-        sides = sorted((self.resized_width or 1, self.resized_height or 1))
-        if sides[1] > MAX_ASPECT_RATIO * sides[0]:
-            raise ValueError(
-                f"--video_resized_width {self.resized_width} and --video_resized_height {self.resized_height}: "
-                f"the longer side must be at most {MAX_ASPECT_RATIO} times the shorter one"
-            )
-        limit = max(MAX_FRAME_PIXELS, int(self.min_pixels * 1.05))
-        if self.resized_width is None and self.max_pixels > limit:
-            raise ValueError(f"--video_max_pixels {self.max_pixels} is above the limit of qwen-vl-utils: give {limit}")
+            yield f"video_end {self.video_end:g} must be after video_start {self.video_start:g}"
+        if width is not None:
+            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                yield (
+                    f"{size}resized_width {width} and {size}resized_height {height}: the longer side must be at most "
+                    f"{MAX_ASPECT_RATIO} times the shorter one"
+                )
+            return  # the bounds of the pixels then say nothing
+        if least > most:
+            yield f"{size}min_pixels {least} is more than {size}max_pixels {most}"
+        if most > (limit := max(MAX_FRAME_PIXELS, int(least * 1.05))):
+            yield f"{size}max_pixels {most} is above the limit of qwen-vl-utils: give {limit}"
 
 
 def frame_span(total_frames: int, video_fps: float, options: VideoOptions) -> range:
@@ -146,7 +150,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: float) ->
 
 def target_size(height: int, width: int, num_frames: int, options: VideoOptions) -> tuple[int, int]:
     """Return the size (height, width) to which to resize num_frames frames of height x width pixels."""
-    if options.resized_height is not None and options.resized_width is not None:
+    if options.resized_height is not None:  # and so the width
         # qwen-vl-utils clamps an explicit size to its bounds for images: 4 to 16384 tokens
         bounds = 4 * PIXELS_PER_TOKEN, 16384 * PIXELS_PER_TOKEN
         return smart_resize(options.resized_height, options.resized_width, *bounds)

@@ -87,14 +87,6 @@ def test_the_size_of_a_1080p_video(num_frames, options, expected):
     assert target_size(1080, 1920, num_frames, VideoOptions(**options)) == expected
 
 
-@pytest.mark.parametrize("side", ["resized_width", "resized_height"])
-def test_a_size_with_one_side_only_is_none(side):
-    """Of options that were made past their check: the size then follows from the bounds, as without a side."""
-    options = VideoOptions(max_pixels=200 * TOKEN)
-    object.__setattr__(options, side, 56)
-    assert target_size(1080, 1920, 16, options) == (280, 504)
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
