@@ -145,7 +145,7 @@ class Samples(Sequence):
         return self.files[self._place_of(index)[0]].path
 
     def default_id_of(self, index: int) -> str:
-        """Return the id of a sample that names none: its position, and for the second file and later ones the file's."""
+        """Return the id of a sample that names none: its position, and from the second file on that of the file."""
         number, place = self._place_of(index)
         return f"#{place + 1}" if number == 0 else f"#{number + 1}.{place + 1}"
 

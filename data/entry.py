@@ -19,7 +19,15 @@ from functools import lru_cache
 
 from data.media.fetch import FetchError, check_address, is_address, shown
 from data.sample import (
-    IMAGE_SUFFIXES, IMAGE_TAG, TAG_PATTERN, VIDEO_TAG, InputError, Media, Sample, TagMismatch, check_text,
+    IMAGE_SUFFIXES,
+    IMAGE_TAG,
+    TAG_PATTERN,
+    VIDEO_TAG,
+    InputError,
+    Media,
+    Sample,
+    TagMismatch,
+    check_text,
 )  # fmt: skip
 
 KEYS = ("id", "video", "image", "conversations")

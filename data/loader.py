@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.epochs import BatchItem
 from data.media.augment import Augmentation
 from data.media.frame_cache import CacheError
-from data.media.images import MediaOptions, load_media, media_grid
+from data.media.load import MediaOptions, load_media, media_grid
 from data.media.patches import PATCH_VALUES
 from data.prompt import encode_prompt
 from data.sample import BadMedia, InputError, Sample, keep_media

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -36,6 +37,17 @@ class BadMedia(Exception):
 
 class TooFewFrames(BadMedia):
     """A video has fewer frames than the options ask for."""
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the name of a file before what is wrong with it: of BadMedia, and of a ValueError, which becomes BadMedia."""
+    try:
+        yield
+    except TooFewFrames as error:
+        raise TooFewFrames(f"{name} {error}") from error
+    except (BadMedia, ValueError) as error:
+        raise BadMedia(f"{name} {error}") from error
 
 
 def first_line(error: Exception) -> str:

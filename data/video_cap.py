@@ -27,7 +27,7 @@ def even(num: int, most: int) -> set[int]:
 
 
 def at_random(seed: int, sample_id: str, turn: int) -> Choose:
-    """Return a choice for each turn of a sample, by which all videos are seen within num / most turns."""
+    """Choose others in each turn of a sample, all of them within num / most turns."""
 
     def choose(num: int, most: int) -> set[int]:
         shuffled = random.Random(f"{seed} {sample_id}").sample(range(num), num)
@@ -37,10 +37,7 @@ def at_random(seed: int, sample_id: str, turn: int) -> Choose:
 
 
 def choice_of(cap: VideoCap) -> Choose:
-    """Return which videos a cap keeps, the same whenever a sample is seen; raise ValueError for one without a choice.
-
-    A random cap does so with held-out samples only, and spreads them evenly.
-    """
+    """Return the choice of a cap; of a random one what held-out samples have, the even one."""
     choices = {"first": first, "even": even, "random": even}
     if cap not in choices:
         raise ValueError(f"--video_cap {cap}: data/video_cap.py has no choice of this name")
@@ -48,7 +45,7 @@ def choice_of(cap: VideoCap) -> Choose:
 
 
 def varies(cap: VideoCap) -> bool:
-    """Say whether training sees other videos of a sample whenever it is taken, as `augment.py` chooses them."""
+    """Say whether `augment.py` caps the training samples, differently in each turn, and they keep all until then."""
     return cap == "random"
 
 

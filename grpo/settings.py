@@ -9,7 +9,8 @@ from data.media.augment import Augmentation
 from data.media.fetch import DEFAULT_CACHE
 from data.media.frame_cache import FrameCache
 from data.media.frames import VideoOptions
-from data.media.images import ImageOptions, MediaOptions
+from data.media.images import ImageOptions
+from data.media.load import MediaOptions
 from data.sample import InputError
 from grpo.config import Config
 

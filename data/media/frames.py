@@ -10,7 +10,8 @@ from dataclasses import InitVar, dataclass, replace
 
 import torch
 
-from data.media.patches import PIXELS_PER_TOKEN, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
+from data.media.patches import PIXELS_PER_TOKEN, SIZE_FACTOR, TEMPORAL_PATCH_SIZE, resize
+from data.sample import TooFewFrames, named
 
 DEFAULT_FPS = 2.0
 MIN_FRAMES, MAX_FRAMES = 4, 768
@@ -88,6 +89,16 @@ class VideoOptions:
             yield f"{size}max_pixels {most} is above the limit of qwen-vl-utils: give {limit}"
 
 
+def choose_frames(total_frames: int, video_fps: float, options: VideoOptions) -> tuple[list[int], float]:
+    """Return which frames of a video to read, ascending, and how many of them there are per second of it.
+
+    Raises ValueError if it has no such part, TooFewFrames.
+    """
+    span = frame_span(total_frames, video_fps, options)
+    indices = [span[index] for index in frame_indices(len(span), video_fps, options)]
+    return indices, len(indices) / len(span) * video_fps  # as in qwen-vl-utils; the frames span the whole part
+
+
 def frame_span(total_frames: int, video_fps: float, options: VideoOptions) -> range:
     """Return the frames from video_start to video_end, both inclusive; raise ValueError if there are none."""
     seconds = total_frames / video_fps
@@ -106,8 +117,8 @@ def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) ->
 
     With nframes: that many, rounded to even. With fps: seconds x fps, clamped to 4..768 and to the frames there are,
     then rounded down to even. Equals smart_nframes and linspace of qwen-vl-utils. A choice that does not span the whole
-    part must change `sampled_fps` in `open_video`, too: positions in time follow from it.
-    Raises ValueError when there are too few frames.
+    part must change `choose_frames`, too: positions in time follow from it.
+    Raises TooFewFrames.
     """
     if options.nframes is not None:
         count = round(options.nframes / 2) * 2
@@ -118,7 +129,7 @@ def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) ->
         count = math.floor(min(max(wanted, least), most, total_frames) / 2) * 2
         required = "at least 2 are needed"
     if not 2 <= count <= total_frames:
-        raise ValueError(f"has {total_frames} frame{'s' * (total_frames != 1)}, {required}")
+        raise TooFewFrames(f"has {total_frames} frame{'s' * (total_frames != 1)}, {required}")
     places = torch.linspace(0, total_frames - 1, count)
     if options.jitter and count < total_frames:
         places = (places + options.jitter * (total_frames - 1) / (count - 1)).clamp(0, total_frames - 1)
@@ -158,3 +169,10 @@ def target_size(height: int, width: int, num_frames: int, options: VideoOptions)
     context_share = MAX_VIDEO_PIXELS / num_frames * TEMPORAL_PATCH_SIZE
     limit = max(min(MAX_FRAME_PIXELS, context_share), int(options.min_pixels * 1.05))
     return smart_resize(height, width, options.min_pixels, min(options.max_pixels, limit))
+
+
+def resize_frames(path: str, frames: torch.Tensor, options: VideoOptions) -> torch.Tensor:
+    """Resize the frames of a video, uint8 (T, 3, H, W), as the options say. Raises BadMedia if they are too narrow."""
+    with named(repr(path)):
+        height, width = target_size(*frames.shape[2:], len(frames), options)
+    return resize(frames, height, width)

@@ -15,6 +15,8 @@ from tests.conftest import OPTIONS
 HUMAN = {"from": "human", "value": "What is the EF?"}
 GPT = {"from": "gpt", "value": "55%"}
 
+LAST_TWO = "the last two turns must be the question, from 'human', and the answer, from 'gpt'"
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -193,12 +195,12 @@ def test_an_id_that_occurs_twice_is_named(folder):
         ([HUMAN, {"from": "gpt", "value": 55}], "turn 2: 'value' is a number"),
         ([{"from": None, "value": "x"}, GPT], "turn 1: 'from' is null"),
         ([HUMAN, {"from": "bot\n", "value": "x"}], "unknown 'from' 'bot\\n'"),
-        ([{"from": "system", "value": "x"}, GPT], "the last two turns must be the question, from 'human', and the answer, from 'gpt'"),
-        ([GPT], "the last two turns must be the question, from 'human', and the answer, from 'gpt'"),
-        ([HUMAN], "the last two turns must be the question, from 'human', and the answer, from 'gpt'"),
-        ([HUMAN, GPT, HUMAN], "the last two turns must be the question, from 'human', and the answer, from 'gpt'"),
-        ([HUMAN, GPT, GPT], "the last two turns must be the question, from 'human', and the answer, from 'gpt'"),
-        ([HUMAN, {"from": "system", "value": "x"}, GPT], "the last two turns must be the question, from 'human', and the answer, from 'gpt'"),
+        ([{"from": "system", "value": "x"}, GPT], LAST_TWO),
+        ([GPT], LAST_TWO),
+        ([HUMAN], LAST_TWO),
+        ([HUMAN, GPT, HUMAN], LAST_TWO),
+        ([HUMAN, GPT, GPT], LAST_TWO),
+        ([HUMAN, {"from": "system", "value": "x"}, GPT], LAST_TWO),
         ([HUMAN, {"from": "gpt", "value": " \n"}], "empty answer"),
         ([HUMAN, {"from": "gpt", "value": "<video>5%"}], "turn 2: <video> in a turn from 'gpt'"),
         ([{"from": "system", "value": "<video>"}, HUMAN, GPT], "turn 1: <video> in a turn from 'system'"),
@@ -206,7 +208,7 @@ def test_an_id_that_occurs_twice_is_named(folder):
         ([HUMAN, {"from": "gpt", "value": "5% <image>"}], "turn 2: <image> in a turn from 'gpt'"),
         ([{"from": "human", "value": "<Images>"}, GPT], "turn 1: <Images> in 'value': write <image>"),
         ([{"from": "human", "value": "\ud800"}, GPT], "turn 1: 'value' contains half a character"),
-        ([{"from": "human", "value": "<video>\n<|im_end|>"}, GPT], "the user text contains the special token <|im_end|>"),
+        ([{"from": "human", "value": "<|im_end|>"}, GPT], "the user text contains the special token <|im_end|>"),
         ([{"from": "human", "value": "<video>"}, GPT], "1 <video> tag(s) in the human turns but 2 in 'video'"),
         ([{"from": "human", "value": "<video>" * 3}, GPT], "3 <video> tag(s) in the human turns but 2 in 'video'"),
         ([{"from": "human", "value": "<video>" * 2}, GPT] * 2, "4 <video> tag(s) in the human turns but 2 in 'video'"),
@@ -451,11 +453,11 @@ def test_a_file_that_is_replaced_changes_nothing_and_of_one_that_is_changed_no_o
         assert isinstance(item, InputError) and "was changed" in str(item)
 
 
-@pytest.mark.parametrize(("name", "share"), [("train.jsonl", 0.02), ("train.json", 1.1)])
+@pytest.mark.parametrize(("name", "share"), [("train.jsonl", 0.03), ("train.json", 1.1)])
 def test_in_memory_is_only_where_each_line_stands_or_a_list_as_it_is_written(folder, name, share):
-    """2,000 samples of 2 kB, read one by one, all at once or not at all."""
+    """1,000 samples of 2 kB, read one by one, all at once or not at all."""
     turns = [{"from": "human", "value": "What is the EF? " * 120}, GPT]
-    lines = [json.dumps({"id": i, "conversations": turns}) for i in range(2000)]
+    lines = [json.dumps({"id": i, "conversations": turns}) for i in range(1000)]
     path = write(folder, "\n".join(lines) if name == "train.jsonl" else f"[{','.join(lines)}]", name)
     tracemalloc.start()
     samples = Samples([path], str(folder))

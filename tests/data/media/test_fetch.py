@@ -78,7 +78,7 @@ def server(monkeypatch):
     server.at = f"http://127.0.0.1:{server.server_port}"
     server.targets = {"a.mp4": f"{server.at}/a.mp4", "file.mp4": "file:///etc/passwd", "ftp.mp4": "ftp://127.0.0.1/a"}
     server.targets["loop.mp4"] = f"{server.at}/to/loop.mp4"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
