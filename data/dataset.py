@@ -137,26 +137,15 @@ class Samples(Sequence):
 
     def as_written(self, index: int) -> Sample:
         """Read a sample that is not prepared. Raises InputError."""
-        number, place = self._place_of(index)
-        return self._sample_of(self.files[number][place], index)
+        file, place, default_id = self.where(index)
+        return read_sample(file[place], file.path, place, default_id, self.image_folder)
 
-    def path_of(self, index: int) -> str:
-        """Return the path of a sample's file."""
-        return self.files[self._place_of(index)[0]].path
-
-    def default_id_of(self, index: int) -> str:
-        """Return the id of a sample that names none: its position, and from the second file on that of the file."""
-        number, place = self._place_of(index)
-        return f"#{place + 1}" if number == 0 else f"#{number + 1}.{place + 1}"
-
-    def _place_of(self, index: int) -> tuple[int, int]:
-        """Return the number of a sample's file, and its place in it."""
+    def where(self, index: int) -> tuple[Entries, int, str]:
+        """Return a sample's file, its place in it, and the id that it has if it names none."""
         number = bisect_right(self._ends, index)
-        return number, index - self._ends[number] + len(self.files[number])
-
-    def _sample_of(self, entry, index: int) -> Sample:
-        path, (_, place) = self.path_of(index), self._place_of(index)
-        return read_sample(entry, f"{path!r}: entry #{place + 1}", path, self.default_id_of(index), self.image_folder)
+        file = self.files[number]
+        place = index - self._ends[number] + len(file)
+        return file, place, f"#{place + 1}" if number == 0 else f"#{number + 1}.{place + 1}"
 
     def each(self) -> Iterator[tuple[str, object, Sample | InputError]]:
         """Yield each entry: the id that it has if it names none, what is written, and its sample, not prepared.
@@ -166,14 +155,14 @@ class Samples(Sequence):
         """
         ids = {}
         for index in range(len(self)):
-            (number, place), entry = self._place_of(index), None
+            (file, place, default_id), entry = self.where(index), None
             try:
-                entry = self.files[number][place]
-                sample = self._sample_of(entry, index)
-                add_id(ids, sample.id, self.path_of(index))
+                entry = file[place]
+                sample = read_sample(entry, file.path, place, default_id, self.image_folder)
+                add_id(ids, sample.id, file.path)
             except InputError as error:
                 sample = error
-            yield self.default_id_of(index), entry, sample
+            yield default_id, entry, sample
 
     def refuse_missing(self, missing: dict[str, str]) -> None:
         """Raise InputError if files are missing: path -> the id of the first sample that names it."""

@@ -38,8 +38,9 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 TYPES = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
 
 
-def read_sample(entry, where: str, data_path: str, default_id: str, image_folder: str) -> Sample:
-    """Check one entry of the file and turn it into a Sample; errors say `where` it stands until its id is known."""
+def read_sample(entry, data_path: str, place: int, default_id: str, image_folder: str) -> Sample:
+    """Check the entry that stands at a place of a file, from 0 on, and turn it into a Sample; raise InputError."""
+    where = f"{data_path!r}: entry #{place + 1}"
     if not isinstance(entry, dict):
         raise InputError(f"{where} is {_type_of(entry)}, not an object: write it as {{...}}")
     sample_id = default_id if entry.get("id") is None else entry["id"]

@@ -89,7 +89,7 @@ def survey(paths: list[str], config, messages: list[str], is_training: bool = Fa
         for facts in part:
             if isinstance(facts, InputError):
                 raise facts
-            add_id(ids, facts.id, samples.path_of(len(ids)))
+            add_id(ids, facts.id, samples.where(len(ids))[0].path)
             truths.append(facts.truth)
             keys |= dict.fromkeys(facts.keys)
             for path in facts.missing:
