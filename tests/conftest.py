@@ -28,7 +28,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
 from data.dataset import load_samples  # noqa: E402
 from data.loader import Prompt, load_prompt  # noqa: E402
 from data.media.frames import VideoOptions  # noqa: E402
-from data.media.images import MediaOptions  # noqa: E402
+from data.media.load import MediaOptions  # noqa: E402
 from grpo.demo.demo import CHAT_WORDS, build_model  # noqa: E402
 from grpo.demo.mp4 import write_mp4  # noqa: E402
 from grpo.demo.tiny_tokenizer import build_tokenizer  # noqa: E402

@@ -32,7 +32,7 @@ def model_card(progress: dict, is_adapter: bool) -> str:
         "# Qwen2.5-VL trained with GRPO",
         "",
         f"Step {step} of {progress['total_steps']}, from `{code(base)}`, on {progress['num_samples']} samples "
-        f"(digest of their texts and video names: `{progress['data'][:16]}`)"
+        f"(SHA-256 of their files: {', '.join(f'`{digest[:16]}`' for digest in progress['data'])})"
         + (", as adapters (LoRA)." if is_adapter else "."),
         "",
     ]

@@ -38,8 +38,7 @@ def find_resume_state(
     output, wanted = Path(config.output_dir), config.resume_from_checkpoint
     total_steps = count_steps(config, len(epochs))
     metadata = {"flags": dataclasses.asdict(config), "total_steps": total_steps, "ranks": dist.get_world_size()}
-    metadata |= {"num_samples": len(data.samples), "data": data.fingerprint, "extra": data.own_data}
-    metadata["file_sizes"] = epochs.sizes if config.data_weights else None  # which samples have which weight
+    metadata |= {"num_samples": len(data.samples), "data": data.fingerprint}
     metadata["eval_data"] = heldout.fingerprint if heldout else None
     metadata["rewards"] = {function.name: function.digest for function in scorer.functions}
     there = checkpoints(output)
@@ -121,14 +120,12 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
         old = json.loads((folder / PROGRESS).read_text())
         flags = old["flags"]
         needed = ("step", "total_steps", "ranks", "num_samples", "data", "counts")
-        # Older checkpoints lack the last six.
+        # Older checkpoints lack the last four.
         old = {key: old[key] for key in needed} | {
             "eval_data": old.get("eval_data"),
             "evaluations": old.get("evaluations", []),
             "best_step": old.get("best_step"),
             "rewards": old.get("rewards", {}),
-            "extra": old.get("extra", metadata["extra"]),
-            "file_sizes": old.get("file_sizes"),
         }
         fixed = [field.name for field in dataclasses.fields(Config) if not field.metadata["may_change"]]
         changed = [
@@ -145,7 +142,7 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
         raise InputError(
             f"{', '.join(changed)} in {str(folder)!r}: give the old value, or start again in a new --output_dir"
         )
-    if any(metadata[name] != old[name] for name in ("num_samples", "data", "extra", "file_sizes")):
+    if any(metadata[name] != old[name] for name in ("num_samples", "data")):
         raise InputError(
             f"--data_path {' '.join(config.data_path)!r}: {str(folder)!r} was trained on other samples "
             f"({old['num_samples']}, now {metadata['num_samples']}): give the same ones, or start again in a new "

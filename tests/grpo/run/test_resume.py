@@ -516,7 +516,7 @@ class Nothing:
 
 def save_final(config: Config) -> None:
     start_processes()
-    progress = {"flags": {"model_id": "m"}, "step": 1, "total_steps": 1, "num_samples": 1, "data": ""}
+    progress = {"flags": {"model_id": "m"}, "step": 1, "total_steps": 1, "num_samples": 1, "data": []}
     tokenizer = Nothing()
     tokenizer.save_pretrained = lambda folder: None
     assert save(config, "final", ModelFiles(Nothing(), tokenizer, []), {}, progress, True)
@@ -549,7 +549,7 @@ def test_a_checkpoint_from_before_rewards_were_flags_is_one_of_the_default_rewar
     progress = json.loads(path.read_text())
     for name in ("reward_funcs", "reward_weights", "reward_kwargs", "system_prompt", "demo_task"):
         del progress["flags"][name]
-    del progress["rewards"], progress["extra"]
+    del progress["rewards"]
     path.write_text(json.dumps(progress))
     other = ["--reward_funcs", "smooth_numerical_reward"]
     assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO, *other)) == 2
