@@ -235,7 +235,7 @@ class Tracker:
                 f"step {step}: for {ZERO_STD_STEPS} steps nearly all groups have had equal rewards, from which "
                 "nothing is learned: look at the completions, and raise --temperature or change the reward"
             )
-        is_bad = metrics.pop("bad_steps") > 0
+        is_bad = metrics["run/bad_steps"] > 0
         counts["bad_in_a_row"] = counts["bad_in_a_row"] + 1 if is_bad else 0
         counts["bad_steps"] += is_bad
         if is_bad:
