@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import grpo  # noqa: F401  first of all, since it sets how torch's threads wait
@@ -187,15 +188,16 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     run = start(config, device, trial_step)
     if run is None:
         return True
-    config, first, rank = run.config, run.resume.step, dist.get_rank()
-    models, optimizer, tokens = run.models, run.optimizer, run.tokens
-    heldout = HeldOut(run.heldout, run.scorer, config) if run.heldout else None
+    inputs, models, optimizer, tokens = run.inputs, run.models, run.optimizer, run.tokens
+    config, scorer, first = inputs.config, inputs.scorer, inputs.resume.step
+    heldout = HeldOut(run.heldout, scorer, config) if run.heldout else None
     tracker = run.track()
+    save = partial(run.save, tracker)
 
     def evaluate(step: int) -> None:
         """Evaluate the policy if it is due; keep it in best/ if none was better."""
         if heldout and tracker.is_evaluation_due(step):
-            heldout.evaluate_policy(models.sampling.sync(models.policy), step, tracker, run.save, stop.requested)
+            heldout.evaluate_policy(models.sampling.sync(models.policy), step, tracker, save, stop.requested)
 
     stop.listen()
     evaluate(first)  # before the first step, or where a signal came first
@@ -210,10 +212,10 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
         rollouts = rollout_phase(sampling_model, prompts, tokens, config, step)
         clock.lap("rollout")
 
-        scored, records = reward_phase(rollouts, run.tokenizer, run.scorer, config, step)
+        scored, records = reward_phase(rollouts, inputs.tokenizer, scorer, config, step)
         clock.lap("reward")
 
-        torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # for dropout
+        torch.manual_seed(hash((config.seed, step, dist.get_rank())) % 2**63)  # for dropout
         metrics = update_phase(models, optimizer, scored, tokens.suppress_tokens, config)
         metrics["learning_rate"] = run.schedule.get_last_lr()[0]
         run.schedule.step()
@@ -224,11 +226,11 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
             evaluate(step)
         is_stopped = stop.requested()
         if is_stopped or (config.save_steps and step % config.save_steps == 0):
-            run.save(f"checkpoint-{step}", step, is_needed=is_stopped)
+            save(f"checkpoint-{step}", step, is_needed=is_stopped)
         if is_stopped:
             return tracker.stopped(step)
         clock = Clock()  # time spent on logging and saving does not count to the next step
-    run.save("final", run.total_steps)
+    save("final", run.total_steps)
     tracker.close()
     print_rank0(f"done: the trained model is in {Path(config.output_dir, 'final')}")
     return True
