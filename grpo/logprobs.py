@@ -48,6 +48,7 @@ def sampling_logprobs(hidden: Tensor, lm_head: Tensor, temperature: float, suppr
 def _chosen_logprobs(hidden, ids, lm_head, temperature, suppress_tokens) -> tuple[Tensor, Tensor]:
     """Return log-probability and entropy at each token: hidden (N, E), ids (N,) -> (N,), (N,)."""
     logprobs = sampling_logprobs(hidden, lm_head, temperature, suppress_tokens)
+    # For the curves only: without a gradient, so that an entropy bonus would need one here.
     with torch.no_grad():  # clamp: a suppressed token would add 0 · -inf = nan
         entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(dim=1)
     return logprobs.gather(1, ids[:, None])[:, 0], entropy

@@ -185,8 +185,7 @@ def run(options: Options, device: torch.device) -> dict:
         return rollout_phase(models.sampling.sync(policy), [prompt], tokens, settings, step=1)
 
     def update(rollouts):
-        counts = with_trial_advantages(rollouts)
-        return update_phase(models, optimizer, rollouts, counts, tokens.suppress_tokens, config)
+        return update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
 
     def baseline_rollout():
         return repeated_rollout(sampling_model, prompt.to(device), G, C, tokens.suppress_tokens)

@@ -65,15 +65,15 @@ class Scores:
     by_function: dict[str, Tensor]  # (B, G) each, nan where a function has no say
 
 
-def score(scorer: Scorer, rollouts: list[Rollout], step: int) -> Scores:
-    """Apply every reward function to the completions of a step. Collective.
+def score(scorer: Scorer, rollouts: list[Rollout], texts: list[list[str]], step: int) -> Scores:
+    """Apply every reward function to the completions of a step; texts: G per rollout. Collective.
 
     Raises InputError, on all ranks, that names the function and its samples.
     """
-    B, G = len(rollouts), len(rollouts[0].texts)
+    B, G = len(rollouts), len(texts[0])
     columns = columns_of(
         [rollout.prompt.sample for rollout in rollouts for _ in range(G)],
-        [text for rollout in rollouts for text in rollout.texts],
+        [text for group in texts for text in group],
         scorer.keys,
         **sampled_columns(rollouts),
         prompt_index=[rollout.prompt.position for rollout in rollouts for _ in range(G)],

@@ -8,6 +8,7 @@ import torch
 import train
 from grpo.logprobs import sampling_logprobs
 from grpo.rollout import filter_top_k_top_p
+from grpo.run.records import GlobalCounts
 from tests.grpo.rewards import named
 from tests.test_train import curves, flags, run_main, weights
 
@@ -28,9 +29,9 @@ def test_of_several_groups_only_those_with_different_rewards_contribute(tiny, tm
     seen = []
     update_phase = train.update_phase
 
-    def spy(models, optimizer, rollouts, *more):
-        seen.extend((rollout.prompt.sample.id, rollout.advantages) for rollout in rollouts)
-        return update_phase(models, optimizer, rollouts, *more)
+    def spy(models, optimizer, scored, *more):
+        seen.extend((one.rollout.prompt.sample.id, one.advantages) for one in scored)
+        return update_phase(models, optimizer, scored, *more)
 
     monkeypatch.setattr(train, "update_phase", spy)
     found = run(tiny, tmp_path / "out", *named("constant_but_for_s2"))
@@ -47,16 +48,17 @@ def test_groups_of_equal_rewards_do_not_dilute_and_their_update_pass_is_left_out
     passes, policy_logprobs = [], train.policy_logprobs
 
     def spy(policy, batch, *more):
-        passes.append([rollout.prompt.sample.id for rollout in batch])
+        passes.append([one.rollout.prompt.sample.id for one in batch])
         return policy_logprobs(policy, batch, *more)
 
     monkeypatch.setattr(train, "policy_logprobs", spy)
     counts = []
     update_phase = train.update_phase
 
-    def see_counts(models, optimizer, rollouts, found, *more):
-        counts.append((found.num_tokens, sum(int(r.completion_mask.sum()) for r in rollouts if r.loss_mask.any())))
-        return update_phase(models, optimizer, rollouts, found, *more)
+    def see_counts(models, optimizer, scored, *more):
+        tokens = [int(one.rollout.completion_mask.sum()) for one in scored if one.loss_mask.any()]
+        counts.append((GlobalCounts.of(scored).num_tokens, sum(tokens)))
+        return update_phase(models, optimizer, scored, *more)
 
     monkeypatch.setattr(train, "update_phase", see_counts)
     one_by_one = ["--per_device_train_batch_size", "1", *named("constant_but_for_s2")]
@@ -196,9 +198,9 @@ def test_prompts_and_completions_stay_aligned(tiny, tmp_path, monkeypatch):
     seen = []
     update_phase = train.update_phase
 
-    def spy(models, optimizer, rollouts, *more):
-        seen.extend(rollouts)
-        return update_phase(models, optimizer, rollouts, *more)
+    def spy(models, optimizer, scored, *more):
+        seen.extend(one.rollout for one in scored)
+        return update_phase(models, optimizer, scored, *more)
 
     monkeypatch.setattr(train, "update_phase", spy)
     run(tiny, tmp_path / "out")

@@ -83,8 +83,8 @@ def update(tiny: Tiny, models: sharding.Models, optimizer, config: Config) -> li
     """Do one step on this rank's share of the groups; return the full gradients."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     config = resolve_batch_sizes(config, world_size)
-    rollouts, counts = with_advantages(rollouts_of(tiny))
-    train.update_phase(models, optimizer, rollouts[rank::world_size], counts, tiny.suppress_tokens, config)
+    scored = with_advantages(rollouts_of(tiny))
+    train.update_phase(models, optimizer, scored[rank::world_size], tiny.suppress_tokens, config)
     return [full_tensor(p.grad) for p in models.policy.parameters() if p.grad is not None]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import train
 from data.loader import checked
@@ -16,16 +17,15 @@ from grpo.model import sharding
 from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import freeze, make_optimizer
 from grpo.ranks import full_tensor, raise_together, start_processes
-from grpo.rollout import SamplingParams, generate
+from grpo.rollout import SamplingParams, ScoredRollout, generate
 from grpo.run.batches import resolve_batch_sizes
-from grpo.run.inputs import load_inputs
-from grpo.run.records import GlobalCounts
+from grpo.run.inputs import load_initial_model
 from tests.conftest import Tiny, run_ranks
 
 ADVANTAGES = torch.tensor([[1.0, -0.5, 0.25], [0.7, -0.2, 0.4], [-1.0, 2.0, 0.5], [0.3, 0.1, -0.4]])
 OFTEN = list(range(0, 300, 6))
 ZERO_ADVANTAGES = 1  # a seed that stands for: every second group has none
-COLUMNS = ("completion_ids", "completion_mask", "logprobs", "loss_mask")
+COLUMNS = ("completion_ids", "completion_mask", "logprobs")
 
 
 def full_gradients(model) -> list[torch.Tensor]:
@@ -40,20 +40,21 @@ def rollouts_of(tiny: Tiny) -> list:
     return generate(tiny.model, prompts, ends, SamplingParams(3, 8, 0.7), generators)
 
 
-def with_advantages(rollouts: list, seed: int = 0) -> tuple[list, GlobalCounts]:
-    """What the loop adds to the rollouts, for given advantages; one completion of the third group is not trained."""
+def with_advantages(rollouts: list, seed: int = 0) -> list[ScoredRollout]:
+    """What scoring makes of the rollouts, for given advantages; one completion of the third group is not trained."""
+    scored = []
     for n, (rollout, advantages) in enumerate(zip(rollouts, ADVANTAGES, strict=True)):
-        rollout.advantages = advantages * (seed != ZERO_ADVANTAGES or n % 2 == 0)
-        rollout.loss_mask = rollout.completion_mask & (not rollout.prompt.is_padding)
-    rollouts[2].loss_mask = rollouts[2].loss_mask & torch.tensor([[True], [False], [True]])
-    lengths = torch.stack([rollout.loss_mask.sum(dim=1) for rollout in rollouts])
-    return rollouts, GlobalCounts(int(lengths.sum()), int((lengths > 0).sum()), 1.0)
+        mask = rollout.completion_mask & (not rollout.prompt.is_padding)
+        if n == 2:
+            mask = mask & torch.tensor([[True], [False], [True]])
+        scored.append(ScoredRollout(rollout, advantages * (seed != ZERO_ADVANTAGES or n % 2 == 0), mask))
+    return scored
 
 
-def padded(rollout, extra: int):
+def padded(one: ScoredRollout, extra: int) -> ScoredRollout:
     """Widen a group by columns that belong to no completion."""
-    wider = {name: torch.nn.functional.pad(getattr(rollout, name), (0, extra)) for name in COLUMNS}
-    return dataclasses.replace(rollout, **wider)
+    wider = {name: F.pad(getattr(one.rollout, name), (0, extra)) for name in COLUMNS}
+    return ScoredRollout(dataclasses.replace(one.rollout, **wider), one.advantages, F.pad(one.loss_mask, (0, extra)))
 
 
 def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False, reorder: bool = False) -> None:
@@ -63,9 +64,9 @@ def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False, reo
     # No clipping, so that the gradients can be read.
     config = Config(temperature=0.7, learning_rate=1e-3, max_grad_norm=1e9, **settings)
     config = resolve_batch_sizes(config, world_size)
-    rollouts, counts = with_advantages(rollouts_of(tiny), config.seed)
+    scored = with_advantages(rollouts_of(tiny), config.seed)
     if reorder:
-        rollouts = [padded(rollout, 3) for rollout in reversed(rollouts)]
+        scored = [padded(one, 3) for one in reversed(scored)]
     model = copy.deepcopy(tiny.model).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -81,9 +82,9 @@ def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False, reo
     optimizer, _ = make_optimizer(model, config, total_steps=1)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate
-    own = rollouts[rank::world_size]
+    own = scored[rank::world_size]
     models = sharding.Models(model, sampling, reference)
-    metrics = train.update_phase(models, optimizer, own, counts, tiny.suppress_tokens, config)
+    metrics = train.update_phase(models, optimizer, own, tiny.suppress_tokens, config)
     gradients = full_gradients(model)
     sampling.sync(model)
     if rank == 0:
@@ -181,14 +182,14 @@ def test_the_variants_differ(one_rank):
 
 def test_the_gradient_is_that_of_the_trained_tokens_divided_by_their_number(tiny, one_rank):
     model = copy.deepcopy(tiny.model)
-    rollouts, counts = with_advantages(rollouts_of(tiny))
-    loss = 0.0
-    for rollout in rollouts:
-        ids, mask = rollout.completion_ids, rollout.completion_mask
+    loss, num_tokens, rollouts = 0.0, 0, rollouts_of(tiny)
+    for one in with_advantages(rollouts):
+        rollout, ids, mask = one.rollout, one.rollout.completion_ids, one.rollout.completion_mask
         ((logprobs, _),) = completion_logprobs(model, [rollout.prompt], [ids], [mask], 0.7, tiny.suppress_tokens)
-        loss = loss - (logprobs * rollout.advantages[:, None])[rollout.loss_mask].sum()  # REINFORCE: the ratio is 1
-    assert 0 < counts.num_tokens < sum(int(r.completion_mask.sum()) for r in rollouts if not r.prompt.is_padding)
-    (loss / counts.num_tokens).backward()
+        loss = loss - (logprobs * one.advantages[:, None])[one.loss_mask].sum()  # REINFORCE: the ratio is 1
+        num_tokens += int(one.loss_mask.sum())
+    assert 0 < num_tokens < sum(int(r.completion_mask.sum()) for r in rollouts if not r.prompt.is_padding)
+    (loss / num_tokens).backward()
     assert relative([p.grad for p in model.parameters()], one_rank("dapo")["gradients"]) < 1e-5
 
 
@@ -287,11 +288,10 @@ def test_only_rank_0_reads_the_weights(tiny, tmp_path):
 
 
 def load(tiny: Tiny, path: str) -> None:
-    """Load what a run needs; write whether this rank got a model."""
+    """Write whether this rank got a model."""
     start_processes()
-    where = {"data_path": [str(tiny.folder / "data.json")], "image_folder": str(tiny.folder / "videos")}
-    config = Config(model_id=str(tiny.folder / "model"), output_dir=f"{path}out", **where)
-    torch.save(load_inputs(config).model is not None, f"{path}{dist.get_rank()}")
+    config = Config(model_id=str(tiny.folder / "model"))
+    torch.save(load_initial_model(config) is not None, f"{path}{dist.get_rank()}")
     dist.destroy_process_group()
 
 

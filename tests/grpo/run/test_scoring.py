@@ -42,18 +42,19 @@ def rewarded_step(tiny: Tiny, device: torch.device, scale: str) -> dict:
     config = Config(reward_funcs=functions, reward_weights=[1.0, -0.5], temperature=0.7, max_grad_norm=1e9)
     config = dataclasses.replace(config, scale_rewards=scale, global_batch_size=4)
     config = resolve_batch_sizes(config, world_size)
-    rollouts = rollouts_of(tiny)
-    for position, rollout in enumerate(rollouts):
-        rollout.prompt = dataclasses.replace(rollout.prompt, position=position)
+    rollouts = [
+        dataclasses.replace(rollout, prompt=dataclasses.replace(rollout.prompt, position=position))
+        for position, rollout in enumerate(rollouts_of(tiny))
+    ]
     own = rollouts[rank::world_size][::-1]  # in whatever order
     scorer = load_scorer(config, [])
     model = copy.deepcopy(tiny.model).train()
     sampling = sharding.SamplingModel(model)
     sharding.apply_fsdp(model, device)
     optimizer, _ = make_optimizer(model, config, total_steps=1)
-    records, counts = train.reward_phase(own, tiny.tokenizer, scorer, config, step=1)
+    scored, records = train.reward_phase(own, tiny.tokenizer, scorer, config, step=1)
     models = sharding.Models(model, sampling, None)
-    train.update_phase(models, optimizer, own, counts, tiny.suppress_tokens, config)
+    train.update_phase(models, optimizer, scored, tiny.suppress_tokens, config)
     gradients = [full_tensor(p.grad) for p in model.parameters()]
     groups = {group.position: (group.rewards, group.advantages) for group in records.groups}
     return {"gradients": gradients, "groups": groups}
