@@ -1,8 +1,8 @@
 """`python -m grpo.benchmark`: what a step costs on this machine, without data or weights.
 
 Builds a Qwen2.5-VL with random weights and a prompt with random pixels, and times the trainer's own rollout and update.
-In turn with them it times the baseline, which other trainers compute (`repeated_rows.py`): each of the G completions is
-a row with its own copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and
+In turn with them it times the baseline, in which nothing is shared (`repeated_rows.py`): each of the G completions is a
+row with its own copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and
 sharding. All completions have `--completion_length` tokens. Under torchrun every rank has one prompt, as in training.
 """
 
@@ -109,10 +109,15 @@ def measure(rollout, update) -> dict[str, float]:
     """
     reset_peak_memory()
     update(rollout())
-    memory = peak_memory_gb()
-    rollout_seconds, rollouts = seconds(rollout)
-    update_seconds, _ = seconds(update, rollouts)
-    return dict(zip(FIGURES, (rollout_seconds, update_seconds, rollout_seconds + update_seconds, memory), strict=True))
+    peak = peak_memory_gb()
+    in_rollout, rollouts = seconds(rollout)
+    in_update, _ = seconds(update, rollouts)
+    return dict(zip(FIGURES, (in_rollout, in_update, in_rollout + in_update, peak), strict=True))
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float] | None:
+    """Return the median of each figure over some runs; None without runs."""
+    return {name: statistics.median(run[name] for run in runs) for name in FIGURES} if runs else None
 
 
 def best_of(function, times: int = 5) -> float:
@@ -206,11 +211,9 @@ def run(options: Options, device: torch.device) -> dict:
             for module in (policy, sampling_model):
                 use_our_layers(module)
 
-    def medians(runs: list[dict]) -> dict[str, float]:
-        return {name: statistics.median(figures[name] for figures in runs) for name in FIGURES}
-
     prefill_seconds = best_of(lambda: rollout(1))
-    figures = medians(ours) | {"baseline": medians(theirs) if theirs else None, "prefill_seconds": prefill_seconds}
+    figures = medians(ours) | {"baseline": medians(theirs), "baseline_out_of_memory": False}
+    figures |= {"prefill_seconds": prefill_seconds}
     decode_seconds = (figures["rollout_seconds"] - prefill_seconds) / (C - 1)
     return figures | shares_of_the_machine(sampling_model, prompt, options, decode_seconds, figures["update_seconds"])
 
@@ -221,7 +224,7 @@ def run_what_fits(options: Options, device: torch.device) -> dict:
     With several ranks, one that runs out of memory cannot tell the others and ends the benchmark.
     """
     try:
-        return run(options, device) | {"baseline_out_of_memory": False}
+        return run(options, device)
     except torch.OutOfMemoryError as error:
         line = "out of memory: lower a figure, or add --gradient_checkpointing true"
         if dist.get_world_size() > 1:
