@@ -44,6 +44,8 @@ VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN = 1, 2, 3, 4  # token ids of 
 IDS = {"video_token_id": VIDEO_TOKEN, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
 IDS |= {"image_token_id": IMAGE_TOKEN, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb")
+# The machine's limits are measured by a copy of this many bytes, and by a product of matrices of this size.
+COPIED_BYTES, MATRIX_SIDE = 2**29, {"cuda": 8192, "cpu": 2048}
 
 
 @dataclass
@@ -128,14 +130,11 @@ def best_of(function, times: int = 5) -> float:
 def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_seconds: float, update_seconds: float):
     """Return what share of the memory bandwidth decoding reaches, and of the matrix products the update.
 
-    model: unsharded. Both limits are measured: by a copy of 1 GB, and by a product of large matrices. Attention and
-    recomputation are not counted as work.
+    model: unsharded. Attention and recomputation are not counted as work.
     """
-    device, dtype = model.device, model.dtype
-    words = torch.ones(2**29 // dtype.itemsize, dtype=dtype, device=device)
-    there = torch.empty_like(words)
-    bandwidth = 2 * 2**29 / best_of(lambda: there.copy_(words))  # read and written, bytes per second
-    side = 8192 if device.type == "cuda" else 2048
+    words = torch.ones(COPIED_BYTES // model.dtype.itemsize, dtype=model.dtype, device=model.device)
+    there, side = torch.empty_like(words), MATRIX_SIDE[model.device.type]
+    bandwidth = 2 * COPIED_BYTES / best_of(lambda: there.copy_(words))  # read and written, bytes per second
     square = words[: side * side].view(side, side)
     flops = 2 * side**3 / best_of(lambda: square @ square)
 
@@ -147,7 +146,7 @@ def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_second
     text, visual, merger = model.config.text_config, model.model.visual, size(model.model.visual.merger)
     layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    read = (layers + head + per_token * (P + G * C // 2)) * dtype.itemsize  # bytes per decoding step
+    read = (layers + head + per_token * (P + G * C // 2)) * model.dtype.itemsize  # bytes per decoding step
     tower = 0 if options.freeze_vision_tower else size(visual) - merger
     work = 6 * (layers * (P + G * C) + head * G * C + tower * S + merger * S // MERGE_SIZE**2)
     return {
