@@ -19,8 +19,8 @@ arXiv:2507.18071, equation 7). Denominators are global: counted over all ranks b
 splitting a batch differently changes nothing.
 
 Deviations from the papers: the standard deviation is the unbiased one, as in TRL; GSPO's ratio is weighted per token
-under `dapo` and `dr_grpo`. A completion that is not trained (no reward, or cut and masked, or without KL in a group of
-equal rewards, whose gradient is 0) is excluded from the denominators too, so that it does not dilute the others.
+under `dapo` and `dr_grpo`; a completion that is not trained (`loss_mask`) is excluded from the denominators too, so
+that it does not dilute the others.
 
 | B | prompts | G | completions per prompt | C | completion tokens, padded |
 """
@@ -71,13 +71,13 @@ def loss_mask(
 
     completion_mask: (G, C); rewards, is_stopped: (G,). Excluded are completions that were not scored (nan); with
     mask_truncated_completions those that were cut at the length limit (overlong filtering, DAPO, section 3.4); and all
-    of a group of equal rewards, unless they have a KL divergence to lower (beta above 0).
+    of a group of equal rewards, whose gradient is 0 unless they have a KL divergence to lower (beta above 0).
     """
     is_trained = ~rewards.isnan()
     if mask_truncated_completions:
-        is_trained = is_trained & is_stopped
+        is_trained &= is_stopped
     if beta == 0:
-        is_trained = is_trained & ~has_zero_std(rewards[None])
+        is_trained &= ~has_zero_std(rewards[None])
     return completion_mask & is_trained[:, None]
 
 
