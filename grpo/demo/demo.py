@@ -110,13 +110,11 @@ def choose_folder(config: Config) -> Config | None:
     folders, wanted = [Path(config.output_dir)], config.resume_from_checkpoint
     if config.output_dir == DEMO_DEFAULTS["output_dir"] and wanted in ("none", "auto"):
         folders += [Path(f"{config.output_dir}-{n}") for n in range(2, 1000)]
-    candidates = [folder for folder in folders if not is_in_use(folder)]
-    if wanted != "none" and (begun := [folder for folder in folders if has_begun(folder)]):
-        candidates = begun[-1:]
+    begun = [folder for folder in folders if has_begun(folder)]
+    candidates = begun[-1:] if wanted != "none" else []
+    candidates = candidates or [folder for folder in folders if is_free(folder)]
     if not candidates:
-        fix = "name a new folder"
-        if has_begun(folders[0]):
-            fix += ", or continue with --resume_from_checkpoint auto"
+        fix = "name a new folder" + (", or continue with --resume_from_checkpoint auto" if begun else "")
         raise InputError(f"--output_dir {config.output_dir!r} exists: {fix}")
     for folder in candidates:
         try:
@@ -133,9 +131,9 @@ def choose_folder(config: Config) -> Config | None:
     return dataclasses.replace(config, output_dir=str(folder))
 
 
-def is_in_use(output: Path) -> bool:
-    """True if a folder holds anything but what an interrupted `prepare` leaves."""
-    return output.exists() and not {path.name for path in output.glob("*")} <= {"data", "warm_start", ".lock"}
+def is_free(output: Path) -> bool:
+    """True if a folder is not there, or holds nothing but what an interrupted `prepare` leaves."""
+    return {path.name for path in output.glob("*")} <= {"data", "warm_start", ".lock"}
 
 
 def has_begun(output: Path) -> bool:
@@ -159,36 +157,45 @@ def report(config: Config, began: float) -> None:
     Beside each model's error stands the one after the best straight line through its answers, fitted on training
     samples: what a constant or a scale would repair, that one need not learn.
     """
-    output = Path(config.output_dir)
+    output, options, rows = Path(config.output_dir), AnswerOptions(config, load_scorer(config, [])), {}
     how = load_tokenizer(config.model_id), TOKENS_PER_SECOND, prompt_options(config)
-    datasets = {
-        name: PromptDataset(survey(paths, config, []).samples, *how)
-        for name, paths in {"train": config.data_path, "heldout": config.eval_data_path}.items()
-    }
-    options, rows = AnswerOptions.of(config, load_scorer(config, [])), {}
-    truths = truths_of(list(datasets["heldout"].samples), options)
-    for when, folder in {"before": config.model_id, "after": output / "final"}.items():
-        model = load_model(str(folder)).eval()
-        answers = {name: answer_all(model, dataset, options) for name, dataset in datasets.items()}
-        rows[when] = {
-            name: figure["value"]
-            for name, figure in figures(truths, answers_of(answers["heldout"]), config.valid_range, config.cuts).items()
-        }
-        rows[when]["line_mae"] = error_of_line(answers["train"], answers["heldout"])
+    train, heldout = (
+        PromptDataset(survey(paths, config, []).samples, *how) for paths in (config.data_path, config.eval_data_path)
+    )
+    truths = truths_of(list(heldout.samples), options)
+    for when, folder in {"before": config.model_id, "after": str(output / "final")}.items():
+        model = load_model(folder).eval()
+        fitted, judged = (answer_all(model, dataset, options) for dataset in (train, heldout))
+        found = figures(truths, answers_of(judged), config.valid_range, config.cuts)
+        rows[when] = {name: figure["value"] for name, figure in found.items()}
+        rows[when]["line_mae"] = error_of_line(fitted, judged)
     if dist.get_rank() == 0:
-        print(f"\n{NUM_HELDOUT} held-out samples, greedy answers; errors in points:")
-        titles = {"reward": "reward", "mae": "error", "line_mae": "after the best line", "bias": "bias"}
-        titles |= {"pearson": "correlation", "clipped_ratio": "share cut"}
-        print(f"{'':14}" + "".join(f"{title:>{len(title) + 3}}" for title in titles.values()))
-        constant = {"reward": rows["after"]["zero_skill_reward"], "mae": rows["after"]["zero_skill_mae"]}
-        for when, row in (rows | {"best constant": constant}).items():
-            shown = {name: number(row[name]) if name in row else "" for name in titles}
-            print(f"{when:14}" + "".join(f"{shown[name]:>{len(title) + 3}}" for name, title in titles.items()))
+        print(f"\n{NUM_HELDOUT} held-out samples, greedy answers; errors in points:\n{table(rows)}")
         rows["seconds"] = round(time.time() - began, 1)
-        path = Path(config.output_dir, "demo_report.json")
+        path = output / "demo_report.json"
         path.write_text(json.dumps(rows, indent=2) + "\n")
         print(f"{rows['seconds']:.0f} seconds in all; written to {path}")
     dist.barrier()
+
+
+TITLES = {
+    "reward": "reward",
+    "mae": "error",
+    "line_mae": "after the best line",
+    "bias": "bias",
+    "pearson": "correlation",
+    "clipped_ratio": "share cut",
+}
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Write the main figures as a table, with those of the best constant answer as its last row."""
+    constant = {"reward": rows["after"]["zero_skill_reward"], "mae": rows["after"]["zero_skill_mae"]}
+    lines = [f"{'':14}" + "".join(f"{title:>{len(title) + 3}}" for title in TITLES.values())]
+    for when, row in (rows | {"best constant": constant}).items():
+        cells = [(title, number(row[name]) if name in row else "") for name, title in TITLES.items()]
+        lines.append(f"{when:14}" + "".join(f"{cell:>{len(title) + 3}}" for title, cell in cells))
+    return "\n".join(lines)
 
 
 def answer_all(model, dataset: PromptDataset, options: AnswerOptions) -> list[Prediction]:
