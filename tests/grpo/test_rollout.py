@@ -11,7 +11,7 @@ from grpo.decoding import Decoder, decoder_for, prefill
 from grpo.logprobs import completion_logprobs
 from grpo.loss import clipped_loss, clipped_tokens, importance_ratios, weighted_sum
 from grpo.model.load import SpecialTokens
-from grpo.rollout import SamplingParams, generate
+from grpo.rollout import SamplingParams, filter_top_k_top_p, generate
 from tests.grpo.test_packed import hf_twin
 
 
@@ -159,3 +159,16 @@ def test_room_that_stays_empty_changes_nothing(tiny):
     assert torch.allclose(logits[0], logits[1], atol=1e-5)
     chosen = torch.log_softmax((logits[1] / 0.7).index_fill(1, tiny.suppress_tokens, -torch.inf), dim=1)
     assert torch.allclose(chosen.gather(1, exact.completion_ids[:, 5:])[:, 0], exact.logprobs[:, 5], atol=1e-5)
+
+
+def test_top_k_and_top_p_by_hand():
+    logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
+    assert torch.equal(filter_top_k_top_p(logprobs, 1.0, 0), logprobs)
+    two = torch.tensor([[0.625, 0.375, 0, 0], [0, 0, 0.375, 0.625]])
+    assert torch.allclose(filter_top_k_top_p(logprobs, 1.0, 2).exp(), two)
+    assert torch.allclose(filter_top_k_top_p(logprobs, 0.6, 0).exp(), two)  # 0.5 is too little, 0.8 the least that does
+    one = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0]])
+    assert torch.allclose(filter_top_k_top_p(logprobs, 0.4, 0).exp(), one)  # at least one
+    assert torch.allclose(
+        filter_top_k_top_p(logprobs, 0.6, 3).exp(), two
+    )  # 0.5 / 0.95 of what top-k keeps is below 0.6

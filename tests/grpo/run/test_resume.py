@@ -387,11 +387,11 @@ def test_a_second_signal_ends_the_program_at_once(tiny, tmp_path):
     assert set(checkpoints(tmp_path / "out")) == {1}
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 2), (2, 1)])
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, ranks, kills):
+@pytest.mark.parametrize(("ranks", "kills", "seed"), [(1, 2, 0), (2, 1, 10)])  # 10: the second rank alone is killed
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, ranks, kills, seed):
     tiny = make_tiny(tmp_path / "tiny", num_videos=(1, 2, 1))
     more = ["--max_steps", "6", *evaluating(tiny.folder), *rewarded()]
-    assert kill_and_resume(tiny.folder, ranks, kills, signal.SIGKILL, 0, more)
+    assert kill_and_resume(tiny.folder, ranks, kills, signal.SIGKILL, seed, more)
 
 
 def best_by_hand(evaluations: list[dict], metric: str = "eval/mae") -> int:
