@@ -39,13 +39,14 @@ from grpo.run.survey import survey
 # True answers are few, careless ones many, as where experts read few cases; `reward/RESULTS.md` has other numbers, too.
 NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 80, 192
 WARM_START_STEPS = 800
+HIDDEN_SIZE, LAYERS = 128, 4  # of the model, which then has about 1 million parameters
 INIT_RANGE = 0.06  # standard deviation of the initial weights; with 0.02, learning starts late in such small layers
 # Words of the chat format, so that the tokenizer learns each as one token.
 CHAT_WORDS = "system\nYou are a helpful assistant.\nuser\nassistant\n" * 2
 
 
-def build_model(tokenizer, seed: int, hidden_size: int = 128, layers: int = 4) -> Qwen2_5_VLForConditionalGeneration:
-    """Make a small Qwen2.5-VL of the real class with random weights; about 1 million parameters as it is."""
+def build_model(tokenizer, seed: int, hidden_size: int, layers: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Make a small Qwen2.5-VL of the real class with random weights."""
     words = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "eos_token_id": "<|im_end|>"}
     words |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
     words |= {"bos_token_id": "<|endoftext|>", "pad_token_id": "<|endoftext|>"}
@@ -64,7 +65,7 @@ def make_start(folder: Path, task: DemoTask, seed: int) -> None:
     write_samples(data, "train", NUM_TRAIN, seed, task)
     write_samples(data, "heldout", NUM_HELDOUT, seed, task)
     tokenizer = build_tokenizer([QUESTION, ANSWER.format(0), CHAT_WORDS])
-    model = build_model(tokenizer, seed)
+    model = build_model(tokenizer, seed, HIDDEN_SIZE, LAYERS)
     fit(model, load_prompts(careless, tokenizer), tokenizer, SupervisedConfig(steps=WARM_START_STEPS, seed=seed))
     model.save_pretrained(folder / "warm_start")
     tokenizer.save_pretrained(folder / "warm_start")
