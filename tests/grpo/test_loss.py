@@ -67,6 +67,9 @@ def test_a_completion_without_a_reward_has_no_advantage_and_no_part_in_its_group
     assert torch.equal(with_gap[0, [0, 2, 3]], without[0])
     assert with_gap[0, 1] == 0
     assert (with_gap[1:] == 0).all()  # one reward alone, or none, compares to nothing
+    of_two = group_advantages(torch.tensor([[1.0, NAN, 4.0, NAN]]), "group")
+    half = 1.5 / (math.sqrt(4.5) + 1e-4)
+    assert torch.allclose(of_two, torch.tensor([[-half, 0.0, half, 0.0]]), atol=1e-6)
 
 
 def test_a_constant_factor_on_the_rewards_of_a_group_cancels_unless_they_are_not_scaled():
