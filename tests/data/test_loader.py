@@ -155,7 +155,7 @@ def test_every_choice_about_a_sample_that_cannot_be_used_is_known_and_no_other(b
     for choice in get_args(OnBadMedia):
         PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, choice))[BatchItem(0, 1)]
     assert [choice for choice in get_args(OnLongPrompt) if is_left_out(choice)] == ["skip"]
-    with pytest.raises(NotImplementedError, match="'repair'"):
+    with pytest.raises(ValueError, match="'repair'"):
         PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, "repair"))[BatchItem(0, 1)]
 
 
@@ -268,6 +268,6 @@ def test_a_long_prompt_stops_is_left_out_or_loses_its_last_videos(tiny):
     assert "its prompt has" in str(load(1, 5, "fewer_videos"))  # the text alone is longer
     for on_long in get_args(OnLongPrompt):  # a new one must have its place in is_left_out
         load(1, 5, on_long)
-    with pytest.raises(NotImplementedError, match="'shorter'"):
+    with pytest.raises(ValueError, match="'shorter'"):
         load(1, 5, "shorter")
     assert "no sample can be used" in str(load(1, 5, "skip"))
