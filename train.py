@@ -16,10 +16,12 @@ Each rank samples the whole groups of its own prompts. Sampling depends only on 
 position in the batch: neither the number of ranks nor what a rank did before changes it.
 """
 
+import dataclasses
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import grpo  # noqa: F401  first of all, since it sets how torch's threads wait
@@ -50,9 +52,9 @@ from grpo.model.load import SpecialTokens
 from grpo.model.lora import disable_adapters, without_dropout
 from grpo.model.sharding import Models
 from grpo.ranks import abort_rank, any_rank, full_tensor, print_rank0, raise_together, start_processes
-from grpo.rollout import Rollout, SamplingParams, generate, generators, rollouts_to_train
+from grpo.rollout import Rollout, SamplingParams, ScoredRollout, generate, generators, rollouts_to_train
 from grpo.run.preflight import with_trial_advantages
-from grpo.run.records import GlobalCounts, StepRecords, TokenSums, gather_records, sampling_difference
+from grpo.run.records import GlobalCounts, StepRecords, TokenSums, gather_records, std_of_step
 from grpo.run.scoring import Scorer, score
 from grpo.run.start import start
 from grpo.run.stopping import StopRequest
@@ -74,61 +76,58 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
             on_device = [encode_media(model, prompt) for prompt in on_device]  # once, for the update too
             batch = on_device
         sampled = generate(model, on_device, tokens, params, generators(batch, config.seed, step, tokens.device))
-        for rollout, prompt in zip(sampled, batch, strict=True):
-            rollout.prompt = prompt  # pixels wait in the host's memory for the update
-        rollouts += sampled
+        pairs = zip(sampled, batch, strict=True)  # pixels wait in the host's memory for the update
+        rollouts += [dataclasses.replace(rollout, prompt=prompt) for rollout, prompt in pairs]
     return rollouts
 
 
 def reward_phase(
     rollouts: list[Rollout], tokenizer, scorer: Scorer, config: Config, step: int
-) -> tuple[StepRecords, GlobalCounts]:
-    """Score the completions and compute their advantages; return the records and counts of all ranks."""
-    device = rollouts[0].logprobs.device
-    for rollout in rollouts:
-        rollout.texts = tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
-    scores = score(scorer, rollouts, step)
-    for rollout, row in zip(rollouts, scores.rewards, strict=True):  # (B, G), nan where not scored
-        rollout.rewards = row.to(device)
-        rollout.loss_mask = (not rollout.prompt.is_padding) & loss_mask(
-            rollout.completion_mask, rollout.rewards, rollout.is_stopped, config.mask_truncated_completions, config.beta
-        )
-    records = gather_records(rollouts, scores.by_function)
-    counts = GlobalCounts.of(records)  # the denominators
-    advantages = group_advantages(scores.rewards, config.scale_rewards, counts.reward_std)  # (B, G)
-    for rollout, row in zip(rollouts, advantages, strict=True):
-        rollout.advantages = row.to(device)
-    records.set_advantages(config.scale_rewards, counts.reward_std)  # those of all ranks, for the logs
-    return records, counts
+) -> tuple[list[ScoredRollout], StepRecords]:
+    """Score the completions and compute their advantages; the records are those of all ranks."""
+    texts = [tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True) for rollout in rollouts]
+    scores = score(scorer, rollouts, texts, step)
+    is_padding = torch.tensor([rollout.prompt.is_padding for rollout in rollouts])
+    rewards = scores.rewards.masked_fill(is_padding[:, None], torch.nan)  # (B, G), nan where not scored
+    advantages = group_advantages(rewards, config.scale_rewards, std_of_step(rewards))  # (B, G)
+    scored, device = [], rollouts[0].logprobs.device
+    for rollout, own_rewards, own_advantages in zip(rollouts, rewards.to(device), advantages.to(device), strict=True):
+        is_trained = own_rewards, rollout.is_stopped, config.mask_truncated_completions, config.beta
+        scored.append(ScoredRollout(rollout, own_advantages, loss_mask(rollout.completion_mask, *is_trained)))
+    return scored, gather_records(scored, texts, scores)
 
 
 def update_phase(
-    models: Models, optimizer, rollouts: list[Rollout], counts: GlobalCounts, suppress_tokens: Tensor, config: Config
+    models: Models, optimizer, scored: list[ScoredRollout], suppress_tokens: Tensor, config: Config
 ) -> dict[str, float]:
     """Update the policy on one batch of rollouts, `num_iterations` times; return the metrics of all ranks."""
+    counts = GlobalCounts.of(scored)  # of all ranks: the denominators
     sums, is_bad = TokenSums(suppress_tokens.device), False
-    rollouts = rollouts_to_train(rollouts, config.per_device_train_batch_size)
+    size = config.per_device_train_batch_size
+    passes = list(batched(rollouts_to_train(scored, size), size))
+    fixed = []  # per pass: log-probabilities of the old and the reference policy
     for iteration in range(config.num_iterations):
         optimizer.zero_grad()
-        for batch in batched(rollouts, config.per_device_train_batch_size):
+        for number, batch in enumerate(passes):
             results = policy_logprobs(models.policy, batch, suppress_tokens, config)
             if iteration == 0:
-                set_old_logprobs(models, batch, results, suppress_tokens, config)
+                fixed.append(fixed_logprobs(models, batch, results, suppress_tokens, config))
             loss = 0.0
-            for rollout, (logprobs, entropy) in zip(batch, results, strict=True):
-                mask = rollout.loss_mask
-                ratio = importance_ratios(logprobs, rollout.old_logprobs, mask, config.importance_sampling_level)
-                token_loss = clipped_loss(ratio, rollout.advantages, config.epsilon, config.epsilon_high)
+            for one, (logprobs, entropy), (old, reference) in zip(batch, results, fixed[number], strict=True):
+                mask, advantages = one.loss_mask, one.advantages
+                ratio = importance_ratios(logprobs, old, mask, config.importance_sampling_level)
+                token_loss = clipped_loss(ratio, advantages, config.epsilon, config.epsilon_high)
                 if config.beta > 0:
-                    kl = kl_estimate(logprobs, rollout.reference_logprobs)
+                    kl = kl_estimate(logprobs, reference)
                     token_loss = token_loss + config.beta * kl
                     sums.add("kl", kl, mask)
                 totals = counts.num_tokens, counts.num_completions
                 weights = completion_weights(config.loss_type, mask.sum(dim=1), *totals, config.max_completion_length)
                 loss = loss + weighted_sum(token_loss, mask, weights)
                 sums.add("entropy", entropy, mask)
+                sums.add_difference(one.rollout.logprobs, old, mask)
                 if config.num_iterations > 1:  # in the first update every ratio is 1
-                    low, high = clipped_tokens(ratio, rollout.advantages, config.epsilon, config.epsilon_high)
+                    low, high = clipped_tokens(ratio, advantages, config.epsilon, config.epsilon_high)
                     sums.add("clip_ratio/low_mean", low, mask)
                     sums.add("clip_ratio/high_mean", high, mask)
             # FSDP averages the gradients of the ranks, but the step's loss is the sum of their losses.
@@ -139,47 +138,45 @@ def update_phase(
             is_bad = True  # weights and optimizer stay as they are, in the remaining iterations too
         else:
             optimizer.step()
-    metrics = sums.means(counts.num_tokens, config.num_iterations) | sampling_difference(rollouts, counts.num_tokens)
-    return metrics | {"grad_norm": grad_norm.item(), "bad_steps": float(is_bad)}
+    metrics = sums.means(counts.num_tokens, config.num_iterations)
+    return metrics | {"grad_norm": grad_norm.item(), "run/bad_steps": float(is_bad)}
 
 
 def policy_logprobs(
-    policy, batch: list[Rollout], suppress_tokens: Tensor, config: Config
+    policy, batch: list[ScoredRollout], suppress_tokens: Tensor, config: Config
 ) -> list[tuple[Tensor, Tensor]]:
     """Return log-probabilities and entropies of the completions, both (G, C) per rollout, in one packed pass."""
+    rollouts = [one.rollout for one in batch]
     return policy.completion_logprobs(
-        [rollout.prompt.to(suppress_tokens.device) for rollout in batch],
-        [rollout.completion_ids for rollout in batch],
-        [rollout.completion_mask for rollout in batch],
+        [rollout.prompt.to(suppress_tokens.device) for rollout in rollouts],
+        [rollout.completion_ids for rollout in rollouts],
+        [rollout.completion_mask for rollout in rollouts],
         config.temperature,
         suppress_tokens,
     )
 
 
-def set_old_logprobs(
-    models: Models, batch: list[Rollout], results: list[tuple[Tensor, Tensor]], suppress_tokens: Tensor, config: Config
-) -> None:
-    """Keep the log-probabilities of the policy before its first update, and those of the reference policy.
+def fixed_logprobs(
+    models: Models, batch: list[ScoredRollout], results: list[tuple], suppress_tokens: Tensor, config: Config
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Return the log-probabilities of the policy before its first update, and of the reference policy if there is one.
 
     results: those of the first update's own pass, so that its ratio is exactly 1.
     """
     if config.num_iterations > 1 and config.lora_enable and config.lora_dropout > 0:
         with torch.no_grad(), without_dropout(models.policy):  # later ratios compare policies, not dropout masks
             results = policy_logprobs(models.policy, batch, suppress_tokens, config)
-    for rollout, (logprobs, _) in zip(batch, results, strict=True):
-        rollout.old_logprobs = logprobs.detach()
+    old, reference = [logprobs.detach() for logprobs, _ in results], [None] * len(batch)
     if config.beta > 0:
         with torch.no_grad(), disable_adapters(models.reference):
-            results = policy_logprobs(models.reference, batch, suppress_tokens, config)
-        for rollout, (logprobs, _) in zip(batch, results, strict=True):
-            rollout.reference_logprobs = logprobs
+            reference = [logprobs for logprobs, _ in policy_logprobs(models.reference, batch, suppress_tokens, config)]
+    return list(zip(old, reference, strict=True))
 
 
 def trial_step(models: Models, optimizer, tokens: SpecialTokens, config: Config, prompts: list[Prompt]) -> None:
     """Run a step with completions of full length and made-up advantages: for `memory_preflight`."""
     rollouts = rollout_phase(models.sampling.sync(models.policy), prompts, tokens.without_eos(), config, step=0)
-    counts = with_trial_advantages(rollouts)
-    update_phase(models, optimizer, rollouts, counts, tokens.suppress_tokens, config)
+    update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
     if config.eval_data_path:
         together = [prompts[0].to(tokens.device)] * config.per_device_eval_batch_size
         generate(models.sampling.model, together, tokens.without_eos(), SamplingParams(1, config.max_completion_length))
@@ -190,15 +187,16 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     run = start(config, device, trial_step)
     if run is None:
         return True
-    config, first, rank = run.config, run.resume.step, dist.get_rank()
-    models, optimizer, tokens = run.models, run.optimizer, run.tokens
-    heldout = HeldOut(run.heldout, run.scorer, config) if run.heldout else None
+    inputs, models, optimizer, tokens = run.inputs, run.models, run.optimizer, run.tokens
+    config, scorer, first = inputs.config, inputs.scorer, inputs.resume.step
+    heldout = HeldOut(run.heldout, scorer, config) if run.heldout else None
     tracker = run.track()
+    save = partial(run.save, tracker)
 
     def evaluate(step: int) -> None:
         """Evaluate the policy if it is due; keep it in best/ if none was better."""
         if heldout and tracker.is_evaluation_due(step):
-            heldout.evaluate_policy(models.sampling.sync(models.policy), step, tracker, run.save, stop.requested)
+            heldout.evaluate_policy(models.sampling.sync(models.policy), step, tracker, save, stop.requested)
 
     stop.listen()
     evaluate(first)  # before the first step, or where a signal came first
@@ -213,11 +211,11 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
         rollouts = rollout_phase(sampling_model, prompts, tokens, config, step)
         clock.lap("rollout")
 
-        records, counts = reward_phase(rollouts, run.tokenizer, run.scorer, config, step)
+        scored, records = reward_phase(rollouts, inputs.tokenizer, scorer, config, step)
         clock.lap("reward")
 
-        torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # for dropout
-        metrics = update_phase(models, optimizer, rollouts, counts, tokens.suppress_tokens, config)
+        torch.manual_seed(hash((config.seed, step, dist.get_rank())) % 2**63)  # for dropout
+        metrics = update_phase(models, optimizer, scored, tokens.suppress_tokens, config)
         metrics["learning_rate"] = run.schedule.get_last_lr()[0]
         run.schedule.step()
         clock.lap("update")
@@ -227,11 +225,11 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
             evaluate(step)
         is_stopped = stop.requested()
         if is_stopped or (config.save_steps and step % config.save_steps == 0):
-            run.save(f"checkpoint-{step}", step, is_needed=is_stopped)
+            save(f"checkpoint-{step}", step, is_needed=is_stopped)
         if is_stopped:
             return tracker.stopped(step)
         clock = Clock()  # time spent on logging and saving does not count to the next step
-    run.save("final", run.total_steps)
+    save("final", run.total_steps)
     tracker.close()
     print_rank0(f"done: the trained model is in {Path(config.output_dir, 'final')}")
     return True

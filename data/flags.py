@@ -29,7 +29,9 @@ class SampleFlags:
     model_id: str = flag("", "Qwen2.5-VL: a local folder or a hub name")
     data_path: list[str] = flag([], "JSON or JSONL files of samples (data/README.md)", may_change=True)
     image_folder: str = flag("", "folder of the videos whose path in the JSON does not exist as it is", may_change=True)
-    system_prompt: str = flag("", "text, or a file with it, before conversations without a system turn of their own")
+    system_prompt: str = flag(
+        "", "text, or a file with it, before conversations without a system turn of their own", decides=True
+    )
 
 
 @dataclass

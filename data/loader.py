@@ -25,10 +25,12 @@ from data.media.augment import Augmentation
 from data.media.fetch import DEFAULT_CACHE
 from data.media.frame_cache import CacheError, FrameCache
 from data.media.frames import VideoOptions
-from data.media.images import ImageOptions, MediaOptions, load_media, media_grid
+from data.media.images import ImageOptions
+from data.media.load import MediaOptions, load_media, media_grid
 from data.media.patches import PATCH_VALUES
 from data.prompt import encode_prompt
 from data.sample import BadMedia, InputError, Sample, keep_media, read_system_prompt
+from data.video_cap import varies
 
 
 @dataclass
@@ -89,8 +91,8 @@ def media_options(flags: MediaFlags, threads: int = 1) -> MediaOptions:
 def prompt_options(flags: LoaderFlags, is_training: bool = False) -> PromptOptions:
     """Return the flags about how samples become prompts; what differs between epochs does so in training only."""
     augmentation = None
-    if is_training and (flags.frame_jitter or flags.video_cap == "random"):
-        max_videos = flags.max_videos if flags.video_cap == "random" else 0
+    if is_training and (flags.frame_jitter or varies(flags.video_cap)):
+        max_videos = flags.max_videos if varies(flags.video_cap) else 0
         augmentation = Augmentation(flags.seed, max_videos, flags.frame_jitter)
     media = media_options(flags, threads=max(1, cores_per_rank() // max(1, flags.dataloader_num_workers)))
     return PromptOptions(media, flags.on_bad_video, flags.max_prompt_length, flags.on_long_prompt, augmentation)
@@ -114,6 +116,14 @@ def resolve_data_flags(flags: MediaFlags) -> None:
 
 class LongPrompt(Exception):
     """A prompt has more tokens than it may; the message says how many."""
+
+
+def is_left_out(choice: OnBadMedia | OnLongPrompt) -> bool:
+    """Say whether a sample that cannot be used is left out; else the run stops."""
+    left_out = {"skip": True, "error": False, "fewer_videos": False}  # the last: none of its videos are left
+    if choice not in left_out:
+        raise ValueError(f"data/loader.py does not know what to do by {choice!r}")
+    return left_out[choice]
 
 
 def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: MediaOptions) -> Prompt:
@@ -175,20 +185,18 @@ class PromptDataset(Dataset):
                 if options.max_prompt_length:
                     sample, _ = fit_prompt(whole, self.tokenizer, options)
                 prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, options.media)
-            except (BadMedia, FileNotFoundError) as error:
+            except (BadMedia, FileNotFoundError, LongPrompt) as error:
                 bad_media = bad_media or f"sample {sample.id!r}: {error}"
-                if options.on_bad_media == "error":
-                    return InputError(f"{bad_media}; replace the file, or skip such samples with --on_bad_video skip")
+                choice, mend = options.on_bad_media, "replace the file, or skip such samples with --on_bad_video skip"
+                if isinstance(error, LongPrompt):
+                    choice, mend = options.on_long_prompt, "raise it, or choose another --on_long_prompt"
+                if not is_left_out(choice):
+                    return InputError(f"{bad_media}; {mend}")
                 continue
             except CacheError as error:
                 return InputError(f"{error}: make room, or name another place")
             except InputError as error:  # the file of samples has changed
                 return error
-            except LongPrompt as error:
-                bad_media = bad_media or f"sample {sample.id!r}: {error}"
-                if options.on_long_prompt != "skip":
-                    return InputError(f"{bad_media}; raise it, or choose another --on_long_prompt")
-                continue
             except ValueError as error:
                 return InputError(f"sample {sample.id!r}: {error}")
             is_padding = item.is_padding or bool(bad_media)

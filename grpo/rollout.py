@@ -36,22 +36,24 @@ class SamplingParams:
         return cls(config.num_generations, config.max_completion_length, config.temperature, config.top_p, config.top_k)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rollout:
-    """The group of one prompt. All (G, C) tensors are aligned with `completion_ids`."""
+    """The group of one prompt, as sampled. All (G, C) tensors are aligned with `completion_ids`."""
 
     prompt: Prompt
     completion_ids: Tensor  # (G, C)
     completion_mask: Tensor  # (G, C), True for sampled tokens, the end-of-sequence token included
     logprobs: Tensor  # (G, C) float32, recorded while sampling; 0 where the mask is False
     is_stopped: Tensor  # (G,), False where a completion was cut at the length limit
-    # Filled in by the training loop:
-    texts: list[str] | None = None  # G completions as text
-    rewards: Tensor | None = None  # (G,), nan where a completion was not scored
-    loss_mask: Tensor | None = None  # (G, C), True for tokens that are trained
-    advantages: Tensor | None = None  # (G,)
-    old_logprobs: Tensor | None = None  # (G, C), of the policy before the first update
-    reference_logprobs: Tensor | None = None  # (G, C), of the initial policy
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout, and what the update needs to know of its rewards."""
+
+    rollout: Rollout
+    advantages: Tensor  # (G,)
+    loss_mask: Tensor  # (G, C), True for tokens that are trained
 
 
 def generators(prompts: list[Prompt], seed: int, step: int, device: torch.device) -> list[torch.Generator]:
@@ -137,13 +139,13 @@ def generate(
     return rollouts
 
 
-def rollouts_to_train(rollouts: list[Rollout], batch_size: int) -> list[Rollout]:
+def rollouts_to_train(scored: list[ScoredRollout], batch_size: int) -> list[ScoredRollout]:
     """Leave out rollouts without trained tokens, but for those that keep the passes of all ranks in step; collective.
 
     Returns as many as make the same number of passes of `batch_size` on every rank: none if no rank has any to train.
     """
-    trained = [rollout for rollout in rollouts if rollout.loss_mask.any()]
-    untrained = [rollout for rollout in rollouts if not rollout.loss_mask.any()]
+    trained = [one for one in scored if one.loss_mask.any()]
+    untrained = [one for one in scored if not one.loss_mask.any()]
     passes = max(all_gather_object(math.ceil(len(trained) / batch_size)))
     missing = (passes - 1) * batch_size + 1 - len(trained)  # until the last pass has a rollout
     return trained + untrained[: max(0, missing)]

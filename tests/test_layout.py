@@ -61,6 +61,15 @@ def test_no_import_goes_upward(who, never):
     assert not wrong
 
 
+def test_a_reward_is_explored_without_torch():
+    """It takes seconds to import."""
+    found, new = set(), {"reward.explore"}
+    while new:
+        found |= new
+        new = {other for module in new for other in IMPORTS.get(module, ())} - found
+    assert "data.flags" in found and not {module for module in found if is_within(module, "torch", "decord")}
+
+
 def test_no_import_goes_in_a_circle():
     """Take away modules that import nothing of ours that is left, until none is left."""
     left = {module: imports & MODULES for module, imports in IMPORTS.items()}

@@ -15,24 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 from tqdm import tqdm
 
 from data.check.media import FORKSERVER, PRELOAD, MediaProblem, check_in_own_process
-from data.check.report import outside_line, print_rare_keys, print_sizes
+from data.check.report import print_problems, print_report
 from data.dataset import Samples
 from data.flags import MediaFlags, SampleFlags, parse_flags
 from data.loader import media_options, resolve_data_flags
-from data.media.frame_cache import CacheError
-from data.media.images import MediaOptions
+from data.media.load import MediaOptions
 from data.media.patches import Grid
-from data.prompt import check_text, load_tokenizer
+from data.prompt import load_tokenizer
 from data.sample import DuplicateId, InputError, Media, Sample, TagMismatch, with_system_prompt
-from data.video_cap import cap_videos, even, first
+from data.video_cap import cap_videos, choice_of, varies
 from reward.extract import extract_number
 from reward.flags import Bounds, WeightedFlags, flag
 from reward.functions import ARGUMENTS, RewardError, RewardFunction, check_keys, keys_of, load_reward_functions
-from reward.zero_skill import zero_skill
 
 KEPT = ("no number in the truth", "over --max_videos", "over --max_images")
 PROBLEMS = ("malformed sample", "tags and files differ", "duplicate id", "missing file", "undecodable video")
@@ -65,27 +62,24 @@ def find_problems(
         kinds = {TagMismatch: "tags and files differ", DuplicateId: "duplicate id"}
         return {kinds.get(type(sample), "malformed sample"): str(sample)}
     problems = {}
-    try:
-        check_text(sample.turns)
-    except ValueError as error:
-        problems["malformed sample"] = str(error)
     if taken := [key for key in sample.extra if key in ARGUMENTS]:
         problems["malformed sample"] = f"key {taken[0]!r}: reward functions are given something else under this name"
-    max_videos = 0 if args.video_cap == "random" else args.max_videos  # at random, each is used in some epoch
-    used = cap_videos(sample, max_videos, args.max_images, first if args.video_cap == "first" else even).media
-    bad = {media: checked[media] for media in sample.media if isinstance(checked[media], MediaProblem)}
-    for media, (problem, reason) in bad.items():
-        # The trainer decodes only what it uses, but all must exist.
-        if media in used or problem == "missing file":
-            problems.setdefault(problem, reason)
+    max_videos = 0 if varies(args.video_cap) else args.max_videos  # where it varies, each is used in some epoch
+    used = cap_videos(sample, max_videos, args.max_images, choice_of(args.video_cap)).media
+    not_used = {"video": "", "image": ""}
+    for media in dict.fromkeys(sample.media):
+        if isinstance(checked[media], MediaProblem):
+            problem, reason = checked[media]
+            if media not in used:
+                not_used[media.kind] += f"; not used: {reason}"
+            if media in used or problem == "missing file":  # the trainer decodes only what it uses, but all must exist
+                problems.setdefault(problem, reason)
     if extract_number(sample.answer) is None:
         problems["no number in the truth"] = f"{sample.answer!r}: a numerical reward gives every completion 0.5"
     for kind, most in (("video", args.max_videos), ("image", args.max_images)):
         have = sum(media.kind == kind for media in sample.media)
         if 0 < most < have:
-            not_used = [reason for media, (_, reason) in bad.items() if media.kind == kind and media not in used]
-            unused = "".join(f"; not used: {reason}" for reason in not_used)
-            problems[f"over --max_{kind}s"] = f"{have} {kind}s, only {most} are used{unused}"
+            problems[f"over --max_{kind}s"] = f"{have} {kind}s, only {most} are used{not_used[kind]}"
     return problems
 
 
@@ -96,18 +90,12 @@ def check(args: CheckConfig, options: MediaOptions, functions: list[RewardFuncti
         for name, entry, sample in Samples(args.data_path, args.image_folder).each()
     ]
     keys = keys_of([sample for _, _, sample in entries if isinstance(sample, Sample)])
-    try:
-        check_keys(functions, [key for key in keys if key not in ARGUMENTS])  # those are in the table
-    except RewardError as error:
-        raise InputError(str(error)) from error
+    check_keys(functions, [key for key in keys if key not in ARGUMENTS])  # those are in the table
     tokenizer = load_tokenizer(args.model_id) if args.model_id else None
     media = list(dict.fromkeys(media for _, _, sample in entries for media in getattr(sample, "media", ())))
     with ThreadPoolExecutor(args.num_workers) as threads:
         results = threads.map(partial(check_in_own_process, options=options), media)
         checked = dict(zip(media, tqdm(results, total=len(media), unit="file"), strict=True))
-    for result in checked.values():
-        if isinstance(result, CacheError):
-            raise InputError(f"{result}: make room, or name another place")
 
     found, valid = {problem: [] for problem in PROBLEMS}, []
     for name, entry, sample in entries:
@@ -118,23 +106,9 @@ def check(args: CheckConfig, options: MediaOptions, functions: list[RewardFuncti
         if problems.keys() <= set(KEPT):
             # An entry without an id gets it from its position, which may be another in the cleaned file.
             valid.append((entry if has_id else entry | {"id": sample.id}, sample))
-
-    print(f"{'problem':24}{'samples':>8}  {'action':10}first ids, and the first reason")
-    for problem, samples in found.items():
-        action = ("kept" if problem in KEPT else "left out") if samples else ""
-        ids = ", ".join(name for name, _ in samples[:3]) + ", ..." * (len(samples) > 3)
-        print(f"{problem:24}{len(samples):>8}  {action:10}{ids}".rstrip())
-        if samples:
-            print(f"    {samples[0][1]}")
+    print_problems(found, KEPT)
     if valid:
-        samples = [sample for _, sample in valid]
-        truths = np.array([extract_number(sample.answer) for sample in samples], dtype=float)  # None becomes nan
-        print_sizes(samples, checked, args, tokenizer)
-        print_rare_keys(samples)
-        if line := outside_line(truths, args.valid_range):
-            print(line)
-        if line := zero_skill(functions, samples, truths, keys_of(samples)):
-            print(line)
+        print_report([sample for _, sample in valid], checked, args, tokenizer, functions)
     num_left_out = len(entries) - len(valid)
     num_images = sum(one.kind == "image" for one in checked)
     counted = f"{len(checked) - num_images} videos" + f", {num_images} images" * bool(num_images)
@@ -193,7 +167,7 @@ def main(argv: list[str]) -> int:
     try:
         config = parse(argv)
         return check(config, media_options(config), load_functions(config))
-    except (InputError, OSError) as error:
+    except (InputError, OSError, RewardError) as error:
         print(f"python -m data.check: error: {error}", file=sys.stderr)
         return 2
 

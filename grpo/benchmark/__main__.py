@@ -1,8 +1,8 @@
 """`python -m grpo.benchmark`: what a step costs on this machine, without data or weights.
 
 Builds a Qwen2.5-VL with random weights and a prompt with random pixels, and times the trainer's own rollout and update.
-In turn with them it times the baseline, which other trainers compute (`repeated_rows.py`): each of the G completions is
-a row with its own copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and
+In turn with them it times the baseline, in which nothing is shared (`repeated_rows.py`): each of the G completions is a
+row with its own copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and
 sharding. All completions have `--completion_length` tokens. Under torchrun every rank has one prompt, as in training.
 """
 
@@ -47,6 +47,8 @@ IDS |= {"image_token_id": IMAGE_TOKEN, "bos_token_id": 0, "eos_token_id": 0, "pa
 FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb")
 AT_LEAST_1 = Bounds(lambda n: n >= 1, "must be at least 1")
 AT_LEAST_2 = Bounds(lambda n: n >= 2, "must be at least 2")
+# The machine's limits are measured by a copy of this many bytes, and by a product of matrices of this size.
+COPIED_BYTES, MATRIX_SIDE = 2**29, {"cuda": 8192, "cpu": 2048}
 
 
 @dataclass
@@ -111,10 +113,15 @@ def measure(rollout, update) -> dict[str, float]:
     """
     reset_peak_memory()
     update(rollout())
-    memory = peak_memory_gb()
-    rollout_seconds, rollouts = seconds(rollout)
-    update_seconds, _ = seconds(update, rollouts)
-    return dict(zip(FIGURES, (rollout_seconds, update_seconds, rollout_seconds + update_seconds, memory), strict=True))
+    peak = peak_memory_gb()
+    in_rollout, rollouts = seconds(rollout)
+    in_update, _ = seconds(update, rollouts)
+    return dict(zip(FIGURES, (in_rollout, in_update, in_rollout + in_update, peak), strict=True))
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float] | None:
+    """Return the median of each figure over some runs; None without runs."""
+    return {name: statistics.median(run[name] for run in runs) for name in FIGURES} if runs else None
 
 
 def best_of(function, times: int = 5) -> float:
@@ -125,14 +132,11 @@ def best_of(function, times: int = 5) -> float:
 def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_seconds: float, update_seconds: float):
     """Return what share of the memory bandwidth decoding reaches, and of the matrix products the update.
 
-    model: unsharded. Both limits are measured: by a copy of 1 GB, and by a product of large matrices. Attention and
-    recomputation are not counted as work.
+    model: unsharded. Attention and recomputation are not counted as work.
     """
-    device, dtype = model.device, model.dtype
-    words = torch.ones(2**29 // dtype.itemsize, dtype=dtype, device=device)
-    there = torch.empty_like(words)
-    bandwidth = 2 * 2**29 / best_of(lambda: there.copy_(words))  # read and written, bytes per second
-    side = 8192 if device.type == "cuda" else 2048
+    words = torch.ones(COPIED_BYTES // model.dtype.itemsize, dtype=model.dtype, device=model.device)
+    there, side = torch.empty_like(words), MATRIX_SIDE[model.device.type]
+    bandwidth = 2 * COPIED_BYTES / best_of(lambda: there.copy_(words))  # read and written, bytes per second
     square = words[: side * side].view(side, side)
     flops = 2 * side**3 / best_of(lambda: square @ square)
 
@@ -144,7 +148,7 @@ def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_second
     text, visual, merger = model.config.text_config, model.model.visual, size(model.model.visual.merger)
     layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    read = (layers + head + per_token * (P + G * C // 2)) * dtype.itemsize  # bytes per decoding step
+    read = (layers + head + per_token * (P + G * C // 2)) * model.dtype.itemsize  # bytes per decoding step
     tower = 0 if options.freeze_vision_tower else size(visual) - merger
     work = 6 * (layers * (P + G * C) + head * G * C + tower * S + merger * S // MERGE_SIZE**2)
     return {
@@ -185,8 +189,7 @@ def run(options: Options, device: torch.device) -> dict:
         return rollout_phase(models.sampling.sync(policy), [prompt], tokens, settings, step=1)
 
     def update(rollouts):
-        counts = with_trial_advantages(rollouts)
-        return update_phase(models, optimizer, rollouts, counts, tokens.suppress_tokens, config)
+        return update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
 
     def baseline_rollout():
         return repeated_rollout(sampling_model, prompt.to(device), G, C, tokens.suppress_tokens)
@@ -208,11 +211,9 @@ def run(options: Options, device: torch.device) -> dict:
             for module in (policy, sampling_model):
                 use_our_layers(module)
 
-    def medians(runs: list[dict]) -> dict[str, float]:
-        return {name: statistics.median(figures[name] for figures in runs) for name in FIGURES}
-
     prefill_seconds = best_of(lambda: rollout(1))
-    figures = medians(ours) | {"baseline": medians(theirs) if theirs else None, "prefill_seconds": prefill_seconds}
+    figures = medians(ours) | {"baseline": medians(theirs), "baseline_out_of_memory": False}
+    figures |= {"prefill_seconds": prefill_seconds}
     decode_seconds = (figures["rollout_seconds"] - prefill_seconds) / (C - 1)
     return figures | shares_of_the_machine(sampling_model, prompt, options, decode_seconds, figures["update_seconds"])
 
@@ -223,7 +224,7 @@ def run_what_fits(options: Options, device: torch.device) -> dict:
     With several ranks, one that runs out of memory cannot tell the others and ends the benchmark.
     """
     try:
-        return run(options, device) | {"baseline_out_of_memory": False}
+        return run(options, device)
     except torch.OutOfMemoryError as error:
         line = "out of memory: lower a figure, or add --gradient_checkpointing true"
         if dist.get_world_size() > 1:

@@ -23,7 +23,7 @@ from data.dataset import load_samples
 from data.flags import parse_flags
 from data.loader import Prompt, load_prompt
 from data.media.frames import VideoOptions
-from data.media.images import MediaOptions
+from data.media.load import MediaOptions
 from data.prompt import load_tokenizer
 from data.sample import BadMedia, InputError
 from grpo.demo.synthetic_echo import NUM_FRAMES, SIZE

@@ -100,21 +100,18 @@ def parse(argv: list[str]) -> EvaluateConfig:
 
 def defaults_of_run(given: EvaluateConfig) -> dict:
     """Return the flags that a run supplies: model, held-out samples, and how it prepared and sampled."""
-    path = Path(given.run, "config.json")
+    path, final = Path(given.run, "config.json"), os.path.join(given.run, "final")
+    names = {field.name for field in dataclasses.fields(EvaluateConfig)} - {"run", "adapter", "temperature"}
+    if given.reward_funcs is not None:  # the run's weights and arguments are those of other functions
+        names -= {"reward_weights", "reward_kwargs"}
     try:
         run = json.loads(path.read_text())
-        names = {field.name for field in dataclasses.fields(EvaluateConfig)} - {"run", "adapter", "temperature"}
         defaults = {name: value for name, value in run.items() if name in names}
         defaults |= {"data_path": run["eval_data_path"], "output_dir": os.path.join(given.run, "eval")}
-        if given.reward_funcs is not None:  # the run's weights and arguments are those of other functions
-            defaults = {
-                name: value for name, value in defaults.items() if name not in ("reward_weights", "reward_kwargs")
-            }
-        final = os.path.join(given.run, "final")
-        if run["lora_enable"] and not given.model_id:
-            defaults["adapter"] = given.adapter or final
-        elif not run["lora_enable"]:
+        if not run["lora_enable"]:
             defaults["model_id"] = final
+        elif not given.model_id:
+            defaults["adapter"] = given.adapter or final
     except OSError as error:
         raise InputError(
             f"--run {given.run!r} is no folder of a run: {path} cannot be read ({error.strerror})"
@@ -138,14 +135,12 @@ def decisive_flags(config: EvaluateConfig) -> dict:
 
 def load_for_sampling(config: EvaluateConfig, device: torch.device):
     """Load the model, with the adapter merged into it, in the precision in which training samples."""
-    dtype = compute_dtype(device)
     if config.adapter:
-        base_of(config.adapter)  # raises InputError if it is no adapter folder
-        model = load_merged(config.adapter, config.model_id, dtype)
+        model = load_merged(config.adapter, config.model_id, compute_dtype(device))
     elif os.path.isfile(os.path.join(config.model_id, "adapter_config.json")):
         raise InputError(f"--model_id {config.model_id!r} holds adapters: give it as --adapter")
     else:
-        model = load_model(config.model_id, dtype)
+        model = load_model(config.model_id, compute_dtype(device))
     model.to(device).eval()
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         pack_weights(model.model)
@@ -168,7 +163,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     print_rank0(*messages)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)
-    options = AnswerOptions.of(config, scorer, config.num_samples, config.temperature)
+    options = AnswerOptions(config, scorer, config.num_samples, config.temperature)
     settings = decisive_flags(config)
     settings["rewards"] = [[f.name, f.weight, f.options, f.digest] for f in scorer.functions]
     settings |= {"samples": found.fingerprint, "weights": digest_of(model)}

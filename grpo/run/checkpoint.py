@@ -38,7 +38,12 @@ STATE, PROGRESS = "trainer_state", "progress.json"
 def checkpoints(output: Path) -> dict[int, Path]:
     """Find the complete checkpoints of a run, by step."""
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output.glob("checkpoint-*")}
-    return {int(match[1]): path for path, match in found.items() if match and (path / STATE / ".metadata").exists()}
+    return {int(match[1]): path for path, match in found.items() if match and is_complete(path)}
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether a folder is a whole checkpoint: the index is written last."""
+    return (folder / STATE / ".metadata").exists()
 
 
 def trainer_state(model, optimizer) -> dict[str, Tensor]:
@@ -67,20 +72,26 @@ def load(folder: Path | None, step: int, model, optimizer, schedule) -> None:
         for name, parameter in model.named_parameters():
             for key in [key for key in stored if key.startswith(f"optimizer.{name}.")]:  # none before the first update
                 size = stored[key].size
-                empty = (
-                    torch.zeros_like(parameter)
-                    if size == parameter.shape
-                    else torch.zeros(size, device=parameter.device)
-                )
-                optimizer.state[parameter][key.rpartition(".")[2]] = empty.detach()
+                like = parameter.detach() if size == parameter.shape else torch.empty(size, device=parameter.device)
+                optimizer.state[parameter][key.rpartition(".")[2]] = torch.zeros_like(like)
         dcp.load(trainer_state(model, optimizer), checkpoint_id=folder / STATE)
-    except (Exception, CheckpointException) as error:  # a damaged file can fail in any way that unpickling can
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # a damaged file can fail in any way that unpickling can
         raise InputError(
             f"{str(folder)!r} cannot be read ({reason(error)}): move it away, and resume from the one before"
         ) from error
 
 
-def save(config: Config, name: str, files: ModelFiles, state: dict, progress: dict, is_needed: bool) -> bool:
+def save(
+    config: Config,
+    name: str,
+    files: ModelFiles,
+    state: dict,
+    progress: dict,
+    is_needed: bool,
+) -> bool:
     """Write a checkpoint, or with an empty `state` the final or best model, under `output_dir`; collective.
 
     files: written by rank 0. If writing fails, earlier folders stay as they are, and all ranks raise InputError or, if
@@ -88,39 +99,12 @@ def save(config: Config, name: str, files: ModelFiles, state: dict, progress: di
     """
     folder = Path(config.output_dir, name)
     unfinished = folder.with_name(f"{name}.unfinished")
-
-    def begin() -> None:
-        """Clear away what a killed run has left, and write what rank 0 alone writes."""
-        for path in folder.parent.glob("*"):  # left by a run that was killed while saving or removing
-            if re.fullmatch(r"(final|best)\.removed", path.name) and not path.with_suffix("").exists():
-                os.rename(path, path.with_suffix(""))  # killed before the new one had the name
-            elif re.fullmatch(r"(checkpoint-\d+|final|best)\.(unfinished|removed)", path.name):
-                delete(path)
-        files.write(unfinished)
-        (unfinished / PROGRESS).write_text(json.dumps(progress, indent=2))
-        (unfinished / "README.md").write_text(model_card(progress, is_adapter=isinstance(files.model, Adapter)))
-
-    def finish() -> None:
-        """Give the folder its name, now that it is complete."""
-        fsync_tree(unfinished)  # a power cut must not leave a name without its contents
-        gone = folder.with_name(f"{name}.removed")
-        if folder.exists():  # of the same run: the best model so far, or the final one before the run was extended
-            os.rename(folder, gone)
-        os.rename(unfinished, folder)
-        fsync_tree(folder.parent, files=False)
-        with suppress(OSError):  # what remains does no harm
-            delete(gone)
-        prune(folder.parent, config.save_total_limit)
-
     try:
-        on_rank_0(begin, folder)
+        raise_together(attempt, folder, write_model, unfinished, files, progress)
         if state:
-            raise_together(check_shared, unfinished)
-            try:
-                dcp.save(state, checkpoint_id=unfinished / STATE)
-            except CheckpointException as error:  # on all ranks
-                raise InputError(cannot_save(folder, error)) from error
-        on_rank_0(finish, folder)
+            raise_together(attempt, folder, check_shared, unfinished)
+            raise_together(attempt, folder, write_state, unfinished, state)
+        raise_together(attempt, folder, publish, unfinished, folder, config.save_total_limit)
     except InputError as error:
         if dist.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -131,19 +115,47 @@ def save(config: Config, name: str, files: ModelFiles, state: dict, progress: di
     return True
 
 
-def on_rank_0(function: Callable[[], None], folder: Path) -> None:
-    """Call `function` on rank 0 while the others wait; raise InputError about `folder` on all ranks if it fails."""
+def attempt(folder: Path, write: Callable[..., None], *arguments) -> None:
+    """Call a function that writes; if it fails, raise InputError about `folder`, which says why."""
+    try:
+        write(*arguments)
+    except InputError:
+        raise
+    # For a full disk, libraries raise OSError, SafetensorError and plain Exception.
+    except (Exception, CheckpointException) as error:
+        if worker_failure(error):  # PyTorch raises it wherever the main thread is
+            raise
+        free = shutil.disk_usage(folder.parent).free / 2**30  # since a full disk is worded in many ways
+        raise InputError(f"{str(folder)!r} cannot be saved ({reason(error)}; {free:.2f} GB are free there)") from error
 
-    def attempt() -> None:
-        try:
-            if dist.get_rank() == 0:
-                function()
-        except Exception as error:  # for a full disk, libraries raise OSError, SafetensorError and plain Exception
-            if worker_failure(error):  # PyTorch raises it wherever the main thread is
-                raise
-            raise InputError(cannot_save(folder, error)) from error
 
-    raise_together(attempt)
+def reason(error: BaseException) -> str:
+    """Return what went wrong on the first rank that failed, in one line."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def tidy(output: Path) -> None:
+    """Delete what was being saved or removed, also by a run that was killed meanwhile."""
+    for path in output.glob("*"):
+        if re.fullmatch(r"(final|best)\.removed", path.name) and not path.with_suffix("").exists():
+            os.rename(path, path.with_suffix(""))  # killed before the new one had the name
+        elif re.fullmatch(r"(checkpoint-\d+|final|best)\.(unfinished|removed)", path.name):
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
+
+
+def write_model(unfinished: Path, files: ModelFiles, progress: dict) -> None:
+    """Write, on rank 0, the model and how far it was trained."""
+    if dist.get_rank() != 0:
+        return
+    tidy(unfinished.parent)
+    files.write(unfinished)
+    (unfinished / PROGRESS).write_text(json.dumps(progress, indent=2))
+    (unfinished / "README.md").write_text(model_card(progress, is_adapter=isinstance(files.model, Adapter)))
 
 
 def check_shared(folder: Path) -> None:
@@ -152,17 +164,25 @@ def check_shared(folder: Path) -> None:
         raise InputError(f"{str(folder.parent)!r} is not the same folder on all nodes: name a shared --output_dir")
 
 
-def cannot_save(folder: Path, error: BaseException) -> str:
-    """Return a line that says why, with the free space, since libraries word a full disk in many ways."""
-    free = shutil.disk_usage(folder.parent).free / 2**30
-    return f"{str(folder)!r} cannot be saved ({reason(error)}; {free:.2f} GB are free there)"
+def write_state(unfinished: Path, state: dict) -> None:
+    """Write the trainer's state, of which each rank has a part; fails on all ranks if it does on one. Collective."""
+    dcp.save(state, checkpoint_id=unfinished / STATE)
 
 
-def reason(error: BaseException) -> str:
-    """Return what went wrong on the first rank that failed, in one line."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {first_line(error)}"
+def publish(unfinished: Path, folder: Path, save_total_limit: int) -> None:
+    """Give, on rank 0, a complete folder its name, and remove the oldest checkpoints beyond the limit (0: none)."""
+    if dist.get_rank() != 0:
+        return
+    fsync_tree(unfinished)  # a power cut must not leave a name without its contents
+    if folder.exists():  # of the same run: the best model so far, or the final one before the run was extended
+        os.rename(folder, f"{folder}.removed")
+    os.rename(unfinished, folder)
+    fsync_tree(folder.parent, files=False)
+    there = checkpoints(folder.parent)
+    with suppress(OSError):  # what remains does no harm, and the next save tries again
+        for step in sorted(there)[:-save_total_limit] if save_total_limit else []:
+            os.rename(there[step], f"{there[step]}.removed")  # a half-deleted one is never taken for a checkpoint
+        tidy(folder.parent)
 
 
 def fsync_tree(folder: Path, files: bool = True) -> None:
@@ -176,27 +196,3 @@ def fsync_tree(folder: Path, files: bool = True) -> None:
                 raise
         finally:
             os.close(descriptor)
-
-
-def prune(output: Path, limit: int) -> None:
-    """Remove the oldest checkpoints beyond `limit`; 0: none."""
-    there = checkpoints(output)
-    for step in sorted(there)[:-limit] if limit else []:
-        with suppress(OSError):  # the next one to be saved tries again
-            remove(there[step])
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder, renamed first, so that a half-deleted one is never taken for a checkpoint."""
-    gone = folder.with_name(f"{folder.name}.removed")
-    os.rename(folder, gone)
-    with suppress(OSError):  # what remains does no harm
-        delete(gone)
-
-
-def delete(folder: Path) -> None:
-    """Delete a folder; if it is a symbolic link, only the link."""
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder)

@@ -17,23 +17,22 @@ from grpo.run.lock import lock_folder
 from grpo.run.resume import ResumeState, find_resume_state
 from grpo.run.scoring import Scorer, load_scorer
 from grpo.run.survey import Survey, check_truths, note_truths_outside, survey
-from reward.numerical import append_to_log
-from reward.zero_skill import ZeroSkill, zero_skill
+from reward.numerical import log_path
+from reward.zero_skill import zero_skill
 
 
 @dataclass
 class Inputs:
-    """Everything that a run starts from."""
+    """Everything that a run starts from, but the model."""
 
     config: Config  # with all batch sizes filled in
     data: Survey
     heldout: Survey | None  # with --eval_data_path
     epochs: Epochs
     scorer: Scorer
-    zero_skill: ZeroSkill | None  # of the samples, on rank 0
     tokenizer: object
-    model: object  # unsharded, on rank 0; None on the others
-    resume: ResumeState
+    resume: ResumeState  # rank 0's counts
+    zero_skill_reward: float | None  # on rank 0: the best mean reward of a constant answer to the samples
     messages: list[str]  # lines about the samples, for the user
 
 
@@ -50,39 +49,17 @@ def load_inputs(config: Config) -> Inputs:
         check_truths(heldout, "--eval_data_path", config.eval_data_path, config.valid_range, messages)
     note_truths_outside(data, config.data_path, config.valid_range, messages)
     scorer = load_scorer(config, data.keys + (heldout.keys if heldout else []))
-    epochs = Epochs(data.samples.sizes, config.seed, config.data_weights)
     check_scorer(scorer, config)
-    is_main, output = dist.get_rank() == 0, config.output_dir
-    if is_main and os.path.isdir(output):
-        lock_folder(output)  # what is in it must not change from here on
-    try:
-        resume = find_resume_state(config, epochs, data, heldout, scorer)
-    except OSError as error:
-        raise InputError(f"--output_dir {output!r} cannot be read ({error.strerror}): name another") from error
+    epochs = Epochs(data.samples.sizes, config.seed, config.data_weights)
     tokenizer = load_tokenizer(config.model_id)
-    model = load_model(config.model_id) if is_main else None  # `build_models` shards it over all ranks
-    if config.lora_enable and model is not None:
-        layers_to_adapt(model, config)  # raises InputError if there are none
-    try:
-        append_to_log([])  # the log for debugging, if one is wanted, must be writable
-        os.makedirs(output, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{error.filename!r} cannot be written ({error.strerror}): name another place") from error
-    if config.frame_cache:
-        try:
-            os.makedirs(config.frame_cache, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"--frame_cache {config.frame_cache!r} cannot be written ({error.strerror}): name another place"
-            ) from error
-    if not os.access(output, os.W_OK):
-        raise InputError(f"--output_dir {output!r} cannot be written: name another folder")
-    if is_main:
-        lock_folder(output)
-    is_shown = is_main and not resume.is_complete
-    found = zero_skill(scorer.functions, data.samples, data.truths, scorer.keys) if is_shown else None
-    messages += [str(found)] if found else []
-    return Inputs(config, data, heldout, epochs, scorer, found, tokenizer, model, resume, messages)
+    take_folders(config)  # what was refused above leaves no folder; what is in it does not change from here on
+    resume = find_resume_state(config, epochs, data, heldout, scorer)
+    found = None
+    if dist.get_rank() == 0 and not resume.is_complete:
+        found = zero_skill(scorer.functions, data.samples, data.truths, scorer.keys)
+        messages += [str(found)] if found else []
+    reward = found.reward if found else None
+    return Inputs(config, data, heldout, epochs, scorer, tokenizer, resume, reward, messages)
 
 
 def check_scorer(scorer: Scorer, config: Config) -> None:
@@ -97,3 +74,26 @@ def check_scorer(scorer: Scorer, config: Config) -> None:
         raise InputError(
             "--metric_for_best_model eval/reward: functions of the whole step have no say in evaluations: take another"
         )
+
+
+def take_folders(config: Config) -> None:
+    """Make the folders that a run writes to, and lock its own; raise InputError if it cannot write there."""
+    try:
+        if log := log_path():
+            open(log, "ab").close()  # the rewards' log for debugging, if one is wanted
+        for folder in filter(None, (config.output_dir, config.frame_cache)):
+            os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{error.filename!r} cannot be written ({error.strerror}): name another place") from error
+    if dist.get_rank() == 0:
+        lock_folder(config.output_dir)
+
+
+def load_initial_model(config: Config):
+    """Load the model on rank 0, which hands it to the others (`build_models`); None on these. Raises InputError."""
+    if dist.get_rank() != 0:
+        return None
+    model = load_model(config.model_id)
+    if config.lora_enable:
+        layers_to_adapt(model, config)  # raises InputError if there are none
+    return model

@@ -21,10 +21,8 @@ def lock_folder(folder: str) -> None:
     systems share it between hosts. The file stays, with the last holder in it.
     """
     path = Path(folder, NAME).resolve()
-    if path in _held and path.exists() and os.path.samestat(os.fstat(_held[path].fileno()), path.stat()):
-        return  # closing and opening it again would release the lock in between
-    if path in _held:
-        _held.pop(path).close()  # of a folder that was deleted and made again
+    if path in _held and path.exists():
+        return  # to open it again and close either file would release the lock
     try:
         file = open(path, "a+")  # noqa: SIM115  not closed, on purpose
     except OSError as error:

@@ -12,8 +12,7 @@ from data.sample import BadMedia, InputError
 from grpo.config import Config
 from grpo.model.optimizer import init_optimizer_state
 from grpo.ranks import abort_rank, all_gather_object, raise_together
-from grpo.rollout import Rollout
-from grpo.run.records import GlobalCounts
+from grpo.rollout import Rollout, ScoredRollout
 from grpo.run.tracking import peak_memory_gb
 
 NUM_THREADS = 16  # that open videos, which is mostly waiting for disks
@@ -43,14 +42,11 @@ def longest_prompt(dataset: PromptDataset) -> tuple[int, int]:
     return max(all_gather_object(longest))
 
 
-def with_trial_advantages(rollouts: list[Rollout]) -> GlobalCounts:
-    """Give rollouts made-up advantages, with every token trained, in place; return the counts of all ranks."""
-    for rollout in rollouts:
-        rollout.loss_mask = rollout.completion_mask
-        rollout.advantages = torch.linspace(-1, 1, len(rollout.completion_ids), device=rollout.logprobs.device)
-    own = (sum(int(r.loss_mask.sum()) for r in rollouts), sum(len(r.completion_ids) for r in rollouts))
-    num_tokens, num_completions = (sum(counts) for counts in zip(*all_gather_object(own), strict=True))
-    return GlobalCounts(num_tokens, num_completions, reward_std=1.0)
+def with_trial_advantages(rollouts: list[Rollout]) -> list[ScoredRollout]:
+    """Give rollouts made-up advantages, with every token trained."""
+    device, G = rollouts[0].logprobs.device, len(rollouts[0].completion_ids)
+    advantages = torch.linspace(-1, 1, G, device=device)
+    return [ScoredRollout(rollout, advantages, rollout.completion_mask) for rollout in rollouts]
 
 
 def memory_preflight(

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.sample import TAG_PATTERN
-from grpo.loss import group_advantages, has_zero_std
+from grpo.loss import has_zero_std
 from grpo.ranks import all_gather_object
-from grpo.rollout import Rollout
+from grpo.rollout import ScoredRollout
+from grpo.run.scoring import Scores
 from reward.extract import extract_number
 
 
@@ -32,10 +33,9 @@ class GroupRecord:
     numbers: list[float | None]  # that the completions answer with
     rewards: Tensor  # (G,), nan where a completion was not scored
     rewards_by_function: dict[str, Tensor]  # (G,) each
-    num_trained: Tensor  # (G,) trained tokens
     lengths: Tensor  # (G,) sampled tokens
     is_stopped: Tensor  # (G,)
-    advantages: Tensor | None = None  # (G,), filled in by `set_advantages`
+    advantages: Tensor  # (G,)
 
 
 @dataclass
@@ -46,34 +46,31 @@ class StepRecords:
     bad_media: list[str]
     shortened: list[str]  # of which samples videos were left out, and how many
 
-    def set_advantages(self, scale_rewards: str, reward_std: float) -> None:
-        """Compute the advantages of all groups, as the training loop does those of its own."""
-        for group in self.groups:
-            group.advantages = group_advantages(group.rewards[None], scale_rewards, reward_std)[0]
 
-
-def gather_records(rollouts: list[Rollout], by_function: dict[str, Tensor]) -> StepRecords:
-    """Collect the records of all ranks; by_function: (B, G) each. Collective."""
-    groups = [
-        GroupRecord(
-            position=rollout.prompt.position,
-            sample_id=rollout.prompt.sample.id,
-            question=TAG_PATTERN.sub("", rollout.prompt.sample.turns[-1][1]).strip(),
-            truth=rollout.prompt.sample.answer,
-            media=[media.name for media in rollout.prompt.sample.media],
-            texts=rollout.texts,
-            numbers=[extract_number(text) for text in rollout.texts],
-            rewards=rollout.rewards.cpu(),
-            rewards_by_function={name: values[b] for name, values in by_function.items()},
-            num_trained=rollout.loss_mask.sum(dim=1).cpu(),
+def gather_records(scored: list[ScoredRollout], texts: list[list[str]], scores: Scores) -> StepRecords:
+    """Collect the records of all ranks; texts: G completions per rollout of this rank. Collective."""
+    groups = []
+    for b, one in enumerate(scored):
+        rollout, prompt = one.rollout, one.rollout.prompt
+        if prompt.is_padding:
+            continue
+        group = GroupRecord(
+            position=prompt.position,
+            sample_id=prompt.sample.id,
+            question=TAG_PATTERN.sub("", prompt.sample.turns[-1][1]).strip(),
+            truth=prompt.sample.answer,
+            media=[media.name for media in prompt.sample.media],
+            texts=texts[b],
+            numbers=[extract_number(text) for text in texts[b]],
+            rewards=scores.rewards[b],
+            rewards_by_function={name: values[b] for name, values in scores.by_function.items()},
             lengths=rollout.completion_mask.sum(dim=1).cpu(),
             is_stopped=rollout.is_stopped.cpu(),
+            advantages=one.advantages.cpu(),
         )
-        for b, rollout in enumerate(rollouts)
-        if not rollout.prompt.is_padding
-    ]
-    bad_media = [rollout.prompt.bad_media for rollout in rollouts if rollout.prompt.bad_media]
-    shortened = [rollout.prompt.shortened for rollout in rollouts if rollout.prompt.shortened]
+        groups.append(group)
+    bad_media = [one.rollout.prompt.bad_media for one in scored if one.rollout.prompt.bad_media]
+    shortened = [one.rollout.prompt.shortened for one in scored if one.rollout.prompt.shortened]
     of_ranks = zip(*all_gather_object((groups, bad_media, shortened)), strict=True)
     groups, bad_media, shortened = ([one for own in ranks for one in own] for ranks in of_ranks)
     return StepRecords(sorted(groups, key=lambda group: group.position), bad_media, shortened)
@@ -85,17 +82,20 @@ class GlobalCounts:
 
     num_tokens: int  # trained tokens, the denominator of `dapo`
     num_completions: int  # trained completions, the denominator of the other loss types
-    reward_std: float  # of all rewards, for `--scale_rewards batch`
 
     @classmethod
-    def of(cls, records: StepRecords) -> "GlobalCounts":
-        """Count over the groups of all ranks; denominators are at least 1."""
-        groups = records.groups
-        return cls(
-            num_tokens=max(1, sum(int(group.num_trained.sum()) for group in groups)),
-            num_completions=max(1, sum(int((group.num_trained > 0).sum()) for group in groups)),
-            reward_std=nanstd(torch.cat([group.rewards for group in groups])).item() if groups else 0.0,
-        )
+    def of(cls, scored: list[ScoredRollout]) -> "GlobalCounts":
+        """Count over those of all ranks, of which these are this rank's; the results are at least 1. Collective."""
+        lengths = torch.cat([one.loss_mask.sum(dim=1) for one in scored])  # of the completions, as trained
+        of_ranks = all_gather_object((int(lengths.sum()), int((lengths > 0).sum())))
+        num_tokens, num_completions = (sum(counts) for counts in zip(*of_ranks, strict=True))
+        return cls(max(1, num_tokens), max(1, num_completions))
+
+
+def std_of_step(rewards: Tensor) -> float:
+    """Return the standard deviation of the rewards of all ranks, of which these are this rank's (B, G); collective."""
+    everyone = torch.cat([own.flatten() for own in all_gather_object(rewards)])
+    return nanstd(everyone.double()).item()  # in float64, so that the order of the ranks does not matter
 
 
 def nanstd(rewards: Tensor) -> Tensor:
@@ -172,38 +172,34 @@ def distributions(groups: list[GroupRecord]) -> dict[str, np.ndarray]:
     return {name: found for name, found in finite.items() if len(found)}
 
 
+DIFFERENCE = "sampling/sampling_logp_difference"
+
+
 class TokenSums:
     """The loss of this rank, and per-token metrics summed over its trained tokens, during the updates of a step."""
 
     def __init__(self, device: torch.device):
-        self.loss, self.sums = torch.zeros((), device=device), {}
+        self.loss, self.largest, self.sums = torch.zeros((), device=device), torch.zeros((), device=device), {}
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add the values of the trained tokens to a sum; values, mask: (G, C)."""
         self.sums[name] = self.sums.get(name, 0.0) + (values.detach() * mask).sum()
 
+    def add_difference(self, sampled: Tensor, trained: Tensor, mask: Tensor) -> None:
+        """Compare log-probabilities recorded while sampling with the trainer's, for the same weights: (G, C) each."""
+        difference = (sampled - trained.detach()).abs()
+        self.add(f"{DIFFERENCE}/mean", difference, mask)
+        self.largest = torch.maximum(self.largest, (difference * mask).max())
+
     def means(self, num_tokens: int, num_iterations: int) -> dict[str, float]:
         """Return the loss per update, and the means over the trained tokens of all ranks; collective."""
         totals = torch.stack([self.loss, *self.sums.values()])
         dist.all_reduce(totals)
+        dist.all_reduce(self.largest, op=dist.ReduceOp.MAX)
         loss, *sums = (totals / num_iterations).tolist()
         metrics = {"loss": loss} | {name: value / num_tokens for name, value in zip(self.sums, sums, strict=True)}
+        if f"{DIFFERENCE}/mean" in metrics:
+            metrics[f"{DIFFERENCE}/max"] = self.largest.item()
         if "clip_ratio/low_mean" in metrics:
             metrics["clip_ratio/region_mean"] = metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"]
         return metrics
-
-
-def sampling_difference(rollouts: list[Rollout], num_tokens: int) -> dict[str, float]:
-    """Compare the log-probabilities recorded while sampling with the trainer's, for the same weights; collective.
-
-    Returns mean and maximum of the absolute difference over the trained tokens of all ranks; nothing if there are none.
-    """
-    if not rollouts:
-        return {}
-    differences = [(r.logprobs - r.old_logprobs).abs() * r.loss_mask for r in rollouts]  # (G, C) each
-    total = torch.stack([difference.sum() for difference in differences]).sum()
-    largest = torch.stack([difference.max() for difference in differences]).max()
-    dist.all_reduce(total)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    name = "sampling/sampling_logp_difference"
-    return {f"{name}/mean": total.item() / num_tokens, f"{name}/max": largest.item()}

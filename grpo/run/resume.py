@@ -12,7 +12,7 @@ from data.epochs import Epochs
 from data.sample import InputError, first_line
 from grpo.config import Config
 from grpo.run.batches import count_steps
-from grpo.run.checkpoint import PROGRESS, checkpoints
+from grpo.run.checkpoint import PROGRESS, checkpoints, is_complete
 from grpo.run.scoring import Scorer
 from grpo.run.survey import Survey
 
@@ -38,59 +38,55 @@ def find_resume_state(
     output, wanted = Path(config.output_dir), config.resume_from_checkpoint
     total_steps = count_steps(config, len(epochs))
     metadata = {"flags": dataclasses.asdict(config), "total_steps": total_steps, "ranks": dist.get_world_size()}
-    metadata |= {"num_samples": len(data.samples), "data": data.fingerprint, "extra": data.own_data}
-    metadata["file_sizes"] = epochs.sizes if config.data_weights else None  # which samples have which weight
+    metadata |= {"num_samples": len(data.samples), "data": data.fingerprint}
     metadata["eval_data"] = heldout.fingerprint if heldout else None
     metadata["rewards"] = {function.name: function.digest for function in scorer.functions}
-    there = checkpoints(output)
-    newest = there[max(there)] if there else None
-    # A run resumed from elsewhere and killed before its first checkpoint must not start from nothing.
-    origin = None if there or (output / "final").exists() else origin_of(output)
+    there, final = checkpoints(output), output / "final"
+    newest, origin = there[max(there)] if there else None, origin_of(output)
     if wanted == "auto":
-        if (output / "final").exists():
-            final = read_progress(output / "final", config, metadata)
-            if final["step"] >= total_steps:
-                message = f"{output} is complete: {final['step']} steps; the trained model is in {output / 'final'}"
-                return ResumeState(metadata, final["step"], is_complete=True, messages=[message])
-            if newest is None:
-                raise InputError(
-                    f"--output_dir {str(output)!r}: its run ended and left no checkpoint: name a new folder"
-                )
-        if origin:
+        if final.exists() and (done := read_progress(final, config, metadata)["step"]) >= total_steps:
+            message = f"{output} is complete: {done} steps; the trained model is in {final}"
+            return ResumeState(metadata, done, is_complete=True, messages=[message])
+        if final.exists() and newest is None:
+            raise InputError(f"--output_dir {str(output)!r}: its run ended and left no checkpoint: name a new folder")
+        if origin and newest is None:  # killed before its first checkpoint: it must not start from nothing
             raise InputError(
                 f"--output_dir {str(output)!r}: its run was resumed from {origin!r} and has no checkpoint yet: "
                 f"give --resume_from_checkpoint {origin}"
             )
         return resume_at(newest, config, metadata) if newest else ResumeState(metadata)
-
-    folder = Path(wanted)
-    if wanted != "none" and folder.resolve() in [path.resolve() for path in there.values()]:
-        if folder.resolve() != newest.resolve():
+    if Path(wanted).resolve() in [path.resolve() for path in there.values()]:
+        if Path(wanted).resolve() != newest.resolve():
             raise InputError(
                 f"--resume_from_checkpoint {wanted!r}: {newest.name} beside it is newer: move away what is newer, or "
                 "name a new --output_dir"
             )
-    elif there or ((output / "config.json").exists() and wanted != origin):
+    elif there or final.exists() or ((output / "config.json").exists() and wanted != origin):
         raise InputError(
             f"--output_dir {str(output)!r} holds another run: name a new folder, or continue it with "
             "--resume_from_checkpoint auto"
         )
-    return ResumeState(metadata) if wanted == "none" else resume_at(folder, config, metadata)
+    return ResumeState(metadata) if wanted == "none" else resume_at(Path(wanted), config, metadata)
 
 
 def origin_of(output: Path) -> str | None:
     """Return the checkpoint in another folder that the run in `output` was resumed from, if any."""
-    try:
-        origin = json.loads((output / "config.json").read_text())["resume_from_checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    origin = read_json(output / "config.json").get("resume_from_checkpoint", "none")
     return None if origin in ("none", "auto") or Path(origin).resolve().parent == output.resolve() else origin
+
+
+def read_json(path: Path) -> dict:
+    """Read an object; empty where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def resume_at(folder: Path, config: Config, metadata: dict) -> ResumeState:
     """Start where the checkpoint in `folder` ends."""
     old = read_progress(folder, config, metadata)
-    if folder.resolve() not in [path.resolve() for path in checkpoints(folder.parent).values()]:
+    if not is_complete(folder):
         raise InputError(f"--resume_from_checkpoint {str(folder)!r} is no folder checkpoint-N: name one, or auto")
     step, total_steps = old["step"], metadata["total_steps"]
     if step > total_steps:
@@ -103,16 +99,9 @@ def resume_at(folder: Path, config: Config, metadata: dict) -> ResumeState:
             f"saved by {old['ranks']} ranks, now {metadata['ranks']}: the same run, except for rounding and dropout"
         )
     # In a branch there is no best/ yet, and after a kill it may be of a later step: the next one is kept anyway.
-    best_step = old["best_step"] if step_of(Path(config.output_dir, "best")) == old["best_step"] else None
+    there = read_json(Path(config.output_dir, "best", PROGRESS)).get("step")
+    best_step = old["best_step"] if there == old["best_step"] else None
     return ResumeState(metadata, step, old["counts"], old["evaluations"], best_step, folder, messages=messages)
-
-
-def step_of(folder: Path) -> int | None:
-    """Return the step of a saved model; None if there is none."""
-    try:
-        return json.loads((folder / PROGRESS).read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
@@ -120,16 +109,6 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
     try:
         old = json.loads((folder / PROGRESS).read_text())
         flags = old["flags"]
-        needed = ("step", "total_steps", "ranks", "num_samples", "data", "counts")
-        # Older checkpoints lack the last six.
-        old = {key: old[key] for key in needed} | {
-            "eval_data": old.get("eval_data"),
-            "evaluations": old.get("evaluations", []),
-            "best_step": old.get("best_step"),
-            "rewards": old.get("rewards", {}),
-            "extra": old.get("extra", metadata["extra"]),
-            "file_sizes": old.get("file_sizes"),
-        }
         fixed = [field.name for field in dataclasses.fields(Config) if not field.metadata["may_change"]]
         changed = [
             f"--{name} {getattr(config, name)!r} was {flags[name]!r}"
@@ -145,13 +124,13 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
         raise InputError(
             f"{', '.join(changed)} in {str(folder)!r}: give the old value, or start again in a new --output_dir"
         )
-    if any(metadata[name] != old[name] for name in ("num_samples", "data", "extra", "file_sizes")):
+    if any(metadata[name] != old[name] for name in ("num_samples", "data")):
         raise InputError(
             f"--data_path {' '.join(config.data_path)!r}: {str(folder)!r} was trained on other samples "
             f"({old['num_samples']}, now {metadata['num_samples']}): give the same ones, or start again in a new "
             "--output_dir"
         )
-    if edited := [name for name, new in metadata["rewards"].items() if old["rewards"].get(name, new) != new]:
+    if edited := [name for name, new in metadata["rewards"].items() if old["rewards"][name] != new]:
         raise InputError(
             f"--reward_funcs: the file of {edited[0]} is not the one that {str(folder)!r} was trained with: restore "
             "it, or start again in a new --output_dir"

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import operator
 import os
 import resource
 import sys
@@ -15,26 +16,52 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.loader import Prompt
 from data.sample import InputError, first_line
-from grpo.config import Config
+from grpo.config import BestModelMetric, Config
 from grpo.ranks import print_rank0, raise_together
 from grpo.run import rollout_log
 from grpo.run.records import GroupRecord, StepRecords, completion_lines, distributions, rollout_metrics
 from grpo.run.resume import ResumeState
 from grpo.run.show import completions_table, contact_sheet
 
-RECORD_FRAME = 16  # bytes of length and checksums around each event in a file
 ZERO_STD_STEPS = 20  # warn after this many steps in a row in which nearly all groups have equal rewards
-
 
 # Figures of an evaluation that are no curves: constants, and what its pictures show.
 NOT_DRAWN = ("eval/n", "eval/limit_", "eval/accuracy_", "eval/zero_skill_answer")
+
+# Of TensorBoard's tab "Custom Scalars": what to look at first, several curves in a chart.
+LAYOUT = {
+    "overview": {
+        "reward": ["reward", "zero_skill_reward", "eval/reward", "eval/zero_skill_reward"],
+        "error on held-out samples": ["eval/mae", "eval/zero_skill_mae"],
+        "completion length": ["completions/mean_length", "completions/max_length"],
+        "entropy": ["entropy"],
+    },
+    "is it collapsing?": {
+        "spread of answers / spread of truths": ["eval/sd_ratio"],
+        "agreement on held-out samples": ["eval/ccc", "eval/r2"],
+        "groups with equal rewards": ["frac_reward_zero_std"],
+        "cut at the length limit": ["completions/clipped_ratio", "eval/clipped_ratio"],
+    },
+}
+
+# By which the best model is chosen: how good a figure is, the higher the better.
+GOODNESS: dict[BestModelMetric, Callable[[float], float]] = {
+    "eval/mae": operator.neg,
+    "eval/median_error": operator.neg,
+    "eval/rmse": operator.neg,
+    "eval/bias": lambda bias: -abs(bias),
+    "eval/r2": operator.pos,
+    "eval/pearson": operator.pos,
+    "eval/ccc": operator.pos,
+    "eval/within_5": operator.pos,
+    "eval/reward": operator.pos,
+    "eval/parse_rate": operator.pos,
+}
 
 
 class Clock:
@@ -49,37 +76,12 @@ class Clock:
         self.seconds[name], self.last = now - self.last, now
 
 
-LOWER_IS_BETTER = ("eval/mae", "eval/median_error", "eval/rmse", "eval/bias")  # the bias without its sign
-
-
-def is_better(metric: str, new: float, old: float) -> bool:
-    """Say whether a figure is better than another."""
-    return abs(new) < abs(old) if metric in LOWER_IS_BETTER else new > old
-
-
 def summary(figures: dict[str, float]) -> str:
     """Write the main figures of an evaluation in a line; those that are undefined are left out."""
     shown = {"reward": ".3f", "mae": ".2f", "r2": ".2f", "ccc": ".2f", "bias": "+.2f", "parse_rate": ".0%"}
     return ", ".join(
         f"{name} {figures[f'eval/{name}']:{form}}" for name, form in shown.items() if f"eval/{name}" in figures
     )
-
-
-# Of TensorBoard's tab "Custom Scalars": what to look at first, several curves in a chart.
-LAYOUT = {
-    "first": {
-        "reward": ["reward", "zero_skill_reward", "eval/reward", "eval/zero_skill_reward"],
-        "error on held-out samples": ["eval/mae", "eval/zero_skill_mae"],
-        "completion length": ["completions/mean_length", "completions/max_length"],
-        "entropy": ["entropy"],
-    },
-    "collapse": {
-        "spread of answers / spread of truths": ["eval/sd_ratio"],
-        "agreement on held-out samples": ["eval/ccc", "eval/r2"],
-        "groups with equal rewards": ["frac_reward_zero_std"],
-        "cut at the length limit": ["completions/clipped_ratio", "eval/clipped_ratio"],
-    },
-}
 
 
 def charts() -> dict:
@@ -105,32 +107,29 @@ class Tracker:
         self.counts |= {"monotonous_in_a_row": 0, "bad_in_a_row": 0} | resume.counts
         self.start_step = resume.step
         self.evaluations, self.best_step = list(resume.evaluations), resume.best_step
+        self.goodness = GOODNESS[config.metric_for_best_model]
         # A contact sheet takes a tenth of a second and up to a megabyte: about a hundred per run.
         self.sheet_steps = config.logging_steps * math.ceil(total_steps / (100 * config.logging_steps))
-        raise_together(self.begin, resume.step)
-        self.write(lambda writer: writer.add_custom_scalars(charts()), resume.step + 1)
-        bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        seconds = 0.1 if sys.stderr.isatty() else 10  # between drawings: a log file keeps each of them
+        raise_together(self.begin)
+        # TensorBoard hides what earlier files hold from this step on; at step 0 also what was evaluated there.
+        self.write(lambda writer: writer.add_custom_scalars(charts()), resume.step + 1 if resume.step else 0)
         self.bar = tqdm(
             total=total_steps,
             initial=resume.step,
-            bar_format=bar_format,
-            mininterval=seconds,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds: a log file keeps each drawing
             disable=not self.is_main,
         )
 
-    def begin(self, start_step: int) -> None:
-        """On rank 0, write the flags and remove what comes after `start_step`; raise InputError if the disk is full."""
+    def begin(self) -> None:
+        """On rank 0, write the flags and remove later completions; raise InputError if the disk is full."""
         if not self.is_main:
             return
-        path = self.output / "config.json"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name("config.json.unfinished")
+            unfinished = self.output / "config.json.unfinished"
             unfinished.write_text(json.dumps(dataclasses.asdict(self.config), indent=2))
-            os.replace(unfinished, path)
-            truncate_events(path.with_name("tensorboard"), start_step)
-            rollout_log.truncate(self.output, start_step)
+            os.replace(unfinished, self.output / "config.json")
+            rollout_log.truncate(self.output, self.start_step)
         except OSError as error:
             raise InputError(
                 f"--output_dir {self.config.output_dir!r} cannot be written ({error.strerror}): make room, or name "
@@ -154,14 +153,12 @@ class Tracker:
         metrics |= {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/step": seconds}
         metrics["run/tokens_per_second"] = sum(int(group.lengths.sum()) for group in records.groups) / seconds
         metrics["run/peak_memory_gb"] = peak_memory_gb()
-        metrics["run/skipped_samples"] = self.counts["skipped_samples"]
-        if self.config.on_long_prompt == "fewer_videos":
-            metrics["run/shortened_prompts"] = self.counts["shortened_prompts"]
-        metrics["run/bad_steps"] = self.counts["bad_steps"]
+        counted = ["skipped_samples", "bad_steps"]
+        counted += ["shortened_prompts"] if self.config.on_long_prompt == "fewer_videos" else []
+        metrics |= {f"run/{name}": self.counts[name] for name in counted}
         if self.zero_skill_reward is not None:
             metrics["zero_skill_reward"] = self.zero_skill_reward
-        reward = metrics.get("reward", float("nan"))
-        self.bar.set_postfix_str(f"reward {reward:.3f}, {seconds:.2f} s/step", refresh=False)
+        self.bar.set_postfix_str(f"reward {metrics.get('reward', math.nan):.3f}, {seconds:.2f} s/step", refresh=False)
         self.bar.update()
         self.write(lambda writer: self.add(writer, step, records.groups, metrics, prompt), step)
         if self.counts["bad_in_a_row"] >= self.config.max_bad_steps:
@@ -170,6 +167,26 @@ class Tracker:
                 "row, so that nothing was learned: lower --learning_rate or --max_grad_norm, and go on from an earlier "
                 "checkpoint with a new --output_dir"
             )
+
+    def count(self, step: int, records: StepRecords, metrics: dict[str, float]) -> None:
+        """Count what went wrong in a step, and print warnings."""
+        counts = self.counts
+        counts["skipped_samples"] += len(records.bad_media)
+        counts["shortened_prompts"] += len(records.shortened)
+        print_rank0(*(f"left out: {line}" for line in records.bad_media), *records.shortened)
+        is_zero_std = metrics.get("frac_reward_zero_std", 0) >= 0.9
+        counts["monotonous_in_a_row"] = counts["monotonous_in_a_row"] + 1 if is_zero_std else 0
+        if counts["monotonous_in_a_row"] == ZERO_STD_STEPS and not counts["warnings"]:
+            counts["warnings"] = 1
+            print_rank0(
+                f"step {step}: for {ZERO_STD_STEPS} steps nearly all groups have had equal rewards, from which "
+                "nothing is learned: look at the completions, and raise --temperature or change the reward"
+            )
+        is_bad = metrics["run/bad_steps"] > 0
+        counts["bad_in_a_row"] = counts["bad_in_a_row"] + 1 if is_bad else 0
+        counts["bad_steps"] += is_bad
+        if is_bad:
+            print_rank0(f"step {step}: the loss or its gradient is not finite: the weights stay as they are")
 
     def add(
         self, writer: SummaryWriter, step: int, groups: list[GroupRecord], metrics: dict[str, float], prompt: Prompt
@@ -202,44 +219,16 @@ class Tracker:
         earlier = [e[metric] for e in self.evaluations if e["step"] == self.best_step and metric in e]
         self.evaluations.append({"step": step} | figures)
         if self.is_main:
-            points = {tag: value for tag, value in figures.items() if not tag.startswith(NOT_DRAWN)}
-            points["time/eval"], drawn = evaluation.seconds, evaluation.draw()
-
-            def add(writer: SummaryWriter) -> None:
-                for name, value in points.items():
-                    writer.add_scalar(name, value, step)
-                for name, data in drawn.items():
-                    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-                    writer.add_image(f"eval/{name}", pixels, step, dataformats="HWC")
-
-            self.write(add, step)
+            drawn = evaluation.draw()
+            self.write(lambda writer: add_evaluation(writer, step, figures, evaluation.seconds, drawn), step)
         print_rank0(f"step {step}: held-out {summary(figures)}")
-        is_first = not earlier
-        return step > 0 and metric in figures and (is_first or is_better(metric, figures[metric], earlier[0]))
+        if step == 0 or metric not in figures:
+            return False
+        return not earlier or self.goodness(figures[metric]) > self.goodness(earlier[0])
 
     def state(self) -> dict:
         """Return what a checkpoint keeps of the records."""
         return {"counts": self.counts, "evaluations": self.evaluations, "best_step": self.best_step}
-
-    def count(self, step: int, records: StepRecords, metrics: dict[str, float]) -> None:
-        """Count what went wrong in a step, and print warnings."""
-        counts = self.counts
-        counts["skipped_samples"] += len(records.bad_media)
-        counts["shortened_prompts"] += len(records.shortened)
-        print_rank0(*(f"left out: {line}" for line in records.bad_media), *records.shortened)
-        is_zero_std = metrics.get("frac_reward_zero_std", 0) >= 0.9
-        counts["monotonous_in_a_row"] = counts["monotonous_in_a_row"] + 1 if is_zero_std else 0
-        if counts["monotonous_in_a_row"] == ZERO_STD_STEPS and not counts["warnings"]:
-            counts["warnings"] = 1
-            print_rank0(
-                f"step {step}: for {ZERO_STD_STEPS} steps nearly all groups have had equal rewards, from which "
-                "nothing is learned: look at the completions, and raise --temperature or change the reward"
-            )
-        is_bad = metrics.pop("bad_steps") > 0
-        counts["bad_in_a_row"] = counts["bad_in_a_row"] + 1 if is_bad else 0
-        counts["bad_steps"] += is_bad
-        if is_bad:
-            print_rank0(f"step {step}: the loss or its gradient is not finite: the weights stay as they are")
 
     def write(self, add: Callable[[SummaryWriter], object], step: int) -> None:
         """Let `add` write curves and completions, on rank 0; a full disk costs those of a step, not the run."""
@@ -274,6 +263,19 @@ class Tracker:
             self.writer.close()
 
 
+def add_evaluation(
+    writer: SummaryWriter, step: int, figures: dict[str, float], seconds: float, drawn: dict[str, bytes]
+) -> None:
+    """Write the figures of an evaluation that are curves, and its pictures (PNG)."""
+    writer.add_scalar("time/eval", seconds, step)
+    for name, value in figures.items():
+        if not name.startswith(NOT_DRAWN):
+            writer.add_scalar(name, value, step)
+    for name, data in drawn.items():
+        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        writer.add_image(f"eval/{name}", pixels, step, dataformats="HWC")
+
+
 def try_to_write(folder: Path) -> None:
     """Raise OSError if the disk is full; TensorBoard would notice in a thread of its own, and print a page."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -281,20 +283,6 @@ def try_to_write(folder: Path) -> None:
         (folder / "probe").write_bytes(bytes(2**16))
     finally:
         (folder / "probe").unlink(missing_ok=True)
-
-
-def truncate_events(folder: Path, step: int) -> None:
-    """Cut TensorBoard's files at the first event after `step`; at step 0 remove them, with what was evaluated there."""
-    for path in folder.glob("events.out.tfevents.*"):
-        if step == 0:
-            path.unlink()
-            continue
-        end = 0
-        for record in RawEventFileLoader(str(path)).Load():
-            if Event.FromString(record).step > step:
-                break
-            end += len(record) + RECORD_FRAME
-        os.truncate(path, end)
 
 
 def peak_memory_gb() -> float:

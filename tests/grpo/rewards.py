@@ -1,7 +1,6 @@
 """Reward functions for tests of whole runs, named as a user names them: `tests/grpo/rewards.py:by_length`."""
 
 import os
-import signal
 import time
 from contextlib import suppress
 
@@ -91,8 +90,6 @@ def faulty_reward(completions, sample_id, step, **columns):
     if step == 2 and rank in (-1, int(os.environ["RANK"])):
         if fault == "raises":
             raise Fault("a bug on one rank")
-        if fault == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
         if fault == "complains":
             raise ValueError("\x1b[31mno\rgood\u202e\nreward")
     if fault == "hangs" and step and "s1" in sample_id:

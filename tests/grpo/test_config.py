@@ -157,7 +157,7 @@ assert decisive_flags(parse([*given, "--new_flag", "8"]))["new_flag"] == 8
 
 old = {"flags": dataclasses.asdict(parse_config(given))}
 old |= dict(step=1, total_steps=1, ranks=1, counts={}, evaluations=[], best_step=None)
-old |= dict(num_samples=1, data="", extra="", file_sizes=None, rewards={}, eval_data=None)
+old |= dict(num_samples=1, data=[""], rewards={}, eval_data=None)
 pathlib.Path("progress.json").write_text(json.dumps(old))
 for more in ([], ["--save_steps", "3"], ["--new_flag", "8"]):
     config = parse_config([*given, *more])

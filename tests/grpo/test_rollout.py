@@ -6,12 +6,15 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from grpo.decoding import Decoder, decoder_for, prefill
 from grpo.logprobs import completion_logprobs
 from grpo.loss import clipped_loss, clipped_tokens, importance_ratios, weighted_sum
 from grpo.model.load import SpecialTokens
-from grpo.rollout import SamplingParams, generate
+from grpo.ranks import start_processes
+from grpo.rollout import SamplingParams, ScoredRollout, filter_top_k_top_p, generate, rollouts_to_train
+from tests.conftest import run_ranks
 from tests.grpo.test_packed import hf_twin
 
 
@@ -159,3 +162,46 @@ def test_room_that_stays_empty_changes_nothing(tiny):
     assert torch.allclose(logits[0], logits[1], atol=1e-5)
     chosen = torch.log_softmax((logits[1] / 0.7).index_fill(1, tiny.suppress_tokens, -torch.inf), dim=1)
     assert torch.allclose(chosen.gather(1, exact.completion_ids[:, 5:])[:, 0], exact.logprobs[:, 5], atol=1e-5)
+
+
+def kept(groups: str, batch_size: int) -> str:
+    """Which of some groups pass through the update, in their order; those in capitals have something to train."""
+    scored = [ScoredRollout(letter, torch.zeros(2), torch.tensor([[letter.isupper()], [False]])) for letter in groups]
+    return "".join(one.rollout for one in rollouts_to_train(scored, batch_size))
+
+
+# Groups of the two ranks, groups per pass, and what each rank keeps: the most passes that a rank needs, on both.
+KEPT = [
+    (["aBcD", ""], 2, ["BD", ""]),  # as on one rank
+    (["abc", ""], 2, ["", ""]),
+    (["ABC", ""], 2, ["ABC", ""]),  # two passes, the second of one group
+    (["abc", "def"], 1, ["", ""]),
+    (["aBcdE", "fghij"], 1, ["BE", "fg"]),
+    (["ABCde", "fGhij"], 2, ["ABC", "Gfh"]),  # two passes, 2 + 1 groups
+    (["ABCDE", "fghij"], 2, ["ABCDE", "fghij"]),  # three passes, 2 + 2 + 1
+    (["ABCDe", "fGHIj"], 4, ["ABCD", "GHI"]),  # one pass
+]
+
+
+def keep() -> None:
+    start_processes()
+    for groups, batch_size, expected in KEPT:
+        assert kept(groups[dist.get_rank()], batch_size) == expected[dist.get_rank()], (groups, batch_size)
+    dist.destroy_process_group()
+
+
+def test_ranks_keep_what_they_train_and_as_much_more_as_the_other_ranks_have_passes():
+    run_ranks(keep, 2)
+
+
+def test_top_k_and_top_p_by_hand():
+    logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
+    assert torch.equal(filter_top_k_top_p(logprobs, 1.0, 0), logprobs)
+    two = torch.tensor([[0.625, 0.375, 0, 0], [0, 0, 0.375, 0.625]])
+    assert torch.allclose(filter_top_k_top_p(logprobs, 1.0, 2).exp(), two)
+    assert torch.allclose(filter_top_k_top_p(logprobs, 0.6, 0).exp(), two)  # 0.5 is too little, 0.8 the least that does
+    one = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0]])
+    assert torch.allclose(filter_top_k_top_p(logprobs, 0.4, 0).exp(), one)  # at least one
+    assert torch.allclose(
+        filter_top_k_top_p(logprobs, 0.6, 3).exp(), two
+    )  # 0.5 / 0.95 of what top-k keeps is below 0.6

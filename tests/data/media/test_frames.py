@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from data.media.frames import VideoOptions, frame_indices, smart_resize, target_size
+from data.sample import TooFewFrames
 
 TOKEN = 28 * 28  # pixels
 
@@ -45,7 +46,7 @@ def test_a_long_video_gives_768_frames_from_first_to_last():
     ],
 )
 def test_too_few_frames_are_an_error_with_both_numbers(total_frames, options, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(TooFewFrames) as error:
         frame_indices(total_frames, 8.0, VideoOptions(**options))
     assert str(error.value) == message
 

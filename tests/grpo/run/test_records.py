@@ -4,14 +4,18 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from grpo.run.records import GlobalCounts, GroupRecord, StepRecords, completion_lines, distributions, rollout_metrics
+from grpo.ranks import start_processes
+from grpo.rollout import ScoredRollout
+from grpo.run.records import GlobalCounts, GroupRecord, completion_lines, distributions, rollout_metrics, std_of_step
+from tests.conftest import run_ranks
 
 NAN = float("nan")
 
 
-def group(rewards, lengths, num_trained, is_stopped, texts=("1%", "none", "4%"), position=0) -> GroupRecord:
+def group(rewards, lengths, is_stopped, texts=("1%", "none", "4%"), position=0) -> GroupRecord:
     rewards = torch.tensor(rewards)
     return GroupRecord(
         position=position,
@@ -23,7 +27,6 @@ def group(rewards, lengths, num_trained, is_stopped, texts=("1%", "none", "4%"),
         numbers=[1.0, None, 4.0],
         rewards=rewards,
         rewards_by_function={"f": rewards},
-        num_trained=torch.tensor(num_trained),
         lengths=torch.tensor(lengths),
         is_stopped=torch.tensor(is_stopped),
         advantages=torch.tensor([0.5, -0.5, 0.0]),
@@ -31,17 +34,29 @@ def group(rewards, lengths, num_trained, is_stopped, texts=("1%", "none", "4%"),
 
 
 GROUPS = [
-    group([0.0, 1.0, NAN], [2, 3, 4], [2, 3, 0], [True, True, False]),
-    group([0.5, 0.5, 0.5], [1, 1, 7], [1, 1, 7], [True, True, True], position=1),
+    group([0.0, 1.0, NAN], [2, 3, 4], [True, True, False]),
+    group([0.5, 0.5, 0.5], [1, 1, 7], [True, True, True], position=1),
 ]
 
 
-def test_counts_are_over_what_is_trained():
-    counts = GlobalCounts.of(StepRecords(GROUPS, [], []))
-    assert (counts.num_tokens, counts.num_completions) == (14, 5)
-    assert counts.reward_std == pytest.approx(0.125**0.5)  # of 0, 1, 0.5, 0.5, 0.5: squares of 0.25 + 0.25, over 4
-    nothing = GlobalCounts.of(StepRecords([], [], []))
-    assert (nothing.num_tokens, nothing.num_completions, nothing.reward_std) == (1, 1, 0.0)
+def masked(*lengths: int) -> ScoredRollout:
+    """A group whose completions have so many trained tokens."""
+    return ScoredRollout(None, torch.zeros(3), torch.arange(7) < torch.tensor(lengths)[:, None])
+
+
+def count_on_two_ranks() -> None:
+    start_processes()
+    rank = dist.get_rank()
+    groups = [[masked(2, 3, 0)], [masked(1, 1, 7)]]
+    assert GlobalCounts.of(groups[rank]) == GlobalCounts(num_tokens=14, num_completions=5)
+    assert GlobalCounts.of([masked(0, 0, 0)]) == GlobalCounts(1, 1)
+    rewards = torch.tensor([[[0.0, 1.0, NAN]], [[0.5, 0.5, 0.5]]])[rank]  # squares of 0.25 + 0.25, over 4
+    assert std_of_step(rewards) == pytest.approx(0.125**0.5) and std_of_step(rewards * NAN) == 0.0
+    dist.destroy_process_group()
+
+
+def test_denominators_are_those_of_all_ranks():
+    run_ranks(count_on_two_ranks, 2)
 
 
 def test_metrics_are_over_all_groups():
@@ -94,7 +109,7 @@ def test_distributions_are_over_what_there_is():
 
 
 def test_values_without_bounds_break_neither_histograms_nor_lines(tmp_path):
-    odd = group([float("inf"), -float("inf"), NAN], [2, 3, 4], [2, 3, 0], [True, True, False])
+    odd = group([float("inf"), -float("inf"), NAN], [2, 3, 4], [True, True, False])
     odd.numbers, odd.advantages = [1e100, None, 1e100], torch.tensor([NAN, float("inf"), 0.0])
     found = distributions([odd])
     assert found["histograms/error"].tolist() == [1e6, 1e6] and "histograms/reward" not in found

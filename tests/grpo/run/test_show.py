@@ -69,7 +69,7 @@ def test_a_contact_sheet_holds_all_videos_and_any_text(tiny, num_videos, columns
     )
     prompt = load_prompt(sample, tiny.tokenizer, 2, OPTIONS)
     record = dataclasses.replace(
-        group([0.0, 1.0, NAN], [2, 3, 4], [2, 3, 0], [True, True, False]),
+        group([0.0, 1.0, NAN], [2, 3, 4], [True, True, False]),
         sample_id=FOREIGN, question=FOREIGN, truth=FOREIGN, texts=[FOREIGN, "", "4%"],
     )  # fmt: skip
     sheet = contact_sheet(prompt, record, step=3)

@@ -4,6 +4,7 @@ import re
 import resource
 import signal
 from contextlib import redirect_stderr, redirect_stdout
+from typing import get_args
 
 import pytest
 import torch.distributed as dist
@@ -13,21 +14,20 @@ import train
 from grpo.config import BestModelMetric, Config
 from grpo.ranks import start_processes
 from grpo.run.resume import ResumeState
-from grpo.run.tracking import LAYOUT, Tracker, charts, is_better
+from grpo.run.tracking import GOODNESS, LAYOUT, Tracker, charts
 from tests.conftest import run_ranks
 from tests.test_train import curves, flags
 
 
-@pytest.mark.parametrize("metric", BestModelMetric.__args__)
+@pytest.mark.parametrize("metric", get_args(BestModelMetric))
 def test_each_figure_knows_which_way_is_better(metric):
-    lower = metric.removeprefix("eval/") in ("mae", "median_error", "rmse", "bias")
-    assert is_better(metric, 1.0, 2.0) == lower and is_better(metric, 2.0, 1.0) == (not lower)
-    assert not is_better(metric, 1.0, 1.0)  # the earlier one stays
+    errors = ("eval/mae", "eval/median_error", "eval/rmse", "eval/bias")
+    assert (GOODNESS[metric](1.0) > GOODNESS[metric](2.0)) == (metric in errors)
 
 
 def test_of_a_bias_only_the_size_counts():
-    assert is_better("eval/bias", -1.0, 2.0) and is_better("eval/bias", 1.0, -2.0)
-    assert not is_better("eval/bias", -3.0, 2.0)
+    goodness = GOODNESS["eval/bias"]
+    assert goodness(-1.0) > goodness(2.0) and goodness(1.0) > goodness(-2.0) > goodness(-3.0)
 
 
 def test_the_layout_names_curves_that_a_run_draws(tiny, tmp_path):
