@@ -58,7 +58,7 @@ from grpo.run.records import GlobalCounts, StepRecords, TokenSums, gather_record
 from grpo.run.scoring import Scorer, score
 from grpo.run.start import start
 from grpo.run.stopping import StopRequest
-from grpo.run.tracking import Clock
+from grpo.run.tracking import Clock, Tracker
 
 
 def batched(items: list, size: int) -> Iterator[list]:
@@ -190,7 +190,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     inputs, models, optimizer, tokens = run.inputs, run.models, run.optimizer, run.tokens
     config, scorer, first = inputs.config, inputs.scorer, inputs.resume.step
     heldout = HeldOut(run.heldout, scorer, config) if run.heldout else None
-    tracker = run.track()
+    tracker = Tracker(config, run.total_steps, inputs.resume, inputs.zero_skill_reward)  # after all that may be refused
     save = partial(run.save, tracker)
 
     def evaluate(step: int) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]  # of the project
 sys.path.insert(0, str(ROOT))
+# The models are tiny, and pytest's two workers share the cores. torch reads it when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import grpo  # noqa: E402, F401  first of all, since it sets how torch's threads wait
 

@@ -30,7 +30,7 @@ from data.sample import InputError, Sample
 from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update
 from grpo.config import Config
 from grpo.decoding import decoder_for
-from grpo.model.layers import use_our_layers
+from grpo.model.layers import use_hugging_faces_layers, use_our_layers
 from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import init_optimizer_state, make_optimizer
 from grpo.model.random_model import SIZES, TOKENS_PER_SECOND, random_model
@@ -203,10 +203,8 @@ def run(options: Options, device: torch.device) -> dict:
         if options.baseline:
             decoder_for.cache_clear()  # free our cache
             models.sampling.sync(policy)  # not part of the baseline's time
-            for module in (policy, sampling_model):  # Hugging Face's own layers
-                module.set_attn_implementation("sdpa")
-                for layer in module.modules():
-                    vars(layer).pop("forward", None)
+            for module in (policy, sampling_model):
+                use_hugging_faces_layers(module)
             theirs.append(measure(baseline_rollout, baseline_update))
             for module in (policy, sampling_model):
                 use_our_layers(module)

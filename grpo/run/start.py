@@ -38,15 +38,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
 
-    def track(self) -> Tracker:
-        """Begin to write curves and completions, after everything that may be refused. Collective."""
-        return Tracker(self.inputs.config, self.total_steps, self.inputs.resume, self.inputs.zero_skill_reward)
-
     def batches(self) -> Iterator[list[Prompt | InputError]]:
         """Yield this rank's prompts of each step that is left, decoded ahead."""
         config, ranks = self.inputs.config, {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
-        steps = self.total_steps, self.inputs.resume.step
-        batches = rank_batches(self.inputs.epochs, config.global_batch_size, steps[0], **ranks, start_step=steps[1])
+        steps = {"total_steps": self.total_steps, "start_step": self.inputs.resume.step}
+        batches = rank_batches(self.inputs.epochs, config.global_batch_size, **steps, **ranks)
         return load_ahead(self.dataset, batches, config.dataloader_num_workers)
 
     def save(self, tracker: Tracker, name: str, step: int, is_needed: bool = True) -> bool:

@@ -16,7 +16,7 @@ from data.check.report import outside_line
 from data.dataset import Samples, add_id
 from data.loader import cores_per_rank, load_ahead
 from data.sample import InputError, Sample, with_system_prompt
-from data.video_cap import cap_videos, choice_of, varies
+from data.video_cap import Choose, cap_videos, choice_of, varies
 from grpo.ranks import all_gather_object
 from reward.extract import extract_number
 from reward.functions import RewardFunction
@@ -36,13 +36,13 @@ class Survey:
     fingerprint: list[str]  # SHA-256 of the bytes of each file
 
 
-def as_seen(sample: Sample, config, is_training: bool) -> Sample:
+def as_seen(sample: Sample, config, choose: Choose, is_training: bool) -> Sample:
     """Cap the videos and images of a sample, and put the system prompt before its conversation.
 
     Where training sees other videos of it in each turn, a training sample keeps all.
     """
     max_videos = 0 if is_training and varies(config.video_cap) else config.max_videos
-    capped = cap_videos(sample, max_videos, config.max_images, choice_of(config.video_cap))
+    capped = cap_videos(sample, max_videos, config.max_images, choose)
     return with_system_prompt(capped, config.system_prompt)
 
 
@@ -78,7 +78,8 @@ def survey(paths: list[str], config, messages: list[str], is_training: bool = Fa
 
     Of many samples, each core that this rank has reads a part.
     """
-    samples = Samples(paths, config.image_folder, partial(as_seen, config=config, is_training=is_training))
+    prepare = partial(as_seen, config=config, choose=choice_of(config.video_cap), is_training=is_training)
+    samples = Samples(paths, config.image_folder, prepare)
     processes = 0
     if len(samples) >= MANY and config.dataloader_num_workers != 0:
         processes = min(cores_per_rank(), MOST_PROCESSES)

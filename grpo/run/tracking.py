@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,8 +104,7 @@ class Tracker:
         self.zero_skill_reward = zero_skill_reward
         self.config, self.is_main, self.writer = config, dist.get_rank() == 0, None
         self.output, self.is_full = Path(config.output_dir), False
-        self.counts = {"skipped_samples": 0, "shortened_prompts": 0, "warnings": 0, "bad_steps": 0}
-        self.counts |= {"monotonous_in_a_row": 0, "bad_in_a_row": 0} | resume.counts
+        self.counts = Counter(resume.counts)
         self.start_step = resume.step
         self.evaluations, self.best_step = list(resume.evaluations), resume.best_step
         self.goodness = GOODNESS[config.metric_for_best_model]
@@ -176,8 +176,7 @@ class Tracker:
         print_rank0(*(f"left out: {line}" for line in records.bad_media), *records.shortened)
         is_zero_std = metrics.get("frac_reward_zero_std", 0) >= 0.9
         counts["monotonous_in_a_row"] = counts["monotonous_in_a_row"] + 1 if is_zero_std else 0
-        if counts["monotonous_in_a_row"] == ZERO_STD_STEPS and not counts["warnings"]:
-            counts["warnings"] = 1
+        if counts["monotonous_in_a_row"] == ZERO_STD_STEPS:
             print_rank0(
                 f"step {step}: for {ZERO_STD_STEPS} steps nearly all groups have had equal rewards, from which "
                 "nothing is learned: look at the completions, and raise --temperature or change the reward"

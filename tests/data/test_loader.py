@@ -83,6 +83,8 @@ def test_without_weights_an_epoch_of_several_files_is_that_of_one():
 def test_weights_say_how_often_an_epoch_sees_the_samples_of_a_file():
     epochs = Epochs([8, 6, 40], 3, [2.0, 1.0, 0.25])
     assert epochs.shares == [16, 6, 10] and len(epochs) == 32
+    with pytest.raises(ValueError):
+        len(Epochs([8, 6, 40], 3, [2.0, 1.0]))  # a weight is missing
     seen = Counter()
     for epoch in range(4):
         order = order_of(epochs, epoch)

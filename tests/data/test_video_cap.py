@@ -67,6 +67,8 @@ def test_a_random_cap_shows_all_videos_over_the_epochs_and_depends_on_seed_epoch
         tuple(sorted(at_random(seed, name, epoch)(30, 5))) for name in "st" for seed in (0, 1) for epoch in (0, 1)
     }
     assert len(orders) == 8
+    # Around the order 1, 4, 0, 3, 2, which the random numbers of "0 s" give.
+    assert [sorted(at_random(0, "s", turn)(5, 2)) for turn in range(4)] == [[1, 4], [0, 3], [1, 2], [0, 4]]
 
 
 def test_images_have_a_cap_of_their_own():

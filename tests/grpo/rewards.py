@@ -53,6 +53,7 @@ def infinite(completions, sample_id, **kwargs):
 
 def by_rank_of_length(completions, prompt_index, **kwargs):
     """Of the whole step: the share of all completions that are shorter, less that of one's own group."""
+    assert prompt_index == sorted(prompt_index)  # for any number of ranks
     lengths = [len(completion[0]["content"]) for completion in completions]
     pairs = list(zip(lengths, prompt_index, strict=True))
     return [

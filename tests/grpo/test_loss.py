@@ -24,20 +24,20 @@ from grpo.loss import (
 NAN = float("nan")
 
 
-# Of the rewards (0, 1) and (1, 4), whose unbiased standard deviations are sqrt(1/2) and sqrt(9/2); that of the batch is
-# given as 2.
+# Of the last of the rewards (0, 1, 2) and of (1, 4, 7), whose unbiased standard deviations are 1 and 3; that of the
+# batch is given as 2.
 ADVANTAGES = {
-    "group": [0.5 / (math.sqrt(0.5) + 1e-4), 1.5 / (math.sqrt(4.5) + 1e-4)],
-    "batch": [0.5 / 2.0001, 1.5 / 2.0001],
-    "none": [0.5, 1.5],
+    "group": [1 / 1.0001, 3 / 3.0001],
+    "batch": [1 / 2.0001, 3 / 2.0001],
+    "none": [1.0, 3.0],
 }
 
 
 @pytest.mark.parametrize("scale_rewards", get_args(ScaleRewards))
 def test_advantages_by_hand(scale_rewards):
     first, second = ADVANTAGES[scale_rewards]
-    found = group_advantages(torch.tensor([[0.0, 1.0], [1.0, 4.0]]), scale_rewards, batch_std=2.0)
-    assert torch.allclose(found, torch.tensor([[-first, first], [-second, second]]), atol=1e-6)
+    found = group_advantages(torch.tensor([[0.0, 1.0, 2.0], [1.0, 4.0, 7.0]]), scale_rewards, batch_std=2.0)
+    assert torch.allclose(found, torch.tensor([[-first, 0.0, first], [-second, 0.0, second]]), atol=1e-6)
 
 
 def test_a_choice_without_a_formula_is_an_error():
@@ -67,6 +67,9 @@ def test_a_completion_without_a_reward_has_no_advantage_and_no_part_in_its_group
     assert torch.equal(with_gap[0, [0, 2, 3]], without[0])
     assert with_gap[0, 1] == 0
     assert (with_gap[1:] == 0).all()  # one reward alone, or none, compares to nothing
+    of_two = group_advantages(torch.tensor([[1.0, NAN, 4.0, NAN]]), "group")
+    half = 1.5 / (math.sqrt(4.5) + 1e-4)
+    assert torch.allclose(of_two, torch.tensor([[-half, 0.0, half, 0.0]]), atol=1e-6)
 
 
 def test_a_constant_factor_on_the_rewards_of_a_group_cancels_unless_they_are_not_scaled():

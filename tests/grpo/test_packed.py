@@ -11,6 +11,7 @@ import grpo.logprobs
 from grpo.attention import varlen_attention
 from grpo.decoding import SharedPrefixKVCache
 from grpo.logprobs import completion_logprobs, media_features, sampling_logprobs
+from grpo.model.layers import use_hugging_faces_layers
 from grpo.rollout import SamplingParams, generate
 from tests.conftest import make_tiny
 
@@ -67,9 +68,7 @@ def separate_rows(model, prompt, ids, mask, suppress_tokens):
 def hf_twin(model):
     """The same weights with Hugging Face's own layers."""
     twin = copy.deepcopy(model)
-    twin.set_attn_implementation("sdpa")
-    for layer in twin.modules():
-        vars(layer).pop("forward", None)
+    use_hugging_faces_layers(twin)
     return twin
 
 

@@ -69,10 +69,10 @@ def test_groups_of_equal_rewards_do_not_dilute_and_their_update_pass_is_left_out
 
 
 def test_ranks_without_a_difference_keep_step_with_those_that_have_one(tiny, tmp_path):
-    for world_size in (1, 2):
-        more = ["--global_batch_size", "4", "--per_device_train_batch_size", "1", *named("constant_but_for_s2")]
-        run_main(world_size, flags(tiny, tmp_path / str(world_size), *more), tmp_path)
-    one, two = curves(tmp_path / "1"), curves(tmp_path / "2")
+    more = ["--per_device_train_batch_size", "1", *named("constant_but_for_s2")]
+    one = run(tiny, tmp_path / "1", *more)
+    run_main(2, flags(tiny, tmp_path / "2", "--global_batch_size", "4", *more), tmp_path)
+    two = curves(tmp_path / "2")
     for tag in ("grad_norm", "entropy", "loss", "reward"):
         assert two[tag] == pytest.approx(one[tag], rel=1e-3, abs=1e-5), tag
     assert one["grad_norm"][0] > 0
@@ -142,10 +142,10 @@ VARIANTS = [
 
 @pytest.mark.parametrize("more", VARIANTS, ids=str)
 def test_variants_run_on_two_ranks_as_on_one(tiny, tmp_path, more):
-    more = ["--global_batch_size", "4", "--num_train_epochs", "2", "--num_iterations", "2", *more]
-    for world_size in (1, 2):
-        run_main(world_size, flags(tiny, tmp_path / str(world_size), *more), tmp_path)
-    one, two = curves(tmp_path / "1"), curves(tmp_path / "2")
+    more = ["--num_train_epochs", "2", "--num_iterations", "2", *more]
+    one = run(tiny, tmp_path / "1", *more)
+    run_main(2, flags(tiny, tmp_path / "2", "--global_batch_size", "4", *more), tmp_path)
+    two = curves(tmp_path / "2")
     assert ("kl" in one) == ("--beta" in more)
     for tag in {"reward", "loss", "kl", "entropy", "grad_norm", "clip_ratio/region_mean"} & one.keys():
         assert two[tag] == pytest.approx(one[tag], rel=1e-3, abs=1e-5), tag
@@ -158,7 +158,7 @@ def test_with_top_p_the_curves_show_how_far_sampling_is_from_the_policy(tiny, tm
 
 
 def test_a_run_of_equal_rewards_is_pointed_out_once(tiny, tmp_path, capsys):
-    more = ["--max_steps", "45", "--max_completion_length", "1", "--num_generations", "2"]
+    more = "--max_steps 45 --global_batch_size 1 --max_completion_length 1 --num_generations 2".split()
     run(tiny, tmp_path / "out", *more, *named("constant"))
     assert capsys.readouterr().out.count("equal rewards") == 1
 
@@ -192,13 +192,12 @@ def test_prompts_and_completions_stay_aligned(tiny, tmp_path, monkeypatch):
 def test_adapters_alone_learn_a_reward(tiny, tmp_path):
     more = [*ADAPTERS, "--freeze_merger", "--max_steps", "12", "--num_generations", "16", *named("by_length")]
     rewards = run(tiny, tmp_path / "out", *more)["reward"]
-    assert sum(rewards[-3:]) / 3 > 1.2 * sum(rewards[:3]) / 3
+    assert sum(rewards[-3:]) > 1.5 * sum(rewards[:3])
 
 
 @pytest.mark.parametrize("more", [["--freeze_merger"], []], ids=["its own reference", "a frozen copy"])
-@pytest.mark.parametrize("dropout", ["0", "0.5"])
-def test_with_adapters_the_kl_is_that_from_the_base(tiny, tmp_path, more, dropout):
-    more = [*ADAPTERS, *more, "--lora_dropout", dropout, "--beta", "0.1", "--num_train_epochs", "3"]
+def test_with_adapters_the_kl_is_that_from_the_base(tiny, tmp_path, more):
+    more = [*ADAPTERS, *more, "--lora_dropout", "0.5", "--beta", "0.1", "--num_train_epochs", "3"]
     found = run(tiny, tmp_path / "out", *more, *named("by_length"))
     assert found["kl"][0] == pytest.approx(0.0, abs=1e-9) and min(found["kl"][1:]) > 1e-5
     assert min(found["grad_norm"]) > 0  # gradients flow after the adapters were off

@@ -233,6 +233,13 @@ def test_only_a_function_that_asks_for_the_whole_step_gets_it(mine):
     assert [function.is_whole_step for function in functions] == [True, False, True, False]
 
 
+def test_every_built_in_function_takes_all_that_it_is_given_and_keys_of_samples():
+    sampled = {"completion_ids": [[5, 6], [7]], "is_stopped": [True, False], "prompt_index": [0, 1]}
+    columns = columns_of(samples_of({"age": 60}, {}), ["40%", "none"], ["age"], **sampled)
+    for function in load(*BUILT_IN):
+        assert call_reward_function(function, columns, 3).shape == (2,), function.name
+
+
 # Weights
 
 

@@ -21,7 +21,7 @@ from grpo.ranks import start_processes
 from reward.extract import extract_number
 from tests.conftest import hold
 
-SMALL = {"NUM_CARELESS": 160, "NUM_TRAIN": 32, "NUM_HELDOUT": 40, "WARM_START_STEPS": 300}
+SMALL = {"NUM_CARELESS": 128, "NUM_TRAIN": 32, "NUM_HELDOUT": 40, "WARM_START_STEPS": 250}
 SMALL |= {"HIDDEN_SIZE": 64, "LAYERS": 2}
 
 
@@ -33,7 +33,7 @@ def demo(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         for name, number in SMALL.items():
             patch.setattr(f"grpo.demo.demo.{name}", number)
-        flags = "--max_steps 30 --num_generations 8 --learning_rate 5e-4 --output_dir".split()
+        flags = "--max_steps 25 --num_generations 8 --learning_rate 5e-4 --log_completions 1 --output_dir".split()
         assert train.main(["--demo", *flags, str(output)]) == 0
     return output, printed.getvalue()
 

@@ -17,8 +17,9 @@ from grpo.model import sharding
 from grpo.model.optimizer import make_optimizer
 from grpo.ranks import full_tensor, start_processes
 from grpo.run.batches import resolve_batch_sizes
-from grpo.run.scoring import load_scorer
+from grpo.run.scoring import input_errors, load_scorer
 from grpo.run.survey import survey
+from reward.functions import RewardFunction, call_reward_function
 from tests.conftest import OPTIONS, Tiny, run_ranks
 from tests.grpo.model.test_sharding import relative, rollouts_of
 from tests.grpo.rewards import named
@@ -112,6 +113,14 @@ def test_a_whole_step_function_that_raises_ends_all_ranks_with_one_line(tiny, tm
     (line,) = [line for line in first.splitlines() if line.startswith("train.py: error: ")]
     assert "raising_on_the_whole_step raised ValueError: no such step, for samples 's" in line
     assert "train.py: error" not in second
+
+
+def test_the_news_that_a_data_worker_died_is_no_error_of_the_function_that_it_interrupts():
+    def interrupted(**kwargs):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match="^DataLoader worker"), input_errors():
+        call_reward_function(RewardFunction("interrupted", interrupted), {"sample_id": ["s0"]}, 1)
 
 
 def test_a_run_with_weighted_rewards_is_the_same_on_two_ranks(tiny, tmp_path):

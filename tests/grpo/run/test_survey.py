@@ -1,14 +1,17 @@
 """What a run knows of its samples after reading each once."""
 
+import dataclasses
 import hashlib
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch.distributed as dist
 
 from data.sample import InputError
+from data.video_cap import VideoCap, choice_of, varies
 from grpo.config import Config
 from grpo.ranks import start_processes
 from grpo.run import survey as module
@@ -48,6 +51,22 @@ def test_samples_are_as_the_model_sees_them(tiny):
     assert [len(sample.media) for sample in found.samples] == [1, 2, 2, 1]
     assert all(sample.turns[0] == ("system", "Look well.") for sample in found.samples)
     assert "some.json': 1 samples have more than --max_videos 2 videos" in message
+
+
+@pytest.mark.parametrize("cap", get_args(VideoCap))
+@pytest.mark.parametrize("is_training", [False, True])
+def test_samples_are_capped_by_the_choice_of_their_name_unless_training_sees_others_in_each_turn(
+    tiny, cap, is_training
+):
+    config = Config(image_folder=str(tiny.folder / "videos"), max_videos=1, video_cap=cap)
+    messages = []
+    found = survey([str(tiny.folder / "data.json")], config, messages, is_training)
+    seen = [media.name for media in found.samples[1].media]
+    all_three = [f"1_{clip}.mp4" for clip in range(3)]
+    assert seen == (all_three if is_training and varies(cap) else [all_three[i] for i in choice_of(cap)(3, 1)])
+    assert "2 samples have more than --max_videos 1" in messages[0]
+    with pytest.raises(ValueError, match="--video_cap last"):
+        survey([str(tiny.folder / "data.json")], dataclasses.replace(config, video_cap="last"), [])
 
 
 def test_the_fingerprint_is_the_digest_of_each_files_bytes_wherever_they_lie(tiny, tmp_path):
