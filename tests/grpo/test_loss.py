@@ -116,10 +116,18 @@ def clip(ratio, advantage):
         (0.5, -2.0, (1.9, 0.0, 1, 0)),
         (1.5, -2.0, (3.0, 3.0, 0, 0)),
         (1.5, 0.0, (0.0, 0.0, 0, 0)),
+        (0.5, 0.0, (0.0, 0.0, 0, 0)),
+        (0.5, 0.5, (-0.25, -0.25, 0, 0)),  # small advantages have a sign, too
+        (1.5, 0.5, (-0.55, 0.0, 0, 1)),
     ],
 )
 def test_each_side_of_the_clipping_by_hand(ratio, advantage, expected):
     assert clip(ratio, advantage) == pytest.approx(expected, abs=1e-7)
+
+
+def test_a_ratio_exactly_at_a_bound_is_not_counted_as_clipped():
+    low, high = clipped_tokens(torch.tensor([[0.5], [1.5]]), torch.tensor([-1.0, 1.0]), 0.5, 0.5)
+    assert not low.any() and not high.any()
 
 
 # Two completions of three tokens, the last token of the second not trained. Ratios by token, advantages 1 and -1,
