@@ -1,4 +1,4 @@
-"""Call the reward functions on completions; a function that fails or takes too long ends the run with one line."""
+"""Call the reward functions on completions; one that fails or takes too long ends the run with one line."""
 
 import sys
 from collections.abc import Iterator
@@ -71,18 +71,18 @@ def score(scorer: Scorer, rollouts: list[Rollout], texts: list[list[str]], step:
     Raises InputError, on all ranks, that names the function and its samples.
     """
     B, G = len(rollouts), len(texts[0])
+    prompts = [rollout.prompt for rollout in rollouts for _ in range(G)]
     columns = columns_of(
-        [rollout.prompt.sample for rollout in rollouts for _ in range(G)],
+        [prompt.sample for prompt in prompts],
         [text for group in texts for text in group],
         scorer.keys,
         **sampled_columns(rollouts),
-        prompt_index=[rollout.prompt.position for rollout in rollouts for _ in range(G)],
+        prompt_index=[prompt.position for prompt in prompts],
     )
-    is_padding = [rollout.prompt.is_padding for rollout in rollouts for _ in range(G)]
     own = [function for function in scorer.functions if not function.is_whole_step]
-    together = [function for function in scorer.functions if function.is_whole_step]
     rewards = raise_together(call_all, own, columns, step, scorer.timeout)
-    if together:
+    if together := [function for function in scorer.functions if function.is_whole_step]:
+        is_padding = [prompt.is_padding for prompt in prompts]
         rewards |= score_whole_step(together, columns, is_padding, step, scorer.timeout)
     by_function = np.array([rewards[function.name] for function in scorer.functions])  # (F, B * G)
     total = weighted_sum(by_function, [function.weight for function in scorer.functions])
@@ -97,17 +97,16 @@ def score_whole_step(
 
     Rank 0 calls them, so that all ranks have the same rewards, also of a function that draws or asks elsewhere.
     """
-    rank, parts = dist.get_rank(), all_gather_object((columns, is_padding))
-    places = [(r, i) for r, (_, padding) in enumerate(parts) for i, is_pad in enumerate(padding) if not is_pad]
-    places.sort(key=lambda place: parts[place[0]][0]["prompt_index"][place[1]])
-    everyone = {name: [parts[r][0][name][i] for r, i in places] for name in columns}
-    found = raise_together(call_all, functions if rank == 0 and places else [], everyone, step, timeout)
-    rewards = {function.name: np.full(len(is_padding), np.nan) for function in functions}
-    for name, values in broadcast_object(found).items():
-        for (r, i), value in zip(places, values, strict=True):
-            if r == rank:
-                rewards[name][i] = value
-    return rewards
+    places = [(position, i) for i, position in enumerate(columns["prompt_index"])]  # no other rank has the same
+    rows = zip(*columns.values(), strict=True)
+    own = {place: row for place, row, is_pad in zip(places, rows, is_padding, strict=True) if not is_pad}
+    everyone = {place: row for part in all_gather_object(own) for place, row in part.items()}
+    order = sorted(everyone)
+    together = {name: [everyone[place][n] for place in order] for n, name in enumerate(columns)}
+    called = functions if dist.get_rank() == 0 and order else []
+    found = broadcast_object(raise_together(call_all, called, together, step, timeout))
+    of_place = {name: dict(zip(order, values, strict=True)) for name, values in found.items()}
+    return {f.name: np.array([of_place.get(f.name, {}).get(place, np.nan) for place in places]) for f in functions}
 
 
 def sampled_columns(rollouts: list[Rollout]) -> dict[str, list]:
@@ -117,18 +116,16 @@ def sampled_columns(rollouts: list[Rollout]) -> dict[str, list]:
     return {"completion_ids": [ids[mask].tolist() for ids, mask in rows], "is_stopped": is_stopped}
 
 
+@input_errors()
 def score_texts(scorer: Scorer, samples: list[Sample], texts: list[str], sampled: dict | None = None) -> np.ndarray:
     """Return the reward of a text per sample outside of training, nan where it is not scored; raise InputError.
 
     sampled: their `sampled_columns`, if they were sampled.
     """
-    with input_errors():
-        return score_answers(scorer.functions, samples, texts, scorer.keys, sampled, scorer.timeout)
+    return score_answers(scorer.functions, samples, texts, scorer.keys, sampled, scorer.timeout)
 
 
-def call_all(
-    functions: list[RewardFunction], columns: dict[str, list], step: int, timeout: float
-) -> dict[str, np.ndarray]:
-    """Return the rewards of each function; raise InputError."""
-    with input_errors():
-        return {function.name: call_reward_function(function, columns, step, timeout) for function in functions}
+@input_errors()
+def call_all(functions: list[RewardFunction], columns: dict[str, list], step: int, timeout: float) -> dict:
+    """Return the rewards of each function, (n,) by name; raise InputError."""
+    return {function.name: call_reward_function(function, columns, step, timeout) for function in functions}
