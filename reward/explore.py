@@ -18,7 +18,6 @@ the shares are those of the five truths of the picture: a first look, since they
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from reward.extract import extract_number
 from reward.flags import Bounds, JudgeFlags, flag
 from reward.functions import RewardError, RewardFunction, load_reward_functions, one_line, score_answers
 
+PROG = "python -m reward.explore"
 PLACES = np.array([0.20, 0.35, 0.50, 0.65, 0.80])  # of the truths that are drawn, in the valid range
 NUM_STEPS = 1000  # of the curves, over the valid range: 0.1 points, if it is 0 to 100
 BIASES, SPREADS = np.array([0, 5, 10, 20]), np.array([1, 3, 6, 12])  # of the policies, in points
@@ -65,11 +65,11 @@ def explore(
     The share is (biases, spreads). Raises RewardError if the reward fails or cannot be drawn.
     """
     curves = [curve(function, truth, args.valid_range) for truth in shown]
-    values = np.unique(np.concatenate([rewards for _, rewards in curves]))
-    if len(values) == 1:
+    value, *others = np.unique(np.concatenate([rewards for _, rewards in curves]))
+    if not others:
         raise RewardError(
-            f"--reward_funcs {function.name}: it gives {'None' if np.isnan(values[0]) else f'{values[0]:g}'} for every "
-            "number, so it judges something else, or a whole step, and cannot be drawn: leave it out"
+            f"--reward_funcs {function.name}: it gives {'None' if np.isnan(value) else f'{value:g}'} for every number, "
+            "so it judges something else, or a whole step, and cannot be drawn: leave it out"
         )
     places = np.linspace(0, len(truths) - 1, min(len(truths), MOST_TRUTHS)).round().astype(int)
     distinct, counts = np.unique(np.sort(truths)[places], return_counts=True)  # (T,)
@@ -176,7 +176,7 @@ def read_truths(path: str) -> tuple[np.ndarray, int]:
         entries = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
         for number, entry in enumerate(entries, start=1):
             where = f"--truths {path!r}, entry #{number},"
-            if entry != "" and entry != "\r":
+            if entry not in ("", "\r"):
                 found.append(extract_number(answer_of(entry)))
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise RewardError(f"{where} cannot be read ({one_line(error)}): name a file of samples or numbers") from error
@@ -198,20 +198,10 @@ def answer_of(entry) -> str:
     return last["value"]
 
 
-def parse(argv: list[str]) -> ExploreConfig:
-    """Read the flags; raise InputError if one is wrong."""
-    config = parse_flags(ExploreConfig, argv, "python -m reward.explore", description=__doc__)
-    if os.path.isdir(config.output) or not os.access(os.path.dirname(config.output) or ".", os.W_OK):
-        raise InputError(
-            f"--output {config.output!r} cannot be written: name a file in a folder that exists and is yours to write"
-        )
-    return config
-
-
 def main(argv: list[str]) -> int:
     """Print the table and write the picture; return 0, or 2 for what the user can mend, which one line says."""
     try:
-        args = parse(argv)
+        args = parse_flags(ExploreConfig, argv, PROG, description=__doc__)
         functions = load_reward_functions(args.reward_funcs, [], args.reward_kwargs, args.valid_range)
         shown = args.valid_range[0] + np.diff(args.valid_range) * PLACES
         truths, left_out = read_truths(args.truths) if args.truths else (shown, 0)
@@ -224,13 +214,12 @@ def main(argv: list[str]) -> int:
         try:
             figure.savefig(args.output, format="png")
         except OSError as error:
-            raise InputError(
-                f"--output {args.output!r} cannot be written ({error.strerror}): name another place"
-            ) from error
+            reason = f"--output {args.output!r} cannot be written ({error.strerror}): name another place"
+            raise InputError(reason) from error
         print(f"\nthe picture is in {args.output!r}")
         return 0
     except (InputError, RewardError) as error:
-        print(f"{getattr(error, 'details', '')}python -m reward.explore: error: {error}", file=sys.stderr)
+        print(f"{getattr(error, 'details', '')}{PROG}: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -52,15 +52,17 @@ def constant_rewards(functions: list[RewardFunction], samples: list, truths: np.
     there is no step, and where a function fails or takes too long.
     """
     texts, weighted = constant_texts(truths), [function for function in functions if function.weight]
-    blocks = [samples[first : first + BLOCK] for first in range(0, len(samples), BLOCK)]
-
-    def rewards_of(text: str) -> np.ndarray:
-        return np.concatenate([score_answers(weighted, block, [text] * len(block), keys) for block in blocks])
-
-    if not any(function.is_whole_step for function in weighted):
-        with suppress(RewardError, OutOfTime), time_limit(MOST_SECONDS):  # on sampled answers an error is reported
-            return np.array([rewards_of(text) for text in texts])
-    return np.full((len(texts), len(samples)), np.nan)
+    rewards = np.full((len(texts), len(samples)), np.nan)
+    if any(function.is_whole_step for function in weighted):
+        return rewards
+    with suppress(RewardError, OutOfTime), time_limit(MOST_SECONDS):  # on sampled answers an error is reported
+        found = np.empty_like(rewards)
+        for k, text in enumerate(texts):
+            for first in range(0, len(samples), BLOCK):
+                block = samples[first : first + BLOCK]
+                found[k, first : first + BLOCK] = score_answers(weighted, block, [text] * len(block), keys)
+        return found
+    return rewards
 
 
 def zero_skill(
