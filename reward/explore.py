@@ -8,27 +8,25 @@ share for policies that answer
 
     truth + bias + spread * normal      rounded to a whole percent, clipped to --valid_range
 
-The share is computed, not drawn: the sum over rewards r of P(reward = r) ^ num_generations, averaged over the truths.
-Rewards are compared as float32, as the trainer does. A function is given truths and answers as "55%", and no other keys
-of the samples: one that judges something else than the number, or a whole step, cannot be drawn.
+It is the sum over rewards r of P(reward = r) ^ num_generations, averaged over the truths. A function is given truths
+and answers as "55%", and no other keys of the samples: one that judges something else or a whole step cannot be drawn.
 
---truths takes a file of samples as train.py does (JSON or JSONL; the last turn holds the answer), a JSON list of
-numbers or answers, or a text with one number or answer a line. Entries without a number are left out. Without the flag,
-the shares are those of the five truths of the picture: a first look, since they depend on the data.
+--truths takes a file of samples as train.py does, a JSON list of numbers or answers, or a text with one a line. Entries
+without a number are left out. Without the flag, the shares are those of the five truths of the picture: a first look,
+since they depend on the data.
 """
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import ndtr
 
 from data.flags import parse_flags
-from data.sample import InputError
+from data.sample import InputError, Sample
 from reward.extract import extract_number
 from reward.flags import Bounds, JudgeFlags, flag
 from reward.functions import RewardError, RewardFunction, load_reward_functions, one_line, score_answers
@@ -73,19 +71,18 @@ def explore(
         )
     places = np.linspace(0, len(truths) - 1, min(len(truths), MOST_TRUTHS)).round().astype(int)
     distinct, counts = np.unique(np.sort(truths)[places], return_counts=True)  # (T,)
-    rows = zip(distinct, *policies(distinct, args.valid_range), strict=True)
-    shares = [equal_share(rewards_of(function, truth, a), p, args.num_generations) for truth, a, p in rows]
+    shares = []
+    for truth in distinct:
+        answers, probabilities = policies(truth, args.valid_range)
+        shares.append(equal_share(rewards_of(function, truth, answers), probabilities, args.num_generations))
     return curves, np.average(shares, axis=0, weights=counts)
 
 
 def rewards_of(function: RewardFunction, truth: float, answers: np.ndarray) -> np.ndarray:
-    """Return the rewards of answers (A,) to one truth, as float32; nan where the function has no say."""
+    """Return the rewards of answers (A,) to one truth, float32 as in training; nan where the function has no say."""
     distinct, place = np.unique(answers, return_inverse=True)
     truth, *texts = (np.format_float_positional(number, trim="-") + "%" for number in (truth, *distinct))
-    samples = [
-        SimpleNamespace(id=f"answer {text}, truth {truth}", answer=truth, turns=[("user", "EF?")], extra={})
-        for text in texts
-    ]
+    samples = [Sample(f"answer {text}, truth {truth}", (), (("user", "EF?"),), truth) for text in texts]
     return score_answers([function], samples, texts, []).astype(np.float32)[place]
 
 
@@ -105,15 +102,12 @@ def flat_parts(rewards: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.diff(np.concatenate([[0], same, [0]]))).reshape(-1, 2)
 
 
-def policies(truths: np.ndarray, valid_range: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the policies answer to truths (T,): numbers (T, A), probabilities (T, A, biases, spreads).
-
-    Answers that are clipped to the same number stand there one by one.
-    """
-    whole = truths.round()[:, None] + WHOLE  # (T, A)
-    bounds = np.concatenate([whole - 0.5, whole[:, -1:] + 0.5], axis=1) - truths[:, None]  # (T, A + 1)
-    below = ndtr((bounds[:, :, None, None] - BIASES[:, None]) / SPREADS)  # (T, A + 1, biases, spreads)
-    return whole.clip(*valid_range), np.diff(below, axis=1)
+def policies(truth: float, valid_range: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the policies answer to a truth, (A,), each with its probabilities, (A, biases, spreads)."""
+    whole = np.round(truth) + WHOLE
+    edges = np.append(whole, whole[-1] + 1)[:, None, None] - 0.5 - truth  # of what is rounded to each
+    below = ndtr((edges - BIASES[:, None]) / SPREADS)  # (A + 1, biases, spreads)
+    return whole.clip(*valid_range), np.diff(below, axis=0)
 
 
 def equal_share(rewards: np.ndarray, probabilities: np.ndarray, num_generations: int) -> np.ndarray:
@@ -122,10 +116,8 @@ def equal_share(rewards: np.ndarray, probabilities: np.ndarray, num_generations:
     rewards: (A,) of the possible answers; probabilities: (A, …). As in the trainer, a completion without a say (nan)
     does not count in its group, and a group without any teaches nothing, either.
     """
-    unscored = np.isnan(rewards)
-    none = probabilities[unscored].sum(axis=0)
-    of_value = [probabilities[rewards == value].sum(axis=0) for value in np.unique(rewards[~unscored])]
-    n = num_generations
+    n, none = num_generations, probabilities[np.isnan(rewards)].sum(axis=0)
+    of_value = [probabilities[rewards == value].sum(axis=0) for value in np.unique(rewards[~np.isnan(rewards)])]
     return none**n + sum((none + probability) ** n - none**n for probability in of_value)
 
 
@@ -139,8 +131,8 @@ def table(found: dict, shown: np.ndarray, num_generations: int) -> str:
             lines.append(f"    truth {truth:<12g}{', '.join(flat) or 'nowhere'}")
         lines.append(f"groups of {num_generations} with equal rewards")
         lines.append(" " * 18 + "".join(f"{f'spread {spread}':>11}" for spread in SPREADS))
-        for bias, row in zip(BIASES, equal, strict=True):
-            lines.append(f"    bias {bias:<9}" + "".join(f"{share:>11.0%}" for share in row))
+        rows = zip(BIASES, equal, strict=True)
+        lines += [f"    bias {bias:<9}" + "".join(f"{share:>11.0%}" for share in row) for bias, row in rows]
     return "\n".join(lines)
 
 

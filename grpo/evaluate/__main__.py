@@ -85,7 +85,8 @@ def parse(argv: list[str]) -> EvaluateConfig:
         config.model_id = base_of(config.adapter)
     for name in ("model_id", "data_path", "output_dir"):
         if getattr(config, name) in ("", [], [""]):
-            raise InputError(f"--{name} is missing: name it" + ("" if config.run else ", or a whole run with --run"))
+            hint = "since the run has none" if config.run else "or a whole run with --run"
+            raise InputError(f"--{name} is missing: name it, {hint}")
     resolve_data_flags(config)
     if config.num_samples > 1 and not config.temperature:
         raise InputError(
@@ -108,7 +109,7 @@ def defaults_of_run(given: EvaluateConfig) -> dict:
         if not run["lora_enable"]:
             defaults["model_id"] = final
         elif not given.model_id:
-            defaults["adapter"] = given.adapter or final
+            defaults["adapter"] = final
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
             f"--run {given.run!r} is no folder of a run: {path} cannot be read ({first_line(error)})"
@@ -117,8 +118,6 @@ def defaults_of_run(given: EvaluateConfig) -> dict:
         raise InputError(
             f"--run {given.run!r} has no final/ yet: name a checkpoint-N in it with --model_id or --adapter"
         )
-    if not (given.data_path or defaults["data_path"]):
-        raise InputError(f"--run {given.run!r} had no --eval_data_path: name the samples with --data_path")
     return defaults
 
 

@@ -152,8 +152,8 @@ def errors(truths: np.ndarray, predicted: np.ndarray, cuts: list[float]) -> dict
 def area_under_curve(is_positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Return the area under each column's ROC curve, (n, R) -> (R,); nan if a class is empty.
 
-    From the positives' ranks (Mann and Whitney), for all columns at once: scikit-learn's roc_auc_score, which gives the
-    same, takes a second for a thousand columns.
+    From the positives' ranks (Mann and Whitney): scikit-learn's roc_auc_score, which gives the same, takes a second
+    for a thousand columns.
     """
     positives = is_positive.sum(axis=0)
     ranks = np.where(is_positive, rankdata(scores, axis=0), 0).sum(axis=0)

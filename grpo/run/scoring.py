@@ -79,23 +79,29 @@ def score(scorer: Scorer, rollouts: list[Rollout], texts: list[list[str]], step:
         **sampled_columns(rollouts),
         prompt_index=[prompt.position for prompt in prompts],
     )
-    own = [function for function in scorer.functions if not function.is_whole_step]
-    rewards = raise_together(call_all, own, columns, step, scorer.timeout)
-    if together := [function for function in scorer.functions if function.is_whole_step]:
-        is_padding = [prompt.is_padding for prompt in prompts]
-        rewards |= score_whole_step(together, columns, is_padding, step, scorer.timeout)
-    by_function = np.array([rewards[function.name] for function in scorer.functions])  # (F, B * G)
-    total = weighted_sum(by_function, [function.weight for function in scorer.functions])
-    total, *each = torch.tensor(np.vstack([total, by_function]), dtype=torch.float32).view(-1, B, G)
+    is_padding, by_function = [prompt.is_padding for prompt in prompts], []  # (F, B * G)
+    for function in scorer.functions:
+        if function.is_whole_step:
+            by_function.append(call_on_whole_step(function, columns, is_padding, step, scorer.timeout))
+        else:
+            by_function.append(raise_together(call, function, columns, step, scorer.timeout))
+    total = weighted_sum(np.array(by_function), [function.weight for function in scorer.functions])
+    total, *each = torch.tensor(np.vstack([total, *by_function]), dtype=torch.float32).view(-1, B, G)
     return Scores(total, {function.name: values for function, values in zip(scorer.functions, each, strict=True)})
 
 
-def score_whole_step(
-    functions: list[RewardFunction], columns: dict[str, list], is_padding: list[bool], step: int, timeout: float
-) -> dict[str, np.ndarray]:
-    """Apply functions to the completions of all ranks at once, by position; padding gets nan. Collective.
+@input_errors()
+def call(function: RewardFunction, columns: dict[str, list], step: int, timeout: float) -> np.ndarray:
+    """Return the rewards of one function, (n,), nan where it has no say; raise InputError."""
+    return call_reward_function(function, columns, step, timeout)
 
-    Rank 0 calls them, so that all ranks have the same rewards, also of a function that draws or asks elsewhere.
+
+def call_on_whole_step(
+    function: RewardFunction, columns: dict[str, list], is_padding: list[bool], step: int, timeout: float
+) -> np.ndarray:
+    """Apply a function to the completions of all ranks at once, by position; padding gets nan. Collective.
+
+    Rank 0 calls it, so that all ranks have the same rewards, also of a function that draws or asks elsewhere.
     """
     places = [(position, i) for i, position in enumerate(columns["prompt_index"])]  # no other rank has the same
     rows = zip(*columns.values(), strict=True)
@@ -103,10 +109,10 @@ def score_whole_step(
     everyone = {place: row for part in all_gather_object(own) for place, row in part.items()}
     order = sorted(everyone)
     together = {name: [everyone[place][n] for place in order] for n, name in enumerate(columns)}
-    called = functions if dist.get_rank() == 0 and order else []
-    found = broadcast_object(raise_together(call_all, called, together, step, timeout))
-    of_place = {name: dict(zip(order, values, strict=True)) for name, values in found.items()}
-    return {f.name: np.array([of_place.get(f.name, {}).get(place, np.nan) for place in places]) for f in functions}
+    is_called = dist.get_rank() == 0 and order
+    found = raise_together(lambda: call(function, together, step, timeout) if is_called else [])
+    reward_of = dict(zip(order, broadcast_object(found), strict=True))
+    return np.array([reward_of.get(place, np.nan) for place in places])
 
 
 def sampled_columns(rollouts: list[Rollout]) -> dict[str, list]:
@@ -123,9 +129,3 @@ def score_texts(scorer: Scorer, samples: list[Sample], texts: list[str], sampled
     sampled: their `sampled_columns`, if they were sampled.
     """
     return score_answers(scorer.functions, samples, texts, scorer.keys, sampled, scorer.timeout)
-
-
-@input_errors()
-def call_all(functions: list[RewardFunction], columns: dict[str, list], step: int, timeout: float) -> dict:
-    """Return the rewards of each function, (n,) by name; raise InputError."""
-    return {function.name: call_reward_function(function, columns, step, timeout) for function in functions}

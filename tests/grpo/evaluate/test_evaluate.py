@@ -317,7 +317,7 @@ def test_a_run_without_what_is_evaluated_is_told_so(tiny, tmp_path, capfd):
     output = tmp_path / "out"
     assert train.main(flags(tiny, output, "--max_steps", "1")) == 0
     assert command.main(["--run", str(output)]) == 2
-    assert "had no --eval_data_path: name the samples with --data_path" in capfd.readouterr().err
+    assert "--data_path is missing: name it, since the run has none" in capfd.readouterr().err
     shutil.rmtree(output / "final")
     assert command.main(["--run", str(output), "--data_path", str(tiny.folder / "data.json")]) == 2
     assert "has no final/ yet: name a checkpoint-N" in capfd.readouterr().err
