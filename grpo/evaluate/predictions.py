@@ -37,7 +37,7 @@ def open_predictions(output_dir: str, settings: dict) -> dict[str, Prediction]:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
-            where = f"{str(path)!r}, line {number}"
+            where = f"{str(path)!r}, line {number} (remove it to go on without it)"
             prediction = Prediction(**json.loads(line))
             done[prediction.id] = prediction
         os.truncate(path, len(whole))

@@ -289,7 +289,7 @@ def test_an_adapter_of_another_model_gets_one_line(tiny, adapters, tmp_path, cap
         ("other data", "samples ['"),
         ("other model", "weights '"),
         ("no settings", "settings.json beside it cannot be read"),
-        ("a damaged line", "line 2 cannot be read"),
+        ("a damaged line", "line 2 (remove it to go on without it) cannot be read"),
     ],
 )
 def test_predictions_of_something_else_are_left_as_they_are(tiny, tmp_path, run, answered, capfd, change, words):
