@@ -201,7 +201,7 @@ def table(rows: dict[str, dict]) -> str:
 
 def answer_all(model, dataset: PromptDataset, options: AnswerOptions) -> list[Prediction]:
     """Answer all samples of a data set greedily, in their order; collective."""
-    found = {p.id: p for done in answer(model, dataset, options) for p in done.predictions}
+    found = {p.id: p for predictions, _ in answer(model, dataset, options) for p in predictions}
     return [found[sample.id] for sample in dataset.samples]
 
 

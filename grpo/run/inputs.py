@@ -17,7 +17,7 @@ from grpo.run.lock import lock_folder
 from grpo.run.resume import ResumeState, find_resume_state
 from grpo.run.scoring import Scorer, load_scorer
 from grpo.run.survey import Survey, check_truths, note_truths_outside, survey
-from reward.numerical import log_path
+from reward.debug_log import log_path
 from reward.zero_skill import zero_skill
 
 
