@@ -34,8 +34,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data.loader import Prompt, checked, worker_failure
 from data.sample import InputError
-from grpo.check_flags import parse_config
-from grpo.config import Config
+from grpo.config import Config, parse_config
 from grpo.demo import demo
 from grpo.evaluate.heldout import HeldOut
 from grpo.logprobs import encode_media

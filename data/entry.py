@@ -18,30 +18,44 @@ import stat
 from functools import lru_cache
 
 from data.media.fetch import FetchError, check_address, is_address, shown
-from data.sample import IMAGE_SUFFIXES, IMAGE_TAG, TAG_PATTERN, VIDEO_TAG, InputError, Media, Sample, TagMismatch
+from data.sample import (
+    IMAGE_SUFFIXES,
+    IMAGE_TAG,
+    TAG_PATTERN,
+    VIDEO_TAG,
+    InputError,
+    Media,
+    Sample,
+    TagMismatch,
+    check_text,
+)  # fmt: skip
 
 KEYS = ("id", "video", "image", "conversations")
 IMAGE_OPTIONS = ("resized_width", "resized_height", "min_pixels", "max_pixels")
 VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", *IMAGE_OPTIONS)
 LIKE_A_TAG = re.compile(r"<\s*(?:videos?|images?)\s*>", re.IGNORECASE)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TYPES = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
 
 
-def read_sample(entry, where: str, data_path: str, default_id: str, image_folder: str) -> Sample:
-    """Check one entry of the file and turn it into a Sample; errors say `where` it stands until its id is known."""
+def read_sample(entry, data_path: str, place: int, default_id: str, image_folder: str) -> Sample:
+    """Check the entry that stands at a place of a file, from 0 on, and turn it into a Sample; raise InputError."""
+    where = f"{data_path!r}: entry #{place + 1}"
     if not isinstance(entry, dict):
-        raise InputError(f"{where} is {_json_type(entry)}, not an object: write it as {{...}}")
+        raise InputError(f"{where} is {_type_of(entry)}, not an object: write it as {{...}}")
     sample_id = default_id if entry.get("id") is None else entry["id"]
     if isinstance(sample_id, bool) or not isinstance(sample_id, str | int) or sample_id == "":
-        raise InputError(f"{where}: 'id' is {_json_type(sample_id)}: give a string or a whole number")
+        raise InputError(f"{where}: 'id' is {_type_of(sample_id)}: give a string or a whole number")
     sample_id = str(sample_id)
     where = f"{data_path!r}: sample {sample_id!r}"
 
-    _check_keys(entry, where)
-    *prompt, (_, answer) = _read_turns(entry, where)
+    for key in entry:
+        if key not in KEYS and (meant := _meant_key(key)):
+            raise InputError(f"{where}: unknown key {key!r}, did you mean {meant!r}?")
+    *prompt, (_, answer) = _read_turns(entry.get("conversations"), where)
     of_tag = {}
     for kind, tag in (("video", VIDEO_TAG), ("image", IMAGE_TAG)):
-        found = _read_media(entry.get(kind), kind, where, image_folder)
+        found = _read_media(entry.get(kind), kind, f"{where}: {kind!r}", image_folder)
         tags = sum(text.count(tag) for _, text in prompt)
         if tags == 0:
             first_user = [role for role, _ in prompt].index("user")
@@ -56,20 +70,12 @@ def read_sample(entry, where: str, data_path: str, default_id: str, image_folder
     return Sample(sample_id, media, tuple(prompt), answer, {key: entry[key] for key in entry if key not in KEYS})
 
 
-def _check_keys(entry: dict, where: str) -> None:
-    """Raise InputError for a key that looks like a misspelt 'video', 'image' or 'conversations'.
-
-    Other keys are the user's own data. So are keys of several words, such as 'conversation_id' and 'videoId', which
-    resemble one of ours by accident.
-    """
-    for key in entry:
-        if key not in KEYS and (meant := _meant_key(key)):
-            raise InputError(f"{where}: unknown key {key!r}, did you mean {meant!r}?")
-
-
 @lru_cache(1000)
 def _meant_key(key: str) -> str | None:
-    """Return which of ours a key resembles, if any."""
+    """Return which of ours a key looks like, misspelt; None for the user's own.
+
+    Keys of several words, such as 'conversation_id' and 'videoId', resemble one of ours by accident.
+    """
     word = key.strip().lower()
     if word == "id":
         return "id"
@@ -82,40 +88,45 @@ def _read_media(written, kind: str, where: str, image_folder: str) -> list[Media
     if written is None:
         return []
     if not isinstance(written, list | str | dict):
-        raise InputError(f"{where}: {kind!r} is {_json_type(written)}: give a path or a list of paths")
-    listed = written if isinstance(written, list) else [written]
-    return [_read_one(one, kind, f"{where}: {kind!r}", image_folder) for one in listed]
-
-
-def _read_one(written, kind: str, where: str, image_folder: str) -> Media:
-    """Read one video or image: a path, a list of frames, or an object with either of them and its own options."""
-    options = ()
-    if isinstance(written, dict):
-        if kind not in written:
-            raise InputError(f"{where} contains an object without {kind!r}: name its file there")
-        options = _read_options({key: written[key] for key in written if key != kind}, kind, where)
-        written = written[kind]
-    if kind == "video" and isinstance(written, list) and written:
-        return Media(kind, tuple(_read_path(path, where, image_folder) for path in written), options)
-    path = _read_path(written, where, image_folder)
-    if kind == "video" and shown(written).lower().endswith(IMAGE_SUFFIXES):
-        raise InputError(
-            f"{where} contains {shown(written)!r}: put the frames of a video in a list of their own, [[...]]"
-        )
-    return Media(kind, path, options)
+        raise InputError(f"{where} is {_type_of(written)}: give a path or a list of paths")
+    found = []
+    for one in written if isinstance(written, list) else [written]:
+        options = ()
+        if isinstance(one, dict):
+            if kind not in one:
+                raise InputError(f"{where} contains an object without {kind!r}: name its file there")
+            options = _read_options({key: one[key] for key in one if key != kind}, kind, where)
+            one = one[kind]
+        if kind == "video" and isinstance(one, list) and one:
+            path = tuple(_read_path(frame, where, image_folder) for frame in one)
+        else:
+            path = _read_path(one, where, image_folder)
+            if kind == "video" and shown(one).lower().endswith(IMAGE_SUFFIXES):
+                raise InputError(
+                    f"{where} contains {shown(one)!r}: put the frames of a video in a list of their own, [[...]]"
+                )
+        found.append(Media(kind, path, options))
+    return found
 
 
 def _read_path(written, where: str, image_folder: str) -> str:
-    """Return an address as it is, and of a path where it leads to."""
+    """Return an address as it is, and of a path where it leads to: as written if that file exists, else inside."""
     if not isinstance(written, str) or not written.strip():
-        raise InputError(f"{where} contains {_json_type(written)}: every entry must be a path")
-    if not is_address(written):
-        return _resolve(written, image_folder)
+        raise InputError(f"{where} contains {_type_of(written)}: every entry must be a path")
+    if is_address(written):
+        try:
+            check_address(written)
+        except FetchError as error:
+            raise InputError(f"{where}: {error}") from error
+        return written
+    inside = os.path.join(image_folder, written)
     try:
-        check_address(written)
-    except FetchError as error:
-        raise InputError(f"{where}: {error}") from error
-    return written
+        if not os.access(written, os.F_OK):  # without an exception, since most paths are inside
+            return inside
+        mode = os.stat(written).st_mode
+    except (OSError, ValueError):
+        return inside
+    return written if stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and not os.path.isfile(inside)) else inside
 
 
 def _read_options(written: dict, kind: str, where: str) -> tuple[tuple[str, float], ...]:
@@ -134,45 +145,29 @@ def _read_options(written: dict, kind: str, where: str) -> tuple[tuple[str, floa
     return tuple(sorted(written.items()))
 
 
-def _resolve(path: str, image_folder: str) -> str:
-    """Return the path as written if that file exists, else the path inside `image_folder`; files before folders."""
-    inside = os.path.join(image_folder, path)
-    try:
-        if not os.access(path, os.F_OK):  # without an exception, since most paths are inside
-            return inside
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):
-        return inside
-    return path if stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and not os.path.isfile(inside)) else inside
-
-
-def _read_turns(entry: dict, where: str) -> list[tuple[str, str]]:
+def _read_turns(written, where: str) -> list[tuple[str, str]]:
     """Return all turns as (role, text): a prompt that ends with a user's turn, then the answer."""
-    conversations = entry.get("conversations")
-    if not isinstance(conversations, list) or not conversations:
+    if not isinstance(written, list) or not written:
         raise InputError(f"{where} has no 'conversations': give a list of turns, the last one from 'gpt'")
-    turns = [_read_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(conversations, start=1)]
-    roles = [role for role, _ in turns]
-    if "user" not in roles:
-        raise InputError(f"{where} has no human turn: put the question in a turn from 'human'")
-    if "assistant" not in roles:
-        raise InputError(f"{where} has no gpt turn: put the answer in a last turn from 'gpt'")
-    if roles[-1] != "assistant":
-        raise InputError(f"{where} does not end with a gpt turn: the last turn must be the answer")
-    if roles[-2] != "user":
-        raise InputError(f"{where}: the turn before the answer is not human: put the question right before the answer")
+    turns = [_read_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(written, start=1)]
+    if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
+        raise InputError(f"{where}: the last two turns must be the question, from 'human', and the answer, from 'gpt'")
     if not turns[-1][1].strip():
         raise InputError(f"{where} has an empty answer: fill the last gpt turn")
+    try:
+        check_text(turns[:-1])
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
     return turns
 
 
 def _read_turn(turn, where: str) -> tuple[str, str]:
     """Return one turn as (role, text)."""
     if not isinstance(turn, dict):
-        raise InputError(f"{where} is {_json_type(turn)}: write it as {{'from': ..., 'value': ...}}")
+        raise InputError(f"{where} is {_type_of(turn)}: write it as {{'from': ..., 'value': ...}}")
     for key in ("from", "value"):
         if not isinstance(turn.get(key), str):
-            problem = f"is {_json_type(turn[key])}" if key in turn else "is missing"
+            problem = f"is {_type_of(turn[key])}" if key in turn else "is missing"
             raise InputError(f"{where}: {key!r} {problem}: give a string")
     speaker, text = turn["from"], turn["value"]
     if speaker not in ROLES:
@@ -189,14 +184,6 @@ def _read_turn(turn, where: str) -> tuple[str, str]:
     return ROLES[speaker], text
 
 
-def _json_type(value) -> str:
-    """Name the type of a JSON value for an error message."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    if isinstance(value, int | float):
-        return "a number"
-    if isinstance(value, str):
-        return "a string" if value.strip() else "an empty string"
-    return "a list" if isinstance(value, list) else "an object"
+def _type_of(value) -> str:
+    """Name the type of a JSON value for an error message, which must not show what may be an address."""
+    return "an empty string" if isinstance(value, str) and not value.strip() else TYPES.get(type(value), "a number")

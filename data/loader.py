@@ -7,6 +7,7 @@
 import dataclasses
 import gc
 import multiprocessing
+import os
 import re
 import signal
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.epochs import BatchItem
+from data.flags import LoaderFlags, MediaFlags, OnBadMedia, OnLongPrompt
 from data.media.augment import Augmentation
-from data.media.frame_cache import CacheError
-from data.media.images import MediaOptions, load_media, media_grid
+from data.media.fetch import DEFAULT_CACHE
+from data.media.frame_cache import CacheError, FrameCache
+from data.media.frames import VideoOptions
+from data.media.images import ImageOptions
+from data.media.load import MediaOptions, load_media, media_grid
 from data.media.patches import PATCH_VALUES
 from data.prompt import encode_prompt
-from data.sample import BadMedia, InputError, Sample, keep_media
+from data.sample import BadMedia, InputError, Sample, keep_media, read_system_prompt
+from data.video_cap import varies
 
 
 @dataclass
@@ -59,14 +65,65 @@ class PromptOptions:
     """How samples become prompts."""
 
     media: MediaOptions
-    on_bad_media: str = "error"  # or "skip"
+    on_bad_media: OnBadMedia = "error"
     max_prompt_length: int = 0  # tokens; 0: any
-    on_long_prompt: str = "error"  # or "skip" or "fewer_videos"
+    on_long_prompt: OnLongPrompt = "error"
     augmentation: Augmentation | None = None
+
+
+def cores_per_rank() -> int:
+    """Return the cores of this machine that a rank may use, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def media_options(flags: MediaFlags, threads: int = 1) -> MediaOptions:
+    """Return the flags about frames, images and their size; raise InputError for a contradiction."""
+    size = flags.video_resized_width, flags.video_resized_height
+    try:
+        video = VideoOptions(flags.fps, flags.nframes, *size, flags.video_min_pixels, flags.video_max_pixels)
+        image = ImageOptions(flags.image_min_pixels, flags.image_max_pixels)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    frames = FrameCache(flags.frame_cache, int(flags.frame_cache_gb * 1e9)) if flags.frame_cache else None
+    return MediaOptions(video, image, flags.media_cache or DEFAULT_CACHE, frames, threads)
+
+
+def prompt_options(flags: LoaderFlags, is_training: bool = False) -> PromptOptions:
+    """Return the flags about how samples become prompts; what differs between epochs does so in training only."""
+    augmentation = None
+    if is_training and (flags.frame_jitter or varies(flags.video_cap)):
+        max_videos = flags.max_videos if varies(flags.video_cap) else 0
+        augmentation = Augmentation(flags.seed, max_videos, flags.frame_jitter)
+    media = media_options(flags, threads=max(1, cores_per_rank() // max(1, flags.dataloader_num_workers)))
+    return PromptOptions(media, flags.on_bad_video, flags.max_prompt_length, flags.on_long_prompt, augmentation)
+
+
+def resolve_data_flags(flags: MediaFlags) -> None:
+    """Fill in, in place, what flags about samples leave open; raise InputError if they contradict each other."""
+    flags.system_prompt = read_system_prompt(flags.system_prompt)  # so that it is kept, wherever its file goes
+    media_options(flags)
+    if flags.video_cap != "first" and not flags.max_videos:
+        raise InputError(
+            f"--video_cap {flags.video_cap} has no effect with --max_videos 0, which keeps all: give a number"
+        )
+    if isinstance(flags, LoaderFlags) and flags.dataloader_num_workers is None:
+        flags.dataloader_num_workers = min(8, max(1, cores_per_rank() - 1))  # a core is left for the rank itself
+    if isinstance(flags, LoaderFlags) and flags.on_long_prompt != "error" and not flags.max_prompt_length:
+        raise InputError(
+            f"--on_long_prompt {flags.on_long_prompt} has no effect: say with --max_prompt_length what is long"
+        )
 
 
 class LongPrompt(Exception):
     """A prompt has more tokens than it may; the message says how many."""
+
+
+def is_left_out(choice: OnBadMedia | OnLongPrompt) -> bool:
+    """Say whether a sample that cannot be used is left out; else the run stops."""
+    left_out = {"skip": True, "error": False, "fewer_videos": False}  # the last: none of its videos are left
+    if choice not in left_out:
+        raise ValueError(f"data/loader.py does not know what to do by {choice!r}")
+    return left_out[choice]
 
 
 def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: MediaOptions) -> Prompt:
@@ -128,20 +185,18 @@ class PromptDataset(Dataset):
                 if options.max_prompt_length:
                     sample, _ = fit_prompt(whole, self.tokenizer, options)
                 prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, options.media)
-            except (BadMedia, FileNotFoundError) as error:
+            except (BadMedia, FileNotFoundError, LongPrompt) as error:
                 bad_media = bad_media or f"sample {sample.id!r}: {error}"
-                if options.on_bad_media == "error":
-                    return InputError(f"{bad_media}; replace the file, or skip such samples with --on_bad_video skip")
+                choice, mend = options.on_bad_media, "replace the file, or skip such samples with --on_bad_video skip"
+                if isinstance(error, LongPrompt):
+                    choice, mend = options.on_long_prompt, "raise it, or choose another --on_long_prompt"
+                if not is_left_out(choice):
+                    return InputError(f"{bad_media}; {mend}")
                 continue
             except CacheError as error:
                 return InputError(f"{error}: make room, or name another place")
             except InputError as error:  # the file of samples has changed
                 return error
-            except LongPrompt as error:
-                bad_media = bad_media or f"sample {sample.id!r}: {error}"
-                if options.on_long_prompt != "skip":
-                    return InputError(f"{bad_media}; raise it, or choose another --on_long_prompt")
-                continue
             except ValueError as error:
                 return InputError(f"sample {sample.id!r}: {error}")
             is_padding = item.is_padding or bool(bad_media)

@@ -18,16 +18,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from data.media.patches import MERGE_SIZE
-from data.sample import InputError, first_line
+from data.sample import VISION_TOKENS, InputError, check_text, first_line
 
 TAG_PATTERN = re.compile(r"\n?<(video|image)>\n?")  # the tag includes one newline on each side
 PLACEHOLDERS = ("<|video_pad|>", "<|image_pad|>")
-VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-
-# Written in a text, these would become placeholders without a video, or begin and end turns.
-SPECIAL_TOKENS_PATTERN = re.compile(
-    "|".join(map(re.escape, (*VISION_TOKENS, "<|im_start|>", "<|im_end|>", "<|endoftext|>")))
-)
 
 
 def load_tokenizer(model_id: str):
@@ -88,13 +82,6 @@ def encode_prompt(
     repeats[is_media] = media_lengths(grid_thw)
     is_media = is_media.repeat_interleave(repeats)  # (P,)
     return ids.repeat_interleave(repeats), mrope_positions(is_media, grid_thw, second_per_grid_ts, tokens_per_second)
-
-
-def check_text(turns: tuple[tuple[str, str], ...]) -> None:
-    """Raise ValueError if a text contains special tokens."""
-    for role, text in turns:
-        if special := SPECIAL_TOKENS_PATTERN.search(text):
-            raise ValueError(f"the {role} text contains the special token {special.group()}: remove it")
 
 
 def text_part(text: str) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -9,6 +11,11 @@ from data.media.fetch import is_address, shown
 
 VIDEO_TAG, IMAGE_TAG = "<video>", "<image>"
 TAG_PATTERN = re.compile(f"{VIDEO_TAG}|{IMAGE_TAG}")
+
+# Written in a text, these would become placeholders without a video, or begin and end turns.
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL_TOKENS = re.compile("|".join(map(re.escape, (*VISION_TOKENS, "<|im_start|>", "<|im_end|>", "<|endoftext|>"))))
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -30,6 +37,17 @@ class BadMedia(Exception):
 
 class TooFewFrames(BadMedia):
     """A video has fewer frames than the options ask for."""
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the name of a file before what is wrong with it: of BadMedia, and of a ValueError, which becomes BadMedia."""
+    try:
+        yield
+    except TooFewFrames as error:
+        raise TooFewFrames(f"{name} {error}") from error
+    except (BadMedia, ValueError) as error:
+        raise BadMedia(f"{name} {error}") from error
 
 
 def first_line(error: Exception) -> str:
@@ -76,6 +94,17 @@ class Sample:
     answer: str
     extra: dict = field(default_factory=dict, hash=False)  # the other keys of its entry, for reward functions
 
+    def missing(self) -> list[str]:
+        """Return those paths of its videos and images at which there is nothing."""
+        return [path for media in self.media for path in media.missing()]
+
+
+def check_text(turns: Sequence[tuple[str, str]]) -> None:
+    """Raise ValueError if a text of some turns, (role, text), contains special tokens."""
+    for role, text in turns:
+        if special := SPECIAL_TOKENS.search(text):
+            raise ValueError(f"the {role} text contains the special token {special.group()}: remove it")
+
 
 def keep_media(sample: Sample, is_kept: list[bool]) -> Sample:
     """Keep some of a sample's videos and images, each with its tag."""
@@ -93,18 +122,21 @@ def keep_media(sample: Sample, is_kept: list[bool]) -> Sample:
 
 def read_system_prompt(value: str) -> str:
     """Return the text of --system_prompt, which is the text itself or the name of its file; raise InputError."""
-    if not os.path.isfile(value):
-        is_path = value.split() == [value] and ("/" in value or value.endswith((".txt", ".md")))
-        if is_path:
-            raise InputError(f"--system_prompt {value!r}: there is no such file, and it is no prompt: correct it")
-        return value.strip()
+    text = value.strip()
+    if os.path.isfile(value):
+        try:
+            with open(value, encoding="utf-8-sig") as file:
+                text = file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--system_prompt {value!r} cannot be read ({first_line(error)}): correct it") from error
+        if not text:
+            raise InputError(f"--system_prompt {value!r} is an empty file: write the prompt into it, or leave it out")
+    elif value.split() == [value] and ("/" in value or value.endswith((".txt", ".md"))):
+        raise InputError(f"--system_prompt {value!r}: there is no such file, and it is no prompt: correct it")
     try:
-        with open(value, encoding="utf-8-sig") as file:
-            text = file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--system_prompt {value!r} cannot be read ({first_line(error)}): correct the file") from error
-    if not text:
-        raise InputError(f"--system_prompt {value!r} is an empty file: write the prompt into it, or leave out the flag")
+        check_text([("system", text)])
+    except ValueError as error:
+        raise InputError(f"--system_prompt: {error}") from error
     return text
 
 

@@ -1,14 +1,19 @@
 """Cap the number of videos and images per sample. Edit this file to choose which are kept.
 
-`augment.py` makes the random choice. The cap is a memory setting, not a limit of the method: with `max_videos = 0` or a
+The cap is a memory setting, not a limit of the method: with `max_videos = 0` or a
 large value, samples of 30 and more videos train as well, if memory suffices. The trainer that this one replaces raised
 an IndexError on many videos. Its prompts held more placeholders than videos, since it kept the `<video>` tags in the
 text and also added each video as a media item. Here a tag and its video are kept or dropped together.
 """
 
+import random
 from collections.abc import Callable
+from typing import Literal
 
 from data.sample import InputError, Sample, keep_media
+
+VideoCap = Literal["first", "even", "random"]
+Choose = Callable[[int, int], set[int]]  # of how many, how many at most -> the places of those that are kept
 
 
 def first(num: int, most: int) -> set[int]:
@@ -21,9 +26,30 @@ def even(num: int, most: int) -> set[int]:
     return {int((i + 0.5) * num / most) for i in range(most)} if most < num else set(range(num))
 
 
-def cap_videos(
-    sample: Sample, max_videos: int, max_images: int = 0, choose: Callable[[int, int], set[int]] = first
-) -> Sample:
+def at_random(seed: int, sample_id: str, turn: int) -> Choose:
+    """Choose others in each turn of a sample, all of them within num / most turns."""
+
+    def choose(num: int, most: int) -> set[int]:
+        shuffled = random.Random(f"{seed} {sample_id}").sample(range(num), num)
+        return {shuffled[(turn * most + i) % num] for i in range(min(num, most))}
+
+    return choose
+
+
+def choice_of(cap: VideoCap) -> Choose:
+    """Return the choice of a cap; of a random one what held-out samples have, the even one."""
+    choices = {"first": first, "even": even, "random": even}
+    if cap not in choices:
+        raise ValueError(f"--video_cap {cap}: data/video_cap.py has no choice of this name")
+    return choices[cap]
+
+
+def varies(cap: VideoCap) -> bool:
+    """Say whether `augment.py` caps the training samples, differently in each turn, and they keep all until then."""
+    return cap == "random"
+
+
+def cap_videos(sample: Sample, max_videos: int, max_images: int = 0, choose: Choose = first) -> Sample:
     """Keep at most `max_videos` videos and `max_images` images with their tags, drop the rest; 0 means no cap.
 
     choose: returns which of how many to keep. The newline right after a dropped tag is dropped too, so that no blank

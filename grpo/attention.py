@@ -8,11 +8,7 @@ A group shares its prompt, and with 30 videos the prompt is nearly all of the wo
 
 That equals G separate rows `[prompt | ci]` (proved in `tests/grpo/test_packed.py`) at about 1/G of the cost. Several
 groups may follow each other in a row. While sampling, the same split lets G completions read one copy of the prompt's
-keys and values (`grpo/decoding.py`). The last layer computes only the states that predict a token
-(`grpo/model/layers.py`).
-
-How it is plugged in: the model's attention layers call `shared_prefix_attention`, which calls the `attention_fn` that
-our code passes to the model as a keyword argument. That function decides which tokens see which.
+keys and values (`grpo/decoding.py`).
 
 | B | prompts | P | prompt tokens | G | completions of a prompt | C | completion tokens |
 | H | query heads | K | key heads | D | head size | L | tokens of a row |
@@ -87,7 +83,7 @@ def matmul_float32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, attention_fn: AttentionFn = causal, **kwargs):
-    """Attention of the language model, in Hugging Face's interface: calls the caller's `attention_fn`."""
+    """Attention of the language model, in Hugging Face's interface: calls the `attention_fn` given to the model."""
     return attention_fn(query, key, value, module.layer_idx).transpose(1, 2), None  # (N, L, H, D)
 
 
@@ -100,16 +96,13 @@ def distinct_lengths(cu_seq_lens: Tensor) -> list[int]:
 def varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q: Tensor, **kwargs):
     """Attention of the vision tower: each segment (a window or a frame) attends to itself.
 
-    Segments of equal length share one SDPA call. Frames of a study have equal sizes, so that this is usually one call,
-    where Hugging Face loops over hundreds of windows.
-
-    query, key, value: (1, H, S, D); cu_seq_lens_q: (segments + 1,), cumulative lengths from 0 to S.
+    query, key, value: (1, H, S, D); cu_seq_lens_q: (segments + 1,), cumulative lengths from 0 to S. Segments of equal
+    length share one SDPA call. Frames of a study have equal sizes, so that this is usually one call, where Hugging Face
+    loops over hundreds of windows.
     """
     lengths = distinct_lengths(cu_seq_lens_q)
-    if len(lengths) == 1:  # views, no copies
-        q, k, v = (
-            x[0].unflatten(1, (-1, lengths[0])).transpose(0, 1) for x in (query, key, value)
-        )  # (n, H, length, D)
+    if len(lengths) == 1:  # views (segments, H, length, D), no copies
+        q, k, v = (x[0].unflatten(1, (-1, lengths[0])).transpose(0, 1) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).flatten(0, 1)[None], None
     starts, segment_lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()

@@ -38,8 +38,9 @@ def base_of(adapter: str) -> str:
 def load_merged(adapter: str, model_id: str, dtype="auto"):
     """Load the base model, by default in its own precision, and merge the adapter into it: added in float32.
 
-    Raise InputError if the adapter does not fit the base.
+    Raise InputError if it is no adapter, or does not fit the base.
     """
+    base_of(adapter)  # raises
     model = load_model(model_id, dtype)
     misfit = f"--adapter {adapter!r} does not fit the model {model_id!r}"
     try:

@@ -48,8 +48,8 @@ def sampling_logprobs(hidden: Tensor, lm_head: Tensor, temperature: float, suppr
 def _chosen_logprobs(hidden, ids, lm_head, temperature, suppress_tokens) -> tuple[Tensor, Tensor]:
     """Return log-probability and entropy at each token: hidden (N, E), ids (N,) -> (N,), (N,)."""
     logprobs = sampling_logprobs(hidden, lm_head, temperature, suppress_tokens)
-    # For the curves only: without a gradient, so that an entropy bonus would need one here.
-    with torch.no_grad():  # clamp: a suppressed token would add 0 · -inf = nan
+    with torch.no_grad():  # the entropy is only shown: as a term of the loss it would need a gradient
+        # clamp: a suppressed token would add 0 · -inf = nan
         entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(dim=1)
     return logprobs.gather(1, ids[:, None])[:, 0], entropy
 
@@ -91,12 +91,9 @@ def encode_media(model, prompt: Prompt) -> Prompt:
     be trained, still runs in every pass.
     """
     # Replace the merger by its own input, four neighbouring patches a row; the tower then restores their order.
-    hook = model.model.visual.merger.register_forward_hook(lambda _, inputs, out: inputs[0].reshape(len(out), -1))
-    try:
-        states = media_features(model, [prompt])
-    finally:
-        hook.remove()
-    states = torch.cat(states).unflatten(1, (MERGE_SIZE**2, -1)).flatten(0, 1)
+    merger = model.model.visual.merger
+    with merger.register_forward_hook(lambda _, inputs, out: inputs[0].reshape(len(out), -1)):
+        states = torch.cat(media_features(model, [prompt])).unflatten(1, (MERGE_SIZE**2, -1)).flatten(0, 1)
     states = states[: len(prompt.pixel_values)]  # none for a prompt of text only
     return dataclasses.replace(prompt, vision_states=states, pixel_values=states.new_empty(0))
 

@@ -19,8 +19,8 @@ arXiv:2507.18071, equation 7). Denominators are global: counted over all ranks b
 splitting a batch differently changes nothing.
 
 Deviations from the papers: the standard deviation is the unbiased one, as in TRL; GSPO's ratio is weighted per token
-under `dapo` and `dr_grpo`. A completion that is not trained (no reward, or cut and masked, or without KL in a group of
-equal rewards, whose gradient is 0) is excluded from the denominators too, so that it does not dilute the others.
+under `dapo` and `dr_grpo`; a completion that is not trained (`loss_mask`) is excluded from the denominators too, so
+that it does not dilute the others.
 
 | B | prompts | G | completions per prompt | C | completion tokens, padded |
 """
@@ -42,16 +42,20 @@ def group_advantages(rewards: Tensor, scale_rewards: ScaleRewards, batch_std: Te
     that of all rewards of the step, `batch_std`, or by nothing. Returns (B, G); exactly 0 where a completion was not
     scored, and in a group whose rewards are all equal.
     """
-    scored = ~rewards.isnan()
-    count = scored.sum(dim=1, keepdim=True)
+    is_scored = ~rewards.isnan()
     centered = rewards - rewards.nanmean(dim=1, keepdim=True)
     # The mean of equal rewards can differ from them by rounding, which the division would magnify.
-    centered = torch.where(scored & ~has_zero_std(rewards)[:, None], centered, 0.0)
+    centered = torch.where(is_scored & ~has_zero_std(rewards)[:, None], centered, 0.0)
+    if scale_rewards == "none":
+        return centered
     if scale_rewards == "group":
-        return centered / ((centered.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
-    if scale_rewards == "batch":
-        return centered / (batch_std + 1e-4)
-    return centered
+        squares = centered.square().sum(dim=1, keepdim=True)
+        std = (squares / (is_scored.sum(dim=1, keepdim=True) - 1).clamp(min=1)).sqrt()
+    elif scale_rewards == "batch":
+        std = batch_std
+    else:
+        raise ValueError(f"scale_rewards {scale_rewards!r} has no formula")
+    return centered / (std + 1e-4)
 
 
 def has_zero_std(rewards: Tensor) -> Tensor:
@@ -67,13 +71,13 @@ def loss_mask(
 
     completion_mask: (G, C); rewards, is_stopped: (G,). Excluded are completions that were not scored (nan); with
     mask_truncated_completions those that were cut at the length limit (overlong filtering, DAPO, section 3.4); and all
-    of a group of equal rewards, unless they have a KL divergence to lower (beta above 0).
+    of a group of equal rewards, whose gradient is 0 unless they have a KL divergence to lower (beta above 0).
     """
     is_trained = ~rewards.isnan()
     if mask_truncated_completions:
-        is_trained = is_trained & is_stopped
+        is_trained &= is_stopped
     if beta == 0:
-        is_trained = is_trained & ~has_zero_std(rewards[None])
+        is_trained &= ~has_zero_std(rewards[None])
     return completion_mask & is_trained[:, None]
 
 
@@ -85,6 +89,8 @@ def importance_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, leve
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     if level == "sequence":
         log_ratio = (log_ratio.sum(dim=1) / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(log_ratio)
+    elif level != "token":
+        raise ValueError(f"importance_sampling_level {level!r} has no formula")
     return log_ratio.exp()
 
 
@@ -114,10 +120,14 @@ def completion_weights(
     lengths: (G,) trained tokens of each completion. num_tokens, num_completions: those trained on all ranks.
     """
     if loss_type == "dapo":
-        return torch.full_like(lengths, 1 / num_tokens, dtype=torch.float32)
-    if loss_type == "grpo":
-        return 1 / (num_completions * lengths.clamp(min=1).float())
-    return torch.full_like(lengths, 1 / (num_completions * max_completion_length), dtype=torch.float32)
+        denominators = torch.full_like(lengths, num_tokens)
+    elif loss_type == "grpo":
+        denominators = num_completions * lengths.clamp(min=1)
+    elif loss_type == "dr_grpo":
+        denominators = torch.full_like(lengths, num_completions * max_completion_length)
+    else:
+        raise ValueError(f"loss_type {loss_type!r} has no formula")
+    return 1 / denominators.float()
 
 
 def weighted_sum(loss: Tensor, mask: Tensor, weights: Tensor) -> Tensor:

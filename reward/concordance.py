@@ -23,7 +23,7 @@ def concordance(truths: np.ndarray, predictions: np.ndarray) -> np.ndarray:
     x, y = (values - values.mean(axis=-1, keepdims=True) for values in (x, y))
     bias = predictions.mean(axis=-1) - truths.mean(axis=-1)
     spread = (x * x).mean(axis=-1) + (y * y).mean(axis=-1) + bias * bias
-    return np.where(spread > 0, 2 * (x * y).mean(axis=-1) / np.where(spread > 0, spread, 1), 0.0)
+    return 2 * (x * y).mean(axis=-1) / np.where(spread > 0, spread, 1)
 
 
 def concordance_reward(

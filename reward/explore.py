@@ -3,8 +3,8 @@
     python -m reward.explore --truths train.json --reward_funcs smooth_numerical_reward --output reward.png
 
 The picture shows each reward against the error, at five truths, and the share of groups whose rewards are all equal, so
-that they teach nothing. The table has the same in numbers: the absolute errors over which the reward does not change,
-and that share for policies that answer
+that they teach nothing. The table has the same in numbers: the errors over which the reward does not change, and that
+share for policies that answer
 
     truth + bias + spread * normal      rounded to a whole percent, clipped to --valid_range
 
@@ -17,30 +17,22 @@ numbers or answers, or a text with one number or answer a line. Entries without 
 the shares are those of the five truths of the picture: a first look, since they depend on the data.
 """
 
-import argparse
-import inspect
 import json
-import math
 import os
 import sys
-import traceback
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import ndtr
 
+from data.flags import parse_flags
+from data.sample import InputError
 from reward.extract import extract_number
-from reward.functions import (
-    ARGUMENTS,
-    RewardError,
-    RewardFunction,
-    call_reward_function,
-    columns_of,
-    load_reward_functions,
-)
+from reward.flags import Bounds, JudgeFlags, flag
+from reward.functions import RewardError, RewardFunction, load_reward_functions, one_line, score_answers
 
 PLACES = np.array([0.20, 0.35, 0.50, 0.65, 0.80])  # of the truths that are drawn, in the valid range
 NUM_STEPS = 1000  # of the curves, over the valid range: 0.1 points, if it is 0 to 100
@@ -53,35 +45,31 @@ Curve = tuple[np.ndarray, np.ndarray]  # errors (n,) in points, in even steps, a
 
 
 @dataclass
-class OneNumber:
-    """What `columns_of` reads of a sample, for one of which only the true number is known."""
+class ExploreConfig(JudgeFlags):
+    """The flags; those of `train.py` have its meaning."""
 
-    id: str
-    answer: str
-    turns: tuple = (("user", "What is the value?"),)
-    extra: dict = field(default_factory=dict)
+    heading = "what"
+    reward_funcs: list[str] = flag(
+        ["numerical_video_reward", "smooth_numerical_reward"], "names in reward/, or file.py:function"
+    )
+    truths: str = flag("", "file of samples, numbers or answers (the five truths of the picture)")
+    num_generations: int = flag(8, "completions of a group", Bounds(lambda n: n >= 2, "give at least 2"))
+    output: str = flag("reward.png", "PNG file of the picture, replaced if it exists")
 
 
 def explore(
-    function: RewardFunction, shown: np.ndarray, truths: np.ndarray, args: argparse.Namespace
+    function: RewardFunction, shown: np.ndarray, truths: np.ndarray, args: ExploreConfig
 ) -> tuple[list[Curve], np.ndarray]:
     """Return the curves at the truths shown, (5,), and the share of groups of equal rewards over truths (n,).
 
-    The share is (biases, spreads). Raises RewardError if the reward cannot be drawn.
+    The share is (biases, spreads). Raises RewardError if the reward fails or cannot be drawn.
     """
-    where = f"--reward_funcs {function.name}"
-    if function.is_whole_step:
-        raise RewardError(f"{where}: it judges all answers of a step together, which cannot be drawn: leave it out")
-    try:
-        inspect.signature(function.call).bind(**dict.fromkeys(ARGUMENTS), **function.options)
-    except TypeError as error:
-        raise RewardError(f"{where}: it cannot be drawn, since it needs more ({error}): leave it out") from error
     curves = [curve(function, truth, args.valid_range) for truth in shown]
     values = np.unique(np.concatenate([rewards for _, rewards in curves]))
     if len(values) == 1:
         raise RewardError(
-            f"{where}: it gives {'None' if np.isnan(values[0]) else f'{values[0]:g}'} for every number, "
-            "so it judges something else, or nothing, and cannot be drawn: leave it out"
+            f"--reward_funcs {function.name}: it gives {'None' if np.isnan(values[0]) else f'{values[0]:g}'} for every "
+            "number, so it judges something else, or a whole step, and cannot be drawn: leave it out"
         )
     places = np.linspace(0, len(truths) - 1, min(len(truths), MOST_TRUTHS)).round().astype(int)
     distinct, counts = np.unique(np.sort(truths)[places], return_counts=True)  # (T,)
@@ -93,24 +81,12 @@ def explore(
 def rewards_of(function: RewardFunction, truth: float, answers: np.ndarray) -> np.ndarray:
     """Return the rewards of answers (A,) to one truth, as float32; nan where the function has no say."""
     distinct, place = np.unique(answers, return_inverse=True)
-    texts = [f"{plain(number)}%" for number in distinct]
-    samples = [OneNumber(f"truth {plain(truth)}, answer {text}", f"{plain(truth)}%") for text in texts]
-    sampled = {"completion_ids": [list(text.encode()) for text in texts], "is_stopped": [True] * len(texts)}
-    sampled["prompt_index"] = [0] * len(texts)
-    try:
-        rewards = call_reward_function(function, columns_of(samples, texts, [], **sampled), None)
-    except RewardError:
-        raise
-    except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        message = f"--reward_funcs {function.name}: it raised {what}, at the truth {plain(truth)}: correct it"
-        raise RewardError(message, traceback.format_exc()) from error
-    return np.array(rewards, dtype=np.float32)[place]
-
-
-def plain(number: float) -> str:
-    """Write a number to a millionth, without an exponent."""
-    return f"{number:.6f}".rstrip("0").removesuffix(".")
+    truth, *texts = (np.format_float_positional(number, trim="-") + "%" for number in (truth, *distinct))
+    samples = [
+        SimpleNamespace(id=f"answer {text}, truth {truth}", answer=truth, turns=[("user", "EF?")], extra={})
+        for text in texts
+    ]
+    return score_answers([function], samples, texts, []).astype(np.float32)[place]
 
 
 def curve(function: RewardFunction, truth: float, valid_range: list[float]) -> Curve:
@@ -127,25 +103,6 @@ def flat_parts(rewards: np.ndarray) -> np.ndarray:
     before, after = rewards[:-1], rewards[1:]
     same = (before == after) | (np.isnan(before) & np.isnan(after))
     return np.flatnonzero(np.diff(np.concatenate([[0], same, [0]]))).reshape(-1, 2)
-
-
-def describe_flat(errors: np.ndarray, rewards: np.ndarray) -> str:
-    """Write the absolute errors over which rewards (n,) do not change, such as "0 to 6.9, above 12".
-
-    The sides of the truth are told apart if they differ, as far as the valid range has both.
-    """
-
-    def describe(side: np.ndarray) -> str:
-        last, unit = len(side) - 1, errors[1] - errors[0]
-        parts = [(f"{a * unit:g}", f"{b * unit:g}" if b < last else "") for a, b in flat_parts(side)]
-        texts = [f"{a} to {b}" if b else f"above {a}" if a != "0" else "everywhere" for a, b in parts]
-        return ", ".join(texts) or "nowhere"
-
-    low, high = rewards[errors <= 0][::-1], rewards[errors >= 0]  # both from the truth outwards
-    both = min(len(low), len(high))
-    if describe(low[:both]) == describe(high[:both]):
-        return describe(max(low, high, key=len))
-    return f"answers too low: {describe(low)}; too high: {describe(high)}"
 
 
 def policies(truths: np.ndarray, valid_range: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -176,8 +133,10 @@ def table(found: dict, shown: np.ndarray, num_generations: int) -> str:
     """Write the flat parts and the shares of each reward."""
     lines = []
     for name, (curves, equal) in found.items():
-        lines += ["", f"{name} does not change at absolute errors (points)"]
-        lines += [f"    truth {truth:<12g}{describe_flat(*xy)}" for truth, xy in zip(shown, curves, strict=True)]
+        lines += ["", f"{name} does not change at errors (points)"]
+        for truth, (errors, rewards) in zip(shown, curves, strict=True):
+            flat = [f"{first:g} to {last:g}" for first, last in errors[flat_parts(rewards)]]
+            lines.append(f"    truth {truth:<12g}{', '.join(flat) or 'nowhere'}")
         lines.append(f"groups of {num_generations} with equal rewards")
         lines.append(" " * 18 + "".join(f"{f'spread {spread}':>11}" for spread in SPREADS))
         for bias, row in zip(BIASES, equal, strict=True):
@@ -211,64 +170,42 @@ def draw(found: dict, shown: np.ndarray, num_generations: int, whose: str) -> Fi
 
 def read_truths(path: str) -> tuple[np.ndarray, int]:
     """Return the numbers (n,) that a file's answers have, and how many have none; raise RewardError."""
-    where = f"--truths {path!r}"
+    where, found = f"--truths {path!r}", []
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         entries = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
-    except (OSError, ValueError, RecursionError) as error:
-        raise RewardError(f"{where} cannot be read ({error}): name a file of samples or numbers") from error
-    numbered = [(n, entry) for n, entry in enumerate(entries, start=1) if not isinstance(entry, str) or entry.strip()]
-    found = [extract_number(answer_of(entry, f"{where}, entry #{number}")) for number, entry in numbered]
+        for number, entry in enumerate(entries, start=1):
+            where = f"--truths {path!r}, entry #{number},"
+            if entry != "" and entry != "\r":
+                found.append(extract_number(answer_of(entry)))
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise RewardError(f"{where} cannot be read ({one_line(error)}): name a file of samples or numbers") from error
     numbers = [number for number in found if number is not None]
     if not numbers:
-        raise RewardError(f"{where}: no number in {len(found)} entries: name a file of samples or numbers")
+        raise RewardError(f"--truths {path!r}: no number in {len(found)} entries: name a file of samples or numbers")
     return np.array(numbers), len(found) - len(numbers)
 
 
-def answer_of(entry, where: str) -> str:
-    """Return the answer of a sample, or a number or text as it is; raise RewardError, which begins with `where`."""
-    try:
-        if isinstance(entry, str) and entry.lstrip().startswith("{"):  # a line of JSONL
-            entry = json.loads(entry)
-        if isinstance(entry, str | int | float):
-            return str(entry)
-        last = entry["conversations"][-1]
-        if last["from"] not in ("gpt", "assistant"):
-            raise ValueError(f"its last turn is from {last['from']!r}")
-        return last["value"] + ""  # a text, or else a TypeError
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise RewardError(f"{where} is no number, no text and no sample with an answer ({what}): correct it") from error
+def answer_of(entry) -> str:
+    """Return the answer of a sample, or a number or text as it is; raise ValueError, TypeError or LookupError."""
+    if isinstance(entry, str) and entry.lstrip().startswith("{"):  # a line of JSONL
+        entry = json.loads(entry)
+    if isinstance(entry, str | int | float):
+        return str(entry)
+    last = entry["conversations"][-1]
+    if last["from"] not in ("gpt", "assistant"):
+        raise ValueError(f"its last turn is from {last['from']!r}")
+    return last["value"]
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Parse the flags; raise RewardError if one is wrong."""
-    style = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=120)
-    usage = "python -m reward.explore [--truths FILE] [flags]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=style)
-    parser.allow_abbrev, parser.error = False, fail
-    flag = partial(parser.add_argument, metavar="")
-    flag("--truths", default="", help="file of samples, numbers or answers (the five truths of the picture)")
-    two = ["numerical_video_reward", "smooth_numerical_reward"]
-    flag("--reward_funcs", nargs="+", default=two, help="names in reward/, or file.py:function (the numerical two)")
-    flag("--reward_kwargs", default="", help="JSON object of arguments for the functions that take them")
-    flag("--valid_range", nargs=2, type=float, default=[0.0, 100.0], help="lowest and highest possible answer (0 100)")
-    flag("--num_generations", type=int, default=8, help="completions of a group (%(default)s)")
-    flag("--output", default="reward.png", help="PNG file of the picture, replaced if it exists (%(default)s)")
-    args = parser.parse_args(argv)
-    low, high = args.valid_range
-    if not -math.inf < low < high < math.inf:
-        fail(f"--valid_range {low:g} {high:g}: give the lowest and the highest possible answer, as in 0 100")
-    if args.num_generations < 2:
-        fail(f"--num_generations {args.num_generations}: give at least 2")
-    if os.path.isdir(args.output) or not os.access(os.path.dirname(args.output) or ".", os.W_OK):
-        fail(f"--output {args.output!r} cannot be written: name a file in a folder that exists and is yours to write")
-    return args
-
-
-def fail(message: str):
-    """Raise RewardError for a wrong flag."""
-    raise RewardError(f"{message} (--help explains the flags)")
+def parse(argv: list[str]) -> ExploreConfig:
+    """Read the flags; raise InputError if one is wrong."""
+    config = parse_flags(ExploreConfig, argv, "python -m reward.explore", description=__doc__)
+    if os.path.isdir(config.output) or not os.access(os.path.dirname(config.output) or ".", os.W_OK):
+        raise InputError(
+            f"--output {config.output!r} cannot be written: name a file in a folder that exists and is yours to write"
+        )
+    return config
 
 
 def main(argv: list[str]) -> int:
@@ -287,11 +224,13 @@ def main(argv: list[str]) -> int:
         try:
             figure.savefig(args.output, format="png")
         except OSError as error:
-            fail(f"--output {args.output!r} cannot be written ({error.strerror}): name another place")
+            raise InputError(
+                f"--output {args.output!r} cannot be written ({error.strerror}): name another place"
+            ) from error
         print(f"\nthe picture is in {args.output!r}")
         return 0
-    except RewardError as error:
-        print(f"{error.details}python -m reward.explore: error: {error}", file=sys.stderr)
+    except (InputError, RewardError) as error:
+        print(f"{getattr(error, 'details', '')}python -m reward.explore: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -4,23 +4,26 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 import reward
+from reward.time_limit import OutOfTime, time_limit
 
 # What every reward function is called with, beside the samples' own keys and `--reward_kwargs`.
 ARGUMENTS = """
     completions assistant prompts sample_id completion_ids is_stopped prompt_index step is_training
 """.split()
-
-
+BUILT_IN = {name: value for name, value in vars(reward).items() if callable(value)}
 LARGEST = 1e18  # reward: what is larger is a mistake, and float32 ends at 3e38
 LARGEST_WEIGHT = 1e6
+MOST_NAMED = 5  # samples in a message
 
 
 class RewardError(Exception):
@@ -42,11 +45,6 @@ class RewardFunction:
     digest: str | None = None  # of the user's file
 
     @property
-    def is_built_in(self) -> bool:
-        """True if it is one of `reward/`."""
-        return getattr(reward, self.name, None) is self.call
-
-    @property
     def is_whole_step(self) -> bool:
         """True if it is given the completions of all prompts and ranks at once: its attribute `whole_step`."""
         return getattr(self.call, "whole_step", False)
@@ -58,7 +56,8 @@ def load_reward_functions(
     """Return the functions that the flags name; raise RewardError.
 
     names: of functions in `reward/`, or file.py:function; weights: one each, or none (1 each); kwargs: a JSON object of
-    arguments, each given to the functions that have a parameter of this name; so is valid_range.
+    arguments, each given to the functions that have a parameter of this name; so is valid_range. The attribute `check`
+    of a function, if it has one, is called with its arguments, and raises ValueError where one is wrong.
     """
     if not names:
         raise RewardError("--reward_funcs: name at least one reward function")
@@ -66,26 +65,25 @@ def load_reward_functions(
         raise RewardError(
             f"--reward_weights: {len(weights)} weights for {len(names)} reward functions: give one for each, or none"
         )
-    if not all(abs(weight) <= LARGEST_WEIGHT for weight in weights):  # nan, too
+    if weights and not (any(weights) and all(abs(weight) <= LARGEST_WEIGHT for weight in weights)):  # nan, too
         given = " ".join(f"{weight:g}" for weight in weights)
-        raise RewardError(f"--reward_weights {given}: give numbers from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}")
-    if weights and not any(weights):
         raise RewardError(
-            "--reward_weights: all are 0, so that there is nothing to learn from: give one another weight"
+            f"--reward_weights {given}: give numbers from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}, not all of them 0"
         )
     options = read_kwargs(kwargs)
     functions = [load_reward_function(name) for name in names]
     called = [function.name for function in functions]
     if twice := [name for name in called if called.count(name) > 1]:
         raise RewardError(f"--reward_funcs: {twice[0]!r} occurs twice: give functions different names")
+    given = {"valid_range": valid_range} | options
     for function, weight in zip(functions, weights or [1.0] * len(functions), strict=True):
-        taken = own_parameters(function.call)
-        given = {"valid_range": valid_range} | options
         function.weight = weight
-        function.options = {name: value for name, value in given.items() if name in taken}
-        scale = function.options.get("error_scale", 1)
-        if function.is_built_in and not (isinstance(scale, int | float) and scale > 0):
-            raise RewardError(f"--reward_kwargs: error_scale {scale!r}: give a number of points above 0")
+        function.options = {name: given[name] for name in own_parameters(function.call) if name in given}
+        if check := getattr(function.call, "check", None):
+            try:
+                check(**function.options)
+            except ValueError as error:
+                raise RewardError(f"--reward_kwargs: {error}") from error
     if unknown := [name for name in options if not any(name in function.options for function in functions)]:
         raise RewardError(
             f"--reward_kwargs: no reward function has a parameter {unknown[0]!r}: correct the name, or leave it out"
@@ -96,14 +94,12 @@ def load_reward_functions(
 def read_kwargs(text: str) -> dict:
     """Parse --reward_kwargs; raise RewardError."""
     try:
-        options = json.loads(text or "{}")
+        options = {**json.loads(text or "{}")}  # raises TypeError if it is something else than an object
         json.dumps(options, allow_nan=False)  # raises ValueError for NaN and infinity, which JSON does not have
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise RewardError(
-            f"--reward_kwargs {text!r} is not JSON ({error}): write it as '{{\"error_scale\": 8}}'"
+            f"--reward_kwargs {text!r} is no JSON object ({error}): write it as '{{\"error_scale\": 8}}'"
         ) from error
-    if not isinstance(options, dict):
-        raise RewardError(f"--reward_kwargs {text!r} is no JSON object: write it as '{{\"error_scale\": 8}}'")
     if "valid_range" in options:
         raise RewardError("--reward_kwargs: valid_range is a flag of its own: give it as --valid_range")
     if own := [name for name in options if name in ARGUMENTS]:
@@ -115,28 +111,30 @@ def load_reward_function(name: str) -> RewardFunction:
     """Find one function, and check that it can be called as reward functions are; raise RewardError."""
     path, colon, function_name = name.rpartition(":")
     if not colon:
-        if name not in reward.__all__:
-            raise RewardError(
-                f"--reward_funcs {name!r}: there is no such function: take {', '.join(reward.__all__)}, or "
-                "file.py:function"
-            )
-        return RewardFunction(name, getattr(reward, name))
+        if name not in BUILT_IN:
+            known = ", ".join(BUILT_IN)
+            raise RewardError(f"--reward_funcs {name!r}: there is no such function: take {known}, or file.py:function")
+        return RewardFunction(name, BUILT_IN[name])
     where = f"--reward_funcs {name!r}"
     try:
         source = Path(path).read_bytes()
     except OSError as error:
         raise RewardError(f"{where}: {path!r} cannot be read ({error.strerror}): correct the path") from error
-    if not path.endswith(".py"):
-        raise RewardError(f"{where}: {path!r} is no Python file: name one that ends in .py")
     try:
         module = import_source(path, source)
     except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RewardError(f"{where}: importing {path!r} failed ({what}): correct it", traceback.format_exc()) from error
+        message = f"{where}: importing {path!r} failed ({one_line(error)}): correct it"
+        raise RewardError(message, traceback.format_exc()) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise RewardError(f"{where}: {path!r} has no function {function_name!r}: correct the name")
-    check_signature(function, where)
+    try:
+        inspect.signature(function).bind_partial(**dict.fromkeys([*ARGUMENTS, "any key of the samples"]))
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"{where}: it cannot be called as reward functions are ({error}): define it as "
+            "f(completions, assistant, **kwargs), with defaults for parameters of its own"
+        ) from error
     return RewardFunction(function_name, function, digest=sha256(source).hexdigest())
 
 
@@ -166,8 +164,8 @@ def check_keys(functions: list[RewardFunction], keys: list[str]) -> None:
             f"the samples have a key {taken[0]!r}: reward functions are given something else under this name, rename it"
         )
     for function in functions:
-        parameters = own_parameters(function.call)
-        if taken := [key for key in keys if key in (parameters if function.is_built_in else function.options)]:
+        parameters, is_built_in = own_parameters(function.call), function.call in BUILT_IN.values()
+        if taken := [key for key in keys if key in (parameters if is_built_in else function.options)]:
             raise RewardError(
                 f"the samples have a key {taken[0]!r}, and reward function {function.name} a parameter of this name "
                 "that is set by flags: rename one"
@@ -178,19 +176,6 @@ def check_keys(functions: list[RewardFunction], keys: list[str]) -> None:
                 f"reward function {function.name} needs {missing[0]!r}, a key that no sample has: add it to the "
                 "samples, give it with --reward_kwargs, or give the parameter a default"
             )
-
-
-def check_signature(function: Callable, where: str) -> None:
-    """Raise RewardError unless a function takes what it will be given, whatever keys the samples have."""
-    fix = "define it as f(completions, assistant, **kwargs), with defaults for parameters of its own"
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"{where}: its parameters cannot be found ({error}): {fix}") from error
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        raise RewardError(f"{where}: it has no **kwargs, in which it is given what else is known: {fix}")
-    if positional := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]:
-        raise RewardError(f"{where}: {positional[0]!r} cannot be given by name: {fix}")
 
 
 def keys_of(samples: list) -> list[str]:
@@ -213,17 +198,14 @@ def columns_of(samples: list, texts: list[str], keys: list[str], **columns) -> d
     }
 
 
-def weighted_sum(rewards: list[list[float | None]], weights: list[float]) -> list[float | None]:
-    """Return each completion's reward: the weighted sum of what the functions say of it, as in TRL.
+def weighted_sum(rewards: np.ndarray, weights: list[float]) -> np.ndarray:
+    """Return the reward of each completion, (F, n) -> (n,): the weighted sum of what F functions say of it, as in TRL.
 
-    rewards: a list per function, with None where it has no say; the others count. None where no function with a weight
-    has a say: a function of weight 0 is only a curve.
+    nan stands where a function has no say; the others count. A function of weight 0 is only a curve.
     """
-    totals = []
-    for values in zip(*rewards, strict=True):
-        said = [w * value for w, value in zip(weights, values, strict=True) if w and value is not None]
-        totals.append(sum(said) if said else None)
-    return totals
+    weights = np.array(weights).reshape(-1, 1)
+    has_say = ~np.isnan(rewards) & (weights != 0)
+    return np.where(has_say.any(axis=0), np.where(has_say, weights * rewards, 0).sum(axis=0), np.nan)
 
 
 def score_answers(
@@ -232,39 +214,52 @@ def score_answers(
     texts: list[str],
     keys: list[str],
     sampled: dict[str, list] | None = None,
-    call: Callable | None = None,
-) -> list[float | None]:
-    """Return the reward of a text per sample outside of training, None where it is not scored.
+    timeout: float | None = None,
+) -> np.ndarray:
+    """Return the reward of a text per sample outside of training, (n,); nan where it is not scored.
 
     sampled: their completion_ids and is_stopped; without, they count as ended, and their bytes stand in the place of
-    tokens. call: in the place of `call_reward_function`. Functions of the whole step have no say: there is no step.
+    tokens. Functions of the whole step have no say: there is no step. The rest is that of `call_reward_function`.
     """
     functions = [function for function in functions if not function.is_whole_step]
     sampled = sampled or {"completion_ids": [list(text.encode()) for text in texts], "is_stopped": [True] * len(texts)}
     numbers = {sample.id: number for number, sample in enumerate(samples)}
     columns = columns_of(samples, texts, keys, **sampled, prompt_index=[numbers[sample.id] for sample in samples])
-    rewards = [(call or call_reward_function)(function, columns, None) for function in functions]
-    return weighted_sum(rewards, [f.weight for f in functions]) if functions else [None] * len(texts)
+    rewards = [call_reward_function(function, columns, None, timeout) for function in functions]
+    return weighted_sum(np.reshape(rewards, (len(functions), len(texts))), [function.weight for function in functions])
 
 
-def call_reward_function(function: RewardFunction, columns: dict[str, list], step: int | None) -> list[float | None]:
-    """Return the rewards of one function; step: None outside of training.
+def call_reward_function(
+    function: RewardFunction, columns: dict[str, list], step: int | None, timeout: float | None = None
+) -> np.ndarray:
+    """Return the rewards of one function, (n,), nan where it has no say.
 
-    Raises RewardError if it does not give one finite number or None per completion, and whatever the function raises.
+    step: None outside of training; timeout: seconds, None for no limit. Raises RewardError if the function fails, takes
+    longer, or does not give one finite number or None per completion.
     """
-    rewards = function.call(**columns, **function.options, step=step, is_training=step is not None)
     ids, name = columns["sample_id"], f"reward function {function.name}"
-    if not isinstance(rewards, Iterable) or isinstance(rewards, str | bytes):
-        raise RewardError(f"{name} returned {rewards!r}: it must give a list, one number or None per completion")
-    rewards = [value if value is None or isinstance(value, str) else float(value) for value in rewards]
+    try:
+        with time_limit(timeout):
+            found = function.call(**columns, **function.options, step=step, is_training=step is not None)
+            rewards = [None if value is None else float(value) for value in found]
+    except (Exception, SystemExit, OutOfTime) as error:
+        names = list(dict.fromkeys(ids))  # which of them it was, the function alone knows
+        some = ", ".join(map(repr, names[:MOST_NAMED])) + ", …" * (len(names) > MOST_NAMED)
+        message = f"{name} raised {one_line(error)}, for samples {some}: fix the function or the samples"
+        raise RewardError(message, traceback.format_exc()) from error
     if len(rewards) != len(ids):
         raise RewardError(
             f"{name} gave {len(rewards)} rewards for {len(ids)} completions, the first of sample {ids[0]!r}: "
             "it must give one each"
         )
     for value, sample_id in zip(rewards, ids, strict=True):
-        if isinstance(value, str) or (value is not None and not abs(value) <= LARGEST):  # nan, too
+        if value is not None and not abs(value) <= LARGEST:  # nan, too
             raise RewardError(
                 f"{name} gave {value!r} for sample {sample_id!r}: give a number up to {LARGEST:g}, or None for no say"
             )
-    return rewards
+    return np.array(rewards, dtype=float)
+
+
+def one_line(error: BaseException) -> str:
+    """Say what was raised; its message may have several lines."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

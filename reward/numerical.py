@@ -80,6 +80,15 @@ def smooth_numerical_reward(
     return reward_numbers(reward, completions, assistant, kwargs)
 
 
+def check_error_scale(error_scale: float = 1.0, **options) -> None:
+    """Raise ValueError unless errors can be divided by it; the options are those of --reward_kwargs."""
+    if not (isinstance(error_scale, int | float) and error_scale > 0):
+        raise ValueError(f"error_scale {error_scale!r}: give a number of points above 0")
+
+
+numerical_video_reward.check = smooth_numerical_reward.check = check_error_scale  # called before a run begins
+
+
 def reward_numbers(
     reward_of: Callable[[float, float, int], float], completions, assistant, kwargs: dict
 ) -> list[float]:
@@ -98,32 +107,24 @@ def reward_numbers(
             error = abs(predicted_number - truth_number)
             reward = reward_of(truth_number, predicted_number, i)
         rewards.append(reward)
-        records.append(
-            {
-                "step": kwargs.get("step"),
-                "sample_id": sample_id,
-                "truth": truth,
-                "text": text,
-                "truth_number": truth_number,
-                "predicted_number": predicted_number,
-                "error": error,
-                "reward": reward,
-            }
-        )
+        record = {"step": kwargs.get("step"), "sample_id": sample_id, "truth": truth, "text": text}
+        numbers = {"truth_number": truth_number, "predicted_number": predicted_number, "error": error, "reward": reward}
+        records.append(record | numbers)
     if kwargs.get("is_training", True):
         append_to_log(records)
     return rewards
 
 
-def append_to_log(records: list[dict]) -> None:
-    """Append one JSON object a line to LOG_PATH, with DEBUG_MODE=true; several processes may do so at once.
+def log_path() -> str | None:
+    """Return the file in which rewards are logged, LOG_PATH; None unless DEBUG_MODE=true."""
+    is_on = os.environ.get("DEBUG_MODE", "").lower() == "true"
+    return os.environ.get("LOG_PATH") or "grpo_rewards.log" if is_on else None
 
-    Without records it only opens the file: raises OSError if it cannot be written.
-    """
-    if os.environ.get("DEBUG_MODE", "").lower() != "true":
-        return
-    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
-    path = os.environ.get("LOG_PATH") or "grpo_rewards.log"
-    with open(path, "ab", buffering=0) as file:  # unbuffered: one write, so that no line is torn
-        fcntl.flock(file, fcntl.LOCK_EX)  # held until the file is closed; appending alone is not atomic on NFS
-        file.write(lines)
+
+def append_to_log(records: list[dict]) -> None:
+    """Append one JSON object a line to the log, if there is one; several processes may do so at once."""
+    if path := log_path():
+        lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+        with open(path, "ab", buffering=0) as file:  # unbuffered: one write, so that no line is torn
+            fcntl.flock(file, fcntl.LOCK_EX)  # held until the file is closed; appending alone is not atomic on NFS
+            file.write(lines)

@@ -10,11 +10,17 @@ class OutOfTime(BaseException):
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in code that runs too long, and again each second if it catches that; main thread only."""
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise OutOfTime in code that runs too long, and again each second if it catches that; main thread only.
+
+    None is no limit.
+    """
+    if seconds is None:
+        yield
+        return
 
     def interrupt(number, frame):
-        raise OutOfTime
+        raise OutOfTime(f"it took longer than --reward_timeout {seconds:g} seconds")
 
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1)

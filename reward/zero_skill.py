@@ -5,11 +5,12 @@ A reward function of the user's may be slow, or fail on a text that no model wou
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
-from reward.functions import RewardFunction, score_answers
+from reward.functions import RewardError, RewardFunction, score_answers
 from reward.time_limit import OutOfTime, time_limit
 
 MOST_SAMPLES = 1000  # that constant answers are scored on at the start of a run
@@ -44,27 +45,22 @@ def constant_texts(truths: np.ndarray) -> list[str]:
     return [f"{n}%" for n in numbers] + [f"<think></think><answer>{n}%</answer>" for n in numbers]
 
 
-def constant_rewards(
-    functions: list[RewardFunction], samples: list, truths: np.ndarray, keys: list[str]
-) -> np.ndarray | None:
+def constant_rewards(functions: list[RewardFunction], samples: list, truths: np.ndarray, keys: list[str]) -> np.ndarray:
     """Return the rewards of the constant answers at each of n samples, (2 K, n), nan where they are not scored.
 
-    truths: (n,); keys: see `score_answers`. None where functions of the whole step have a weight, since they
-    cannot be scored here, and where a function fails or takes too long.
+    truths: (n,); keys: see `score_answers`. Nothing is scored where functions of the whole step have a weight, since
+    there is no step, and where a function fails or takes too long.
     """
-    if any(function.is_whole_step and function.weight for function in functions):
-        return None
-    weighted = [function for function in functions if function.weight]
+    texts, weighted = constant_texts(truths), [function for function in functions if function.weight]
     blocks = [samples[first : first + BLOCK] for first in range(0, len(samples), BLOCK)]
 
-    def rewards_of(text: str) -> list[float | None]:
-        return [reward for block in blocks for reward in score_answers(weighted, block, [text] * len(block), keys)]
+    def rewards_of(text: str) -> np.ndarray:
+        return np.concatenate([score_answers(weighted, block, [text] * len(block), keys) for block in blocks])
 
-    try:
-        with time_limit(MOST_SECONDS):
-            return np.array([rewards_of(text) for text in constant_texts(truths)], dtype=float)
-    except (Exception, SystemExit, OutOfTime):  # where it matters, on sampled answers, it is reported
-        return None
+    if not any(function.is_whole_step for function in weighted):
+        with suppress(RewardError, OutOfTime), time_limit(MOST_SECONDS):  # on sampled answers an error is reported
+            return np.array([rewards_of(text) for text in texts])
+    return np.full((len(texts), len(samples)), np.nan)
 
 
 def zero_skill(
@@ -82,10 +78,8 @@ def zero_skill(
     found = ZeroSkill(median, float(np.abs(truths - median).mean()))
     chosen = np.linspace(0, len(truths) - 1, min(len(truths), MOST_SAMPLES)).round().astype(int)
     rewards = constant_rewards(functions, [samples[i] for i in places[chosen]], truths[chosen], keys)  # (2 K, n)
-    if rewards is None or np.isnan(rewards).all():
-        return found
-    scored = (~np.isnan(rewards)).sum(axis=1)
-    means = np.where(scored > 0, np.nansum(rewards, axis=1) / np.maximum(scored, 1), -np.inf)
-    found.reward = float(means.max())
-    found.rewarded_answer = constants(truths[chosen])[int(means.argmax()) % (len(means) // 2)]
+    means = np.ma.masked_invalid(rewards).mean(axis=1).filled(-np.inf)  # over what is scored
+    if means.max() > -np.inf:
+        found.reward = float(means.max())
+        found.rewarded_answer = constants(truths[chosen])[int(means.argmax()) % (len(means) // 2)]
     return found

@@ -5,13 +5,15 @@ import json
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]  # of the project
 sys.path.insert(0, str(ROOT))
+# The models are tiny, and pytest's two workers share the cores. torch reads it when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import grpo  # noqa: E402, F401  first of all, since it sets how torch's threads wait
 
@@ -28,11 +30,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
 from data.dataset import load_samples  # noqa: E402
 from data.loader import Prompt, load_prompt  # noqa: E402
 from data.media.frames import VideoOptions  # noqa: E402
-from data.media.images import MediaOptions  # noqa: E402
+from data.media.load import MediaOptions  # noqa: E402
 from grpo.demo.demo import CHAT_WORDS, build_model  # noqa: E402
 from grpo.demo.mp4 import write_mp4  # noqa: E402
 from grpo.demo.tiny_tokenizer import build_tokenizer  # noqa: E402
 from grpo.model.load import SpecialTokens, special_tokens  # noqa: E402
+from grpo.run.lock import lock_folder  # noqa: E402
 
 OPTIONS = MediaOptions(VideoOptions(nframes=4, resized_width=56, resized_height=56))
 FLAGS = "--nframes 4 --video_resized_width 56 --video_resized_height 56 --max_completion_length 6".split()
@@ -154,9 +157,6 @@ def run_ranks(function, world_size: int, *arguments, local_world_size: int | Non
     mp.start_processes(as_rank, arguments, nprocs=world_size, start_method="forkserver")
 
 
-HOLD = "import sys, time; from grpo.run.lock import lock_folder; lock_folder(sys.argv[1]); print('held', flush=True); "
-
-
 @pytest.fixture
 def processes():
     """Processes that a test starts; they are killed at its end."""
@@ -164,15 +164,24 @@ def processes():
     yield started
     for process in started:
         process.kill()
-        process.wait()
+        process.join()
 
 
-def hold(folder: Path, processes: list, then: str = "time.sleep(600)") -> subprocess.Popen:
-    """Lock a folder in another process, which then goes on with `then`."""
+def lock_and_go_on(folder: str, times: int, said, then) -> None:
+    for _ in range(times):
+        lock_folder(folder)
+    said.send("held")
+    then(600)
+
+
+def hold(folder: Path, processes: list, times: int = 1, then=time.sleep) -> multiprocessing.Process:
+    """Lock a folder in another process, some times, which then goes on with `then`."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", HOLD + then, str(folder)]
-    processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
-    assert processes[-1].stdout.readline() == "held\n"
+    context = mp.get_context("forkserver")
+    heard, said = context.Pipe(duplex=False)
+    processes.append(context.Process(target=lock_and_go_on, args=(str(folder), times, said, then)))
+    processes[-1].start()
+    assert heard.recv() == "held"
     return processes[-1]
 
 

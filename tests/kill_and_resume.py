@@ -86,7 +86,7 @@ def start(world_size: int, arguments: list[str], log: Path) -> list:
     return ranks
 
 
-def wait(ranks: list, seconds: float = 60) -> list[int]:
+def wait(ranks: list, seconds: float = 180) -> list[int]:
     """Return the exit codes; a rank that has not ended in time is an error."""
     deadline = time.monotonic() + seconds
     for rank in ranks:

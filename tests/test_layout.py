@@ -39,7 +39,12 @@ def is_within(module: str, *packages: str) -> bool:
 @pytest.mark.parametrize(
     ("who", "never"),
     [
-        (lambda m: is_within(m, "reward"), ("torch", "transformers", "data", "grpo", "train")),
+        # The command reads its flags as the others do.
+        (
+            lambda m: is_within(m, "reward") and m != "reward.explore",
+            ("torch", "transformers", "data", "grpo", "train"),
+        ),
+        (lambda m: True, ("reward.explore",)),
         (lambda m: is_within(m, "data"), ("grpo", "train")),
         (lambda m: m.startswith("grpo.") and m.count(".") == 1, RUNS),
         (lambda m: is_within(m, "grpo.model"), RUNS),
@@ -47,13 +52,22 @@ def is_within(module: str, *packages: str) -> bool:
         # A command stands above train.py: it times the trainer's own phases. Nothing imports it.
         (lambda m: m != "grpo.benchmark.__main__", ("train", "grpo.benchmark.__main__")),
     ],
-    ids=["reward", "data", "algorithm", "model", "run", "train.py"],
+    ids=["reward", "explore", "data", "algorithm", "model", "run", "train.py"],
 )
 def test_no_import_goes_upward(who, never):
     found = {module: imports for module, imports in IMPORTS.items() if who(module)}
     assert found
     wrong = {m: bad for m, imports in found.items() if (bad := {i for i in imports if is_within(i, *never)})}
     assert not wrong
+
+
+def test_a_reward_is_explored_without_torch():
+    """It takes seconds to import."""
+    found, new = set(), {"reward.explore"}
+    while new:
+        found |= new
+        new = {other for module in new for other in IMPORTS.get(module, ())} - found
+    assert "data.flags" in found and not {module for module in found if is_within(module, "torch", "decord")}
 
 
 def test_no_import_goes_in_a_circle():

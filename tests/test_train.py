@@ -130,17 +130,12 @@ def test_a_saved_model_can_be_trained_on_and_its_processor_goes_with_it(tiny, ru
     assert (tmp_path / "out" / "final" / "preprocessor_config.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize(
-    ("data", "frozen"),
-    [("tiny", []), ("mixed", []), ("mixed", ["--freeze_vision_tower"])],
-    ids=["videos", "all forms of samples", "all forms, a frozen tower"],
-)
-def test_two_ranks_do_what_one_does(request, data, frozen, tmp_path):
-    tiny = request.getfixturevalue(data)
+@pytest.mark.parametrize("frozen", [[], ["--freeze_vision_tower"]], ids=["all weights", "a frozen tower"])
+def test_two_ranks_do_what_one_does_with_all_forms_of_samples(mixed, frozen, tmp_path):
     more = ["--global_batch_size", "4", "--num_train_epochs", "2", "--num_iterations", "2", *frozen]
     one, two = tmp_path / "one", tmp_path / "two"
-    run_main(1, flags(tiny, one, *more), tmp_path)
-    run_main(2, flags(tiny, two, *more, "--per_device_train_batch_size", "1"), tmp_path)
+    assert train.main(flags(mixed, one, *more)) == 0
+    run_main(2, flags(mixed, two, *more, "--per_device_train_batch_size", "1"), tmp_path)
     for tag in TAGS:
         if not tag.startswith("time/") and tag not in ("run/tokens_per_second", "run/peak_memory_gb"):
             assert curves(two)[tag] == pytest.approx(curves(one)[tag], rel=1e-3, abs=1e-5), tag
@@ -153,7 +148,7 @@ def test_two_ranks_do_what_one_does(request, data, frozen, tmp_path):
 def test_the_last_smaller_batch_runs_on_more_ranks_than_it_has_prompts(tiny, tmp_path):
     one, three = tmp_path / "one", tmp_path / "three"
     three_prompts = ["--global_batch_size", "3", *named("by_length")]
-    run_main(1, flags(tiny, one, *three_prompts), tmp_path)
+    assert train.main(flags(tiny, one, *three_prompts)) == 0
     run_main(3, flags(tiny, three, *three_prompts), tmp_path)
     for tag in ("reward", "loss", "entropy", "grad_norm", "completions/mean_length"):
         assert len(curves(three)[tag]) == 2  # of 3 prompts and of 1
@@ -167,7 +162,7 @@ def with_a_bad_video(tmp_path):
     return tiny
 
 
-@pytest.mark.parametrize(("world_size", "batch"), [(1, 2), (2, 2), (3, 3)])
+@pytest.mark.parametrize(("world_size", "batch"), [(2, 2), (3, 3)])
 def test_a_bad_video_is_skipped_and_counted_once_on_all_ranks(with_a_bad_video, tmp_path, world_size, batch):
     # The bad sample is the last one: with three ranks it fills a batch alone, and is repeated on two of them.
     seed = next(seed for seed in range(99) if Epochs([4], seed).order(0)[0][3] == 2)
@@ -199,9 +194,10 @@ def test_long_prompts_lose_videos_and_are_counted_on_all_ranks(tiny, tmp_path):
     assert curves(tmp_path / "out")["run/shortened_prompts"] == [num_long]
 
 
-def test_random_videos_are_seen_over_the_epochs_and_named_in_the_log(tiny, tmp_path):
+def test_random_videos_are_seen_over_the_epochs_and_named_in_the_log(tiny, tmp_path, capfd):
     more = ["--max_videos", "1", "--video_cap", "random", "--num_train_epochs", "3", "--global_batch_size", "4"]
-    printed = run_main(1, flags(tiny, tmp_path / "out", *more, "--frame_jitter"), tmp_path)
+    assert train.main(flags(tiny, tmp_path / "out", *more, "--frame_jitter")) == 0
+    printed = capfd.readouterr().out
     assert "2 samples have more than --max_videos 1 videos" in printed and "is left out of each epoch" in printed
     lines = [json.loads(line) for line in (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()]
     assert {tuple(line["media"]) for line in lines if line["sample_id"] == "s1"} == {
@@ -211,12 +207,12 @@ def test_random_videos_are_seen_over_the_epochs_and_named_in_the_log(tiny, tmp_p
     }
 
 
-def test_32_videos_in_one_sample_train(tmp_path):
+def test_32_videos_in_one_sample_train(tmp_path, capfd):
     tiny = make_tiny(tmp_path / "tiny", num_videos=(32, 7))
     all_videos = flags(tiny, tmp_path / "all", "--max_videos", "0", "--global_batch_size", "2")
-    assert "max_videos" not in run_main(1, all_videos, tmp_path)
-    printed = run_main(1, flags(tiny, tmp_path / "capped", "--global_batch_size", "2"), tmp_path)
-    assert printed.count("2 samples have more than --max_videos 5 videos") == 1
+    assert train.main(all_videos) == 0 and "max_videos" not in capfd.readouterr().out
+    assert train.main(flags(tiny, tmp_path / "capped", "--global_batch_size", "2")) == 0
+    assert capfd.readouterr().out.count("2 samples have more than --max_videos 5 videos") == 1
     for output in ("all", "capped"):
         assert curves(tmp_path / output)["grad_norm"][0] > 0
 

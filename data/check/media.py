@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from data.media.fetch import shown
 from data.media.frame_cache import CacheError
-from data.media.images import MediaOptions, load_media
+from data.media.load import MediaOptions, load_media
 from data.media.patches import Grid
-from data.sample import BadMedia, Media, TooFewFrames
+from data.sample import BadMedia, InputError, Media, TooFewFrames
 
 # Forking beside threads is unsafe. A fork server is safe, and fast, since it has imported these modules already.
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -28,20 +28,17 @@ def check_media(media: Media, options: MediaOptions) -> Grid | MediaProblem | Ca
         return load_media(media, options).grid_thw
     except CacheError as error:
         return error
-    except FileNotFoundError as error:
-        return MediaProblem("missing file", str(error))
-    except TooFewFrames as error:
-        return MediaProblem("too few frames", str(error))
-    except BadMedia as error:
-        return MediaProblem(f"undecodable {media.kind}", str(error))
+    except (FileNotFoundError, BadMedia) as error:
+        kinds = {FileNotFoundError: "missing file", TooFewFrames: "too few frames"}
+        return MediaProblem(kinds.get(type(error), f"undecodable {media.kind}"), str(error))
 
 
 def check_in_own_process(
     media: Media, options: MediaOptions, timeout: float = 600.0, function=check_media
-) -> Grid | MediaProblem | CacheError:
+) -> Grid | MediaProblem:
     """Call `check_media` in a process of its own, because a broken file may crash the decoder or hang it.
 
-    timeout: in seconds.
+    timeout: in seconds. Raises InputError if a cache cannot be written.
     """
     receiver, sender = FORKSERVER.Pipe(duplex=False)
     process = FORKSERVER.Process(target=_send_result, args=(sender, function, media, options), daemon=True)
@@ -49,16 +46,19 @@ def check_in_own_process(
     sender.close()
     try:
         if receiver.poll(timeout):
-            return receiver.recv()
-        reason = f"{shown(media.files[0])!r} hangs the decoder: no frames within {timeout:g} s"
+            result = receiver.recv()
+            if isinstance(result, CacheError):
+                raise InputError(f"{result}: make room, or name another place")
+            return result
+        reason = f"hangs the decoder: no frames within {timeout:g} s"
     except EOFError:
         process.join()
-        reason = f"{shown(media.files[0])!r} crashes the decoder (exit code {process.exitcode})"
+        reason = f"crashes the decoder (exit code {process.exitcode})"
     finally:
         process.kill()
         process.join()
         receiver.close()
-    return MediaProblem(f"undecodable {media.kind}", reason)
+    return MediaProblem(f"undecodable {media.kind}", f"{shown(media.files[0])!r} {reason}")
 
 
 def _send_result(sender, function, media: Media, options: MediaOptions) -> None:

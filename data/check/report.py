@@ -1,4 +1,4 @@
-"""What `data/check.py` prints below its table of problems."""
+"""What `python -m data.check` prints: the table of problems, and what is known of the valid samples."""
 
 import argparse
 import statistics
@@ -11,19 +11,58 @@ from data.media.images import has_frame_files
 from data.media.patches import Grid
 from data.prompt import encode_prompt, media_lengths
 from data.sample import InputError, Media, Sample, first_line
-from data.video_cap import cap_videos, even, first
+from data.video_cap import cap_videos, choice_of
+from reward.extract import extract_number
+from reward.functions import RewardFunction, keys_of
+from reward.zero_skill import zero_skill
 
-FORMS = ("videos only", "images only", "videos and images", "text only", "frames in files", "options of their own")
+KINDS = {("video",): "videos only", ("image",): "images only", ("image", "video"): "videos and images", (): "text only"}
+FORMS = (*KINDS.values(), "frames in files", "options of their own")
 
 
-def forms_of(sample: Sample) -> set[str]:
-    """Return which of FORMS a sample has."""
-    if not sample.media:
-        return {"text only"}
-    forms = {media.kind for media in sample.media}
-    found = {"videos and images"} if len(forms) == 2 else {f"{forms.pop()}s only"}
-    found |= {"frames in files"} if any(m.kind == "video" and has_frame_files(m) for m in sample.media) else set()
-    return found | ({"options of their own"} if any(media.options for media in sample.media) else set())
+def print_problems(found: dict[str, list[tuple[str, str]]], kept: tuple[str, ...]) -> None:
+    """Print a row per problem -> the name of each sample that has it, and the reason."""
+    print(f"{'problem':24}{'samples':>8}  {'action':10}first ids, and the first reason")
+    for problem, samples in found.items():
+        action = ("kept" if problem in kept else "left out") if samples else ""
+        print(f"{problem:24}{len(samples):>8}  {action:10}{first_of([name for name, _ in samples])}".rstrip())
+        if samples:
+            print(f"    {samples[0][1]}")
+
+
+def first_of(names: list[str]) -> str:
+    """Return the first three names."""
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+
+
+def print_report(
+    samples: list[Sample],
+    checked: dict[Media, Grid | MediaProblem],
+    args: argparse.Namespace,
+    tokenizer,
+    functions: list[RewardFunction],
+) -> None:
+    """Print what is known of valid samples: forms, sizes, rare keys, truths, and what a constant answer earns."""
+    print_forms(samples)
+    print_sizes(samples, checked, args, tokenizer)
+    print_rare_keys(samples)
+    truths = np.array([extract_number(sample.answer) for sample in samples], dtype=float)  # None becomes nan
+    for line in (outside_line(truths, args.valid_range), zero_skill(functions, samples, truths, keys_of(samples))):
+        if line:
+            print(line)
+
+
+def print_forms(samples: list[Sample]) -> None:
+    """Count the samples of each form."""
+    counts = dict.fromkeys(FORMS, 0)
+    for sample in samples:
+        counts[KINDS[tuple(sorted({media.kind for media in sample.media}))]] += 1
+        counts["frames in files"] += any(media.kind == "video" and has_frame_files(media) for media in sample.media)
+        counts["options of their own"] += any(media.options for media in sample.media)
+    print(f"\n{'valid samples with':44}{'samples':>8}")
+    for form, num in counts.items():
+        if num:
+            print(f"{form:44}{num:>8}")
 
 
 def print_rare_keys(samples: list[Sample]) -> None:
@@ -31,11 +70,10 @@ def print_rare_keys(samples: list[Sample]) -> None:
     ids = {}
     for sample in samples:
         for key in sample.extra:
-            ids.setdefault(key, []).append(sample.id)
+            ids.setdefault(key, []).append(repr(sample.id))
     for key, having in ids.items():
         if len(having) < len(samples) / 2:
-            shown = ", ".join(map(repr, having[:3])) + ", ..." * (len(having) > 3)
-            print(f"key {key!r}: only {len(having)} of {len(samples)} samples have it ({shown})")
+            print(f"key {key!r}: only {len(having)} of {len(samples)} samples have it ({first_of(having)})")
 
 
 def outside_line(truths: np.ndarray, valid_range: list[float]) -> str | None:
@@ -50,45 +88,42 @@ def outside_line(truths: np.ndarray, valid_range: list[float]) -> str | None:
     )
 
 
+def prompt_tokens(sample: Sample, grids: list[Grid], tokenizer, model_id: str) -> int:
+    """Count the tokens of a prompt, without a tokenizer only those of its videos and images; raise InputError."""
+    grid_thw = torch.tensor(grids, dtype=torch.long).view(-1, 3)  # (M, 3)
+    if not tokenizer:
+        return int(media_lengths(grid_thw).sum())
+    try:
+        return len(encode_prompt(sample.turns, tokenizer, grid_thw, torch.ones(len(grid_thw)), 1)[0])
+    except Exception as error:  # a chat template may raise anything
+        raise InputError(
+            f"--model_id {model_id!r}: its tokenizer cannot encode sample {sample.id!r} ({first_line(error)}): take "
+            "the tokenizer of a Qwen2.5-VL"
+        ) from error
+
+
 def print_sizes(
     samples: list[Sample], checked: dict[Media, Grid | MediaProblem], args: argparse.Namespace, tokenizer
 ) -> None:
-    """Print tables of the forms and sizes of valid samples; what is over a cap is not counted in frames and tokens.
-
-    Of videos that are chosen at random, the even choice is counted.
-    """
-    print(f"\n{'valid samples with':44}{'samples':>8}")
-    for form in FORMS:
-        if num := sum(form in forms_of(sample) for sample in samples):
-            print(f"{form:44}{num:>8}")
-    choose = first if args.video_cap == "first" else even
+    """Print the sizes of valid samples; what is over a cap is not counted in frames and tokens."""
+    choose = choice_of(args.video_cap)
     capped = [cap_videos(sample, args.max_videos, args.max_images, choose) for sample in samples]
-    num_tokens = []
-    for sample in capped:
-        grid = torch.tensor([checked[media] for media in sample.media], dtype=torch.long).view(-1, 3)  # (M, 3)
-        try:
-            ids = tokenizer and encode_prompt(sample.turns, tokenizer, grid, torch.ones(len(grid)), 1)[0]
-        except Exception as error:  # a chat template may raise anything
-            raise InputError(
-                f"--model_id {args.model_id!r}: its tokenizer cannot encode sample {sample.id!r} "
-                f"({first_line(error)}): take the tokenizer of a Qwen2.5-VL"
-            ) from error
-        num_tokens.append(len(ids) if tokenizer else int(media_lengths(grid).sum()))
-    long = [sample.id for sample, num in zip(capped, num_tokens, strict=True) if num > args.max_prompt_length > 0]
+    lengths = [
+        prompt_tokens(sample, [checked[media] for media in sample.media], tokenizer, args.model_id) for sample in capped
+    ]
+    long = [repr(sample.id) for sample, num in zip(capped, lengths, strict=True) if num > args.max_prompt_length > 0]
     if long:
-        ids = ", ".join(map(repr, long[:3])) + ", ..." * (len(long) > 3)
-        print(f"{'over --max_prompt_length':44}{len(long):>8}  {ids}")
+        print(f"{'over --max_prompt_length':44}{len(long):>8}  {first_of(long)}")
     used = {media for sample in capped for media in sample.media}
     rows = {
         "videos per sample": [sum(media.kind == "video" for media in sample.media) for sample in samples],
         "images per sample": [sum(media.kind == "image" for media in sample.media) for sample in samples],
         "frames read per video": [2 * checked[media].t for media in used if media.kind == "video"],
-        "prompt tokens" if tokenizer else "video and image tokens (text not counted)": num_tokens,
+        "prompt tokens" if tokenizer else "video and image tokens (text not counted)": lengths,
     }
     print(f"\n{'valid samples':44}{'min':>8}{'median':>10}{'mean':>10}{'max':>8}")
     for name, numbers in rows.items():
-        if not any(numbers):
-            continue
-        median, mean = statistics.median(numbers), statistics.mean(numbers)
-        print(f"{name:44}{min(numbers):>8}{median:>10.1f}{mean:>10.1f}{max(numbers):>8}")
+        if any(numbers):
+            median, mean = statistics.median(numbers), statistics.mean(numbers)
+            print(f"{name:44}{min(numbers):>8}{median:>10.1f}{mean:>10.1f}{max(numbers):>8}")
     print()

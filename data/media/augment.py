@@ -5,11 +5,10 @@ epoch), so that a resumed run sees what an uninterrupted one does.
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from data.sample import Sample
-from data.video_cap import cap_videos
+from data.video_cap import at_random, cap_videos
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Augmentation:
     def of(self, sample: Sample, turn: int) -> Sample:
         """Return a sample as it is seen in this turn."""
         if self.max_videos:
-            sample = cap_videos(sample, self.max_videos, choose=random_of(sample.id, self.seed, turn))
+            sample = cap_videos(sample, self.max_videos, choose=at_random(self.seed, sample.id, turn))
         if self.frame_jitter:
             draw = random.Random(f"{self.seed} {turn} {sample.id}").uniform
             media = (
@@ -32,13 +31,3 @@ class Augmentation:
             )
             sample = replace(sample, media=tuple(media))
         return sample
-
-
-def random_of(sample_id: str, seed: int, turn: int) -> Callable[[int, int], set[int]]:
-    """Choose `most` of `num` at random, as seed, turn and sample decide; all are chosen within num / most turns."""
-
-    def choose(num: int, most: int) -> set[int]:
-        shuffled = random.Random(f"{seed} {sample_id}").sample(range(num), num)
-        return {shuffled[(turn * most + i) % num] for i in range(min(num, most))}
-
-    return choose

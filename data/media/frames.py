@@ -5,11 +5,13 @@ https://github.com/QwenLM/Qwen2.5-VL, qwen-vl-utils/src/qwen_vl_utils/vision_pro
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import InitVar, dataclass, replace
 
 import torch
 
-from data.media.patches import PIXELS_PER_TOKEN, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
+from data.media.patches import PIXELS_PER_TOKEN, SIZE_FACTOR, TEMPORAL_PATCH_SIZE, resize
+from data.sample import TooFewFrames, named
 
 DEFAULT_FPS = 2.0
 MIN_FRAMES, MAX_FRAMES = 4, 768
@@ -46,42 +48,55 @@ class VideoOptions:
     video_end: float | None = None
     jitter: float = 0.0
 
+    is_own: InitVar[bool] = False  # of one video: errors then name options without the dashes of flags
+
     def with_own(self, own: dict[str, float]) -> "VideoOptions":
         """Return the options with a video's own in their place; raise ValueError, naming them, if they are wrong."""
         replaced = [names for names in (FRAME_COUNTS, SIZES) if own.keys() & names]
-        try:
-            return replace(self, **{name: None for names in replaced for name in names} | own)
-        except ValueError as error:
-            text = str(error).replace("--video_", "").replace("--", "")
-            raise ValueError(f"has options of its own that cannot be: {text}") from error
+        return replace(self, **{name: None for names in replaced for name in names} | own, is_own=bool(own))
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, is_own: bool) -> None:
+        for problem in self._problems("" if is_own else "--", "" if is_own else "--video_"):
+            raise ValueError(f"has options of its own that cannot be: {problem}" if is_own else problem)
+
+    def _problems(self, count: str, size: str) -> Iterator[str]:
+        """Yield what is wrong; count and size stand before the names of options about frames and pixels."""
+        width, height, least, most = self.resized_width, self.resized_height, self.min_pixels, self.max_pixels
         if self.fps is not None and self.nframes is not None:
-            raise ValueError("give --fps or --nframes, not both")
-        if (self.resized_width is None) != (self.resized_height is None):
-            raise ValueError("give --video_resized_width and --video_resized_height together")
-        for name in ("fps", "nframes", "resized_width", "resized_height", "min_pixels", "max_pixels"):
+            yield f"give {count}fps or {count}nframes, not both"
+        if (width is None) != (height is None):
+            yield f"give {size}resized_width and {size}resized_height together"
+        for name in (*FRAME_COUNTS, *SIZES, "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                flag = name if name in ("fps", "nframes") else f"video_{name}"
-                raise ValueError(f"--{flag} must be positive, got {value}")
+                yield f"{count if name in FRAME_COUNTS else size}{name} must be positive, got {value}"
         if self.nframes is not None and self.nframes < 2:
-            raise ValueError(f"--nframes must be at least 2, got {self.nframes}")
-        if self.resized_width is None and self.min_pixels > self.max_pixels:
-            raise ValueError(f"--video_min_pixels {self.min_pixels} is more than --video_max_pixels {self.max_pixels}")
+            yield f"{count}nframes must be at least 2, got {self.nframes}"
         if self.min_frames > self.max_frames or self.max_frames < 2:
-            raise ValueError(f"max_frames {self.max_frames} must be at least 2 and min_frames {self.min_frames}")
+            yield f"max_frames {self.max_frames} must be at least 2 and min_frames {self.min_frames}"
         if self.video_end is not None and not self.video_start < self.video_end:
-            raise ValueError(f"video_end {self.video_end:g} must be after video_start {self.video_start:g}")
-        sides = sorted((self.resized_width or 1, self.resized_height or 1))
-        if sides[1] > MAX_ASPECT_RATIO * sides[0]:
-            raise ValueError(
-                f"--video_resized_width {self.resized_width} and --video_resized_height {self.resized_height}: "
-                f"the longer side must be at most {MAX_ASPECT_RATIO} times the shorter one"
-            )
-        limit = max(MAX_FRAME_PIXELS, int(self.min_pixels * 1.05))
-        if self.resized_width is None and self.max_pixels > limit:
-            raise ValueError(f"--video_max_pixels {self.max_pixels} is above the limit of qwen-vl-utils: give {limit}")
+            yield f"video_end {self.video_end:g} must be after video_start {self.video_start:g}"
+        if width is not None:
+            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                yield (
+                    f"{size}resized_width {width} and {size}resized_height {height}: the longer side must be at most "
+                    f"{MAX_ASPECT_RATIO} times the shorter one"
+                )
+            return  # the bounds of the pixels then say nothing
+        if least > most:
+            yield f"{size}min_pixels {least} is more than {size}max_pixels {most}"
+        if most > (limit := max(MAX_FRAME_PIXELS, int(least * 1.05))):
+            yield f"{size}max_pixels {most} is above the limit of qwen-vl-utils: give {limit}"
+
+
+def choose_frames(total_frames: int, video_fps: float, options: VideoOptions) -> tuple[list[int], float]:
+    """Return which frames of a video to read, ascending, and how many of them there are per second of it.
+
+    Raises ValueError if it has no such part, TooFewFrames.
+    """
+    span = frame_span(total_frames, video_fps, options)
+    indices = [span[index] for index in frame_indices(len(span), video_fps, options)]
+    return indices, len(indices) / len(span) * video_fps  # as in qwen-vl-utils; the frames span the whole part
 
 
 def frame_span(total_frames: int, video_fps: float, options: VideoOptions) -> range:
@@ -102,8 +117,8 @@ def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) ->
 
     With nframes: that many, rounded to even. With fps: seconds x fps, clamped to 4..768 and to the frames there are,
     then rounded down to even. Equals smart_nframes and linspace of qwen-vl-utils. A choice that does not span the whole
-    part must change `sampled_fps` in `open_video`, too: positions in time follow from it.
-    Raises ValueError when there are too few frames.
+    part must change `choose_frames`, too: positions in time follow from it.
+    Raises TooFewFrames.
     """
     if options.nframes is not None:
         count = round(options.nframes / 2) * 2
@@ -114,7 +129,7 @@ def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) ->
         count = math.floor(min(max(wanted, least), most, total_frames) / 2) * 2
         required = "at least 2 are needed"
     if not 2 <= count <= total_frames:
-        raise ValueError(f"has {total_frames} frame{'s' * (total_frames != 1)}, {required}")
+        raise TooFewFrames(f"has {total_frames} frame{'s' * (total_frames != 1)}, {required}")
     places = torch.linspace(0, total_frames - 1, count)
     if options.jitter and count < total_frames:
         places = (places + options.jitter * (total_frames - 1) / (count - 1)).clamp(0, total_frames - 1)
@@ -146,7 +161,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: float) ->
 
 def target_size(height: int, width: int, num_frames: int, options: VideoOptions) -> tuple[int, int]:
     """Return the size (height, width) to which to resize num_frames frames of height x width pixels."""
-    if options.resized_height is not None and options.resized_width is not None:
+    if options.resized_height is not None:  # and so the width
         # qwen-vl-utils clamps an explicit size to its bounds for images: 4 to 16384 tokens
         bounds = 4 * PIXELS_PER_TOKEN, 16384 * PIXELS_PER_TOKEN
         return smart_resize(options.resized_height, options.resized_width, *bounds)
@@ -154,3 +169,10 @@ def target_size(height: int, width: int, num_frames: int, options: VideoOptions)
     context_share = MAX_VIDEO_PIXELS / num_frames * TEMPORAL_PATCH_SIZE
     limit = max(min(MAX_FRAME_PIXELS, context_share), int(options.min_pixels * 1.05))
     return smart_resize(height, width, options.min_pixels, min(options.max_pixels, limit))
+
+
+def resize_frames(path: str, frames: torch.Tensor, options: VideoOptions) -> torch.Tensor:
+    """Resize the frames of a video, uint8 (T, 3, H, W), as the options say. Raises BadMedia if they are too narrow."""
+    with named(repr(path)):
+        height, width = target_size(*frames.shape[2:], len(frames), options)
+    return resize(frames, height, width)

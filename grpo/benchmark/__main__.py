@@ -1,8 +1,8 @@
 """`python -m grpo.benchmark`: what a step costs on this machine, without data or weights.
 
 Builds a Qwen2.5-VL with random weights and a prompt with random pixels, and times the trainer's own rollout and update.
-In turn with them it times the baseline, which other trainers compute (`repeated_rows.py`): each of the G completions is
-a row with its own copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and
+In turn with them it times the baseline, in which nothing is shared (`repeated_rows.py`): each of the G completions is a
+row with its own copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and
 sharding. All completions have `--completion_length` tokens. Under torchrun every rank has one prompt, as in training.
 """
 
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from data.flags import parse_flags
 from data.loader import Prompt
 from data.media.patches import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from data.prompt import mrope_positions
@@ -29,8 +30,7 @@ from data.sample import InputError, Sample
 from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update
 from grpo.config import Config
 from grpo.decoding import decoder_for
-from grpo.flags import flag, parse_flags
-from grpo.model.layers import use_our_layers
+from grpo.model.layers import use_hugging_faces_layers, use_our_layers
 from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import init_optimizer_state, make_optimizer
 from grpo.model.random_model import SIZES, TOKENS_PER_SECOND, random_model
@@ -38,29 +38,33 @@ from grpo.model.sharding import build_models, compute_dtype
 from grpo.ranks import abort_rank, start_processes
 from grpo.run.preflight import with_trial_advantages
 from grpo.run.tracking import peak_memory_gb
+from reward.flags import Bounds, flag
 from train import rollout_phase, update_phase
 
 VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN = 1, 2, 3, 4  # token ids of the random model
 IDS = {"video_token_id": VIDEO_TOKEN, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
 IDS |= {"image_token_id": IMAGE_TOKEN, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb")
+AT_LEAST_1 = Bounds(lambda n: n >= 1, "must be at least 1")
+AT_LEAST_2 = Bounds(lambda n: n >= 2, "must be at least 2")
+# The machine's limits are measured by a copy of this many bytes, and by a product of matrices of this size.
+COPIED_BYTES, MATRIX_SIDE = 2**29, {"cuda": 8192, "cpu": 2048}
 
 
 @dataclass
 class Options:
     """The flags."""
 
-    size: Literal["tiny", "cpu", "3b", "7b"] = flag(
-        "cpu", "the model: 1, 29, 3,755 or 8,292 million parameters", heading="step"
-    )
-    num_videos: int = flag(5, "videos of the prompt")
-    frames: int = flag(8, "frames of a video")
-    resolution: int = flag(84, "width and height of the frames in pixels, rounded to a multiple of 28")
-    num_generations: int = flag(8, "completions per prompt (G)")
-    completion_length: int = flag(32, "tokens of every completion")
+    heading = "step"
+    size: Literal["tiny", "cpu", "3b", "7b"] = flag("cpu", "the model: 1, 29, 3,755 or 8,292 million parameters")
+    num_videos: int = flag(5, "videos of the prompt", AT_LEAST_1)
+    frames: int = flag(8, "frames of a video", Bounds(lambda n: n >= 2 and n % 2 == 0, "must be even, and at least 2"))
+    resolution: int = flag(84, "width and height of the frames in pixels, rounded to a multiple of 28", AT_LEAST_1)
+    num_generations: int = flag(8, "completions per prompt (G)", AT_LEAST_2)
+    completion_length: int = flag(32, "tokens of every completion", AT_LEAST_2)
     freeze_vision_tower: bool = flag(False, "do not train the vision tower")
     gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
-    runs: int = flag(3, "measured runs, whose medians are shown; each is preceded by one for its peak memory")
+    runs: int = flag(3, "measured runs, whose medians are shown, each after one for its peak memory", AT_LEAST_1)
     baseline: bool = flag(True, "also measure the baseline: one copy of the prompt per completion")
     json: str = flag("", "file to write the figures to")
 
@@ -109,10 +113,15 @@ def measure(rollout, update) -> dict[str, float]:
     """
     reset_peak_memory()
     update(rollout())
-    memory = peak_memory_gb()
-    rollout_seconds, rollouts = seconds(rollout)
-    update_seconds, _ = seconds(update, rollouts)
-    return dict(zip(FIGURES, (rollout_seconds, update_seconds, rollout_seconds + update_seconds, memory), strict=True))
+    peak = peak_memory_gb()
+    in_rollout, rollouts = seconds(rollout)
+    in_update, _ = seconds(update, rollouts)
+    return dict(zip(FIGURES, (in_rollout, in_update, in_rollout + in_update, peak), strict=True))
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float] | None:
+    """Return the median of each figure over some runs; None without runs."""
+    return {name: statistics.median(run[name] for run in runs) for name in FIGURES} if runs else None
 
 
 def best_of(function, times: int = 5) -> float:
@@ -123,14 +132,11 @@ def best_of(function, times: int = 5) -> float:
 def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_seconds: float, update_seconds: float):
     """Return what share of the memory bandwidth decoding reaches, and of the matrix products the update.
 
-    model: unsharded. Both limits are measured: by a copy of 1 GB, and by a product of large matrices. Attention and
-    recomputation are not counted as work.
+    model: unsharded. Attention and recomputation are not counted as work.
     """
-    device, dtype = model.device, model.dtype
-    words = torch.ones(2**29 // dtype.itemsize, dtype=dtype, device=device)
-    there = torch.empty_like(words)
-    bandwidth = 2 * 2**29 / best_of(lambda: there.copy_(words))  # read and written, bytes per second
-    side = 8192 if device.type == "cuda" else 2048
+    words = torch.ones(COPIED_BYTES // model.dtype.itemsize, dtype=model.dtype, device=model.device)
+    there, side = torch.empty_like(words), MATRIX_SIDE[model.device.type]
+    bandwidth = 2 * COPIED_BYTES / best_of(lambda: there.copy_(words))  # read and written, bytes per second
     square = words[: side * side].view(side, side)
     flops = 2 * side**3 / best_of(lambda: square @ square)
 
@@ -142,7 +148,7 @@ def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_second
     text, visual, merger = model.config.text_config, model.model.visual, size(model.model.visual.merger)
     layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    read = (layers + head + per_token * (P + G * C // 2)) * dtype.itemsize  # bytes per decoding step
+    read = (layers + head + per_token * (P + G * C // 2)) * model.dtype.itemsize  # bytes per decoding step
     tower = 0 if options.freeze_vision_tower else size(visual) - merger
     work = 6 * (layers * (P + G * C) + head * G * C + tower * S + merger * S // MERGE_SIZE**2)
     return {
@@ -197,19 +203,15 @@ def run(options: Options, device: torch.device) -> dict:
         if options.baseline:
             decoder_for.cache_clear()  # free our cache
             models.sampling.sync(policy)  # not part of the baseline's time
-            for module in (policy, sampling_model):  # Hugging Face's own layers
-                module.set_attn_implementation("sdpa")
-                for layer in module.modules():
-                    vars(layer).pop("forward", None)
+            for module in (policy, sampling_model):
+                use_hugging_faces_layers(module)
             theirs.append(measure(baseline_rollout, baseline_update))
             for module in (policy, sampling_model):
                 use_our_layers(module)
 
-    def medians(runs: list[dict]) -> dict[str, float]:
-        return {name: statistics.median(figures[name] for figures in runs) for name in FIGURES}
-
     prefill_seconds = best_of(lambda: rollout(1))
-    figures = medians(ours) | {"baseline": medians(theirs) if theirs else None, "prefill_seconds": prefill_seconds}
+    figures = medians(ours) | {"baseline": medians(theirs), "baseline_out_of_memory": False}
+    figures |= {"prefill_seconds": prefill_seconds}
     decode_seconds = (figures["rollout_seconds"] - prefill_seconds) / (C - 1)
     return figures | shares_of_the_machine(sampling_model, prompt, options, decode_seconds, figures["update_seconds"])
 
@@ -220,7 +222,7 @@ def run_what_fits(options: Options, device: torch.device) -> dict:
     With several ranks, one that runs out of memory cannot tell the others and ends the benchmark.
     """
     try:
-        return run(options, device) | {"baseline_out_of_memory": False}
+        return run(options, device)
     except torch.OutOfMemoryError as error:
         line = "out of memory: lower a figure, or add --gradient_checkpointing true"
         if dist.get_world_size() > 1:
@@ -254,18 +256,8 @@ def table(figures: dict) -> str:
 def parse(argv: list[str]) -> Options:
     """Read the flags; raise InputError for unknown flags and impossible values."""
     options = parse_flags(Options, argv, "python -m grpo.benchmark")
-
-    def fail(message: str):
-        raise InputError(f"{message}: python -m grpo.benchmark --help explains the flags")
-
-    least = {"num_videos": 1, "frames": 2, "resolution": 1, "num_generations": 2, "completion_length": 2, "runs": 1}
-    for name, value in least.items():
-        if getattr(options, name) < value:
-            fail(f"--{name} {getattr(options, name)} must be at least {value}")
-    if options.frames % 2:
-        fail(f"--frames {options.frames} must be even")
     if options.json and not os.access(Path(options.json).absolute().parent, os.W_OK):
-        fail(f"--json {options.json!r} cannot be written")
+        raise InputError(f"--json {options.json!r} cannot be written: name a file in a folder that is yours")
     return options
 
 

@@ -1,7 +1,9 @@
 """The baseline of `python -m grpo.benchmark`: every completion is a row with its own copy of the prompt and its videos.
 
-Other trainers compute it so; nothing in training calls it. Both functions take Hugging Face's own model, without our
-layers, but with our positions (`data/prompt.py`), since those of transformers 5.3 and later are wrong.
+That is the plain way, in which nothing is shared. Some trainers share a prefix of text in the update (PrefixGrouper,
+arXiv:2506.05433; verl; Unsloth); we know of none that shares videos and their gradients, in rollout and update.
+Nothing in training calls this. Both functions take Hugging Face's own model, without our layers, but with our positions
+(`data/prompt.py`), since those of transformers 5.3 and later are wrong.
 
 | G | completions of the prompt | C | tokens of each completion | P | prompt tokens | V | vocabulary |
 """

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from data.flags import parse_flags
 from data.sample import InputError
 from grpo.config import DEMO_DEFAULTS, Config, DemoTask
 from grpo.demo.compare_runs import BEFORE, NUM_TEST, Run, do, prepare, record_of
 from grpo.demo.compare_table import RESULTS, write_results
 from grpo.demo.demo import NUM_TRAIN
-from grpo.flags import flag, parse_flags
 from grpo.loss import ScaleRewards
+from reward.flags import flag
 
 REWARDS = {
     "original": ["--reward_funcs", "numerical_video_reward"],
@@ -43,7 +44,8 @@ EARLY_STEPS = 100  # of supervised training that stops before it knows the train
 class CompareConfig:
     """The flags."""
 
-    output_dir: str = flag("output/compare", "folder for the models of all runs", heading="runs")
+    heading = "runs"
+    output_dir: str = flag("output/compare", "folder for the models of all runs")
     tasks: list[str] = flag(["easy", "hard"], "tasks of the demo")
     seeds: list[int] = flag([0, 1, 2], "seeds on which all rows are compared")
     new_seeds: list[int] = flag([10, 11, 12], "seeds for the demo's own settings and supervised training alone")

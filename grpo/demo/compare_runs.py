@@ -14,11 +14,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.flags import parse_flags
 from data.sample import InputError
 from grpo.config import DEMO_DEFAULTS, Config, DemoTask
 from grpo.demo.demo import NUM_CARELESS, NUM_TRAIN, WARM_START_STEPS, as_flags
 from grpo.demo.supervised import BATCH, SupervisedConfig
-from grpo.flags import parse_flags
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "reward" / "results.jsonl"

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from data.loader import PromptDataset
+from data.flags import default_of
+from data.loader import PromptDataset, prompt_options
 from data.prompt import load_tokenizer
 from data.sample import InputError
 from grpo.config import DEMO_DEFAULTS, Config, DemoTask
@@ -26,7 +27,6 @@ from grpo.demo.tiny_tokenizer import build_tokenizer
 from grpo.evaluate.answer import AnswerOptions, Prediction, answer, answers_of, truths_of
 from grpo.evaluate.metrics import figures
 from grpo.evaluate.report import number
-from grpo.flags import default_of
 from grpo.model.layers import use_our_layers
 from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND, TextSize, VisionSize, random_model
@@ -35,18 +35,18 @@ from grpo.run.inputs import check_scorer
 from grpo.run.lock import lock_folder
 from grpo.run.scoring import load_scorer
 from grpo.run.survey import survey
-from grpo.settings import prompt_options
 
 # True answers are few, careless ones many, as where experts read few cases; `reward/RESULTS.md` has other numbers, too.
 NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 80, 192
 WARM_START_STEPS = 800
+HIDDEN_SIZE, LAYERS = 128, 4  # of the model, which then has about 1 million parameters
 INIT_RANGE = 0.06  # standard deviation of the initial weights; with 0.02, learning starts late in such small layers
 # Words of the chat format, so that the tokenizer learns each as one token.
 CHAT_WORDS = "system\nYou are a helpful assistant.\nuser\nassistant\n" * 2
 
 
-def build_model(tokenizer, seed: int, hidden_size: int = 128, layers: int = 4) -> Qwen2_5_VLForConditionalGeneration:
-    """Make a small Qwen2.5-VL of the real class with random weights; about 1 million parameters as it is."""
+def build_model(tokenizer, seed: int, hidden_size: int, layers: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Make a small Qwen2.5-VL of the real class with random weights."""
     words = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "eos_token_id": "<|im_end|>"}
     words |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
     words |= {"bos_token_id": "<|endoftext|>", "pad_token_id": "<|endoftext|>"}
@@ -65,7 +65,7 @@ def make_start(folder: Path, task: DemoTask, seed: int) -> None:
     write_samples(data, "train", NUM_TRAIN, seed, task)
     write_samples(data, "heldout", NUM_HELDOUT, seed, task)
     tokenizer = build_tokenizer([QUESTION, ANSWER.format(0), CHAT_WORDS])
-    model = build_model(tokenizer, seed)
+    model = build_model(tokenizer, seed, HIDDEN_SIZE, LAYERS)
     fit(model, load_prompts(careless, tokenizer), tokenizer, SupervisedConfig(steps=WARM_START_STEPS, seed=seed))
     model.save_pretrained(folder / "warm_start")
     tokenizer.save_pretrained(folder / "warm_start")
@@ -111,13 +111,11 @@ def choose_folder(config: Config) -> Config | None:
     folders, wanted = [Path(config.output_dir)], config.resume_from_checkpoint
     if config.output_dir == DEMO_DEFAULTS["output_dir"] and wanted in ("none", "auto"):
         folders += [Path(f"{config.output_dir}-{n}") for n in range(2, 1000)]
-    candidates = [folder for folder in folders if not is_in_use(folder)]
-    if wanted != "none" and (begun := [folder for folder in folders if has_begun(folder)]):
-        candidates = begun[-1:]
+    begun = [folder for folder in folders if has_begun(folder)]
+    candidates = begun[-1:] if wanted != "none" else []
+    candidates = candidates or [folder for folder in folders if is_free(folder)]
     if not candidates:
-        fix = "name a new folder"
-        if has_begun(folders[0]):
-            fix += ", or continue with --resume_from_checkpoint auto"
+        fix = "name a new folder" + (", or continue with --resume_from_checkpoint auto" if begun else "")
         raise InputError(f"--output_dir {config.output_dir!r} exists: {fix}")
     for folder in candidates:
         try:
@@ -134,9 +132,9 @@ def choose_folder(config: Config) -> Config | None:
     return dataclasses.replace(config, output_dir=str(folder))
 
 
-def is_in_use(output: Path) -> bool:
-    """True if a folder holds anything but what an interrupted `prepare` leaves."""
-    return output.exists() and not {path.name for path in output.glob("*")} <= {"data", "warm_start", ".lock"}
+def is_free(output: Path) -> bool:
+    """True if a folder is not there, or holds nothing but what an interrupted `prepare` leaves."""
+    return {path.name for path in output.glob("*")} <= {"data", "warm_start", ".lock"}
 
 
 def has_begun(output: Path) -> bool:
@@ -160,36 +158,45 @@ def report(config: Config, began: float) -> None:
     Beside each model's error stands the one after the best straight line through its answers, fitted on training
     samples: what a constant or a scale would repair, that one need not learn.
     """
-    output = Path(config.output_dir)
+    output, options, rows = Path(config.output_dir), AnswerOptions(config, load_scorer(config, [])), {}
     how = load_tokenizer(config.model_id), TOKENS_PER_SECOND, prompt_options(config)
-    datasets = {
-        name: PromptDataset(survey(paths, config, []).samples, *how)
-        for name, paths in {"train": config.data_path, "heldout": config.eval_data_path}.items()
-    }
-    options, rows = AnswerOptions.of(config, load_scorer(config, [])), {}
-    truths = truths_of(list(datasets["heldout"].samples), options)
-    for when, folder in {"before": config.model_id, "after": output / "final"}.items():
-        model = load_model(str(folder)).eval()
-        answers = {name: answer_all(model, dataset, options) for name, dataset in datasets.items()}
-        rows[when] = {
-            name: figure["value"]
-            for name, figure in figures(truths, answers_of(answers["heldout"]), config.valid_range, config.cuts).items()
-        }
-        rows[when]["line_mae"] = error_of_line(answers["train"], answers["heldout"])
+    train, heldout = (
+        PromptDataset(survey(paths, config, []).samples, *how) for paths in (config.data_path, config.eval_data_path)
+    )
+    truths = truths_of(list(heldout.samples), options)
+    for when, folder in {"before": config.model_id, "after": str(output / "final")}.items():
+        model = load_model(folder).eval()
+        fitted, judged = (answer_all(model, dataset, options) for dataset in (train, heldout))
+        found = figures(truths, answers_of(judged), config.valid_range, config.cuts)
+        rows[when] = {name: figure["value"] for name, figure in found.items()}
+        rows[when]["line_mae"] = error_of_line(fitted, judged)
     if dist.get_rank() == 0:
-        print(f"\n{NUM_HELDOUT} held-out samples, greedy answers; errors in points:")
-        titles = {"reward": "reward", "mae": "error", "line_mae": "after the best line", "bias": "bias"}
-        titles |= {"pearson": "correlation", "clipped_ratio": "share cut"}
-        print(f"{'':14}" + "".join(f"{title:>{len(title) + 3}}" for title in titles.values()))
-        constant = {"reward": rows["after"]["zero_skill_reward"], "mae": rows["after"]["zero_skill_mae"]}
-        for when, row in (rows | {"best constant": constant}).items():
-            shown = {name: number(row[name]) if name in row else "" for name in titles}
-            print(f"{when:14}" + "".join(f"{shown[name]:>{len(title) + 3}}" for name, title in titles.items()))
+        print(f"\n{NUM_HELDOUT} held-out samples, greedy answers; errors in points:\n{table(rows)}")
         rows["seconds"] = round(time.time() - began, 1)
-        path = Path(config.output_dir, "demo_report.json")
+        path = output / "demo_report.json"
         path.write_text(json.dumps(rows, indent=2) + "\n")
         print(f"{rows['seconds']:.0f} seconds in all; written to {path}")
     dist.barrier()
+
+
+TITLES = {
+    "reward": "reward",
+    "mae": "error",
+    "line_mae": "after the best line",
+    "bias": "bias",
+    "pearson": "correlation",
+    "clipped_ratio": "share cut",
+}
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Write the main figures as a table, with those of the best constant answer as its last row."""
+    constant = {"reward": rows["after"]["zero_skill_reward"], "mae": rows["after"]["zero_skill_mae"]}
+    lines = [f"{'':14}" + "".join(f"{title:>{len(title) + 3}}" for title in TITLES.values())]
+    for when, row in (rows | {"best constant": constant}).items():
+        cells = [(title, number(row[name]) if name in row else "") for name, title in TITLES.items()]
+        lines.append(f"{when:14}" + "".join(f"{cell:>{len(title) + 3}}" for title, cell in cells))
+    return "\n".join(lines)
 
 
 def answer_all(model, dataset: PromptDataset, options: AnswerOptions) -> list[Prediction]:

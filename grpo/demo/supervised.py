@@ -20,16 +20,17 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from data.dataset import load_samples
+from data.flags import parse_flags
 from data.loader import Prompt, load_prompt
 from data.media.frames import VideoOptions
-from data.media.images import MediaOptions
+from data.media.load import MediaOptions
 from data.prompt import load_tokenizer
 from data.sample import BadMedia, InputError
 from grpo.demo.synthetic_echo import NUM_FRAMES, SIZE
-from grpo.flags import flag, parse_flags
 from grpo.logprobs import completion_logprobs
 from grpo.model.load import load_model
 from grpo.model.random_model import TOKENS_PER_SECOND
+from reward.flags import flag
 
 BATCH, WARMUP_STEPS, WEIGHT_DECAY = 8, 20, 0.01
 VIDEO_OPTIONS = MediaOptions(VideoOptions(nframes=NUM_FRAMES, resized_width=SIZE, resized_height=SIZE))
@@ -39,7 +40,8 @@ VIDEO_OPTIONS = MediaOptions(VideoOptions(nframes=NUM_FRAMES, resized_width=SIZE
 class SupervisedConfig:
     """The flags."""
 
-    model_id: str = flag("", "folder of the demo's model", heading="what")
+    heading = "what"
+    model_id: str = flag("", "folder of the demo's model")
     data_path: str = flag("", "JSON file of samples")
     image_folder: str = flag("", "folder of the videos (videos, beside the file)")
     output_dir: str = flag("", "folder for the trained model and seconds.json")

@@ -7,7 +7,7 @@ survives encode and decode), same special tokens, same chat format; only the voc
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data.prompt import VISION_TOKENS
+from data.sample import VISION_TOKENS
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS]
 

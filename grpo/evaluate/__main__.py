@@ -17,7 +17,6 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import grpo  # noqa: F401  first of all, since it sets how torch's threads wait
 
@@ -27,92 +26,55 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
-from data.loader import PromptDataset, worker_failure
+from data.flags import LoaderFlags, SampleFlags, parse_flags
+from data.loader import PromptDataset, prompt_options, resolve_data_flags, worker_failure
 from data.prompt import load_tokenizer
 from data.sample import InputError, first_line
-from grpo.check_flags import check_bounds
-from grpo.config import Config, OnLongPrompt, VideoCap
+from grpo.config import HeldOutFlags, SamplingFlags, Seed
 from grpo.evaluate.answer import AnswerOptions, Prediction, answer
 from grpo.evaluate.predictions import Predictions
 from grpo.evaluate.report import report
 from grpo.export import base_of, load_merged
-from grpo.flags import default_of, flag, parse_flags
 from grpo.model.layers import pack_weights
 from grpo.model.load import load_model
 from grpo.model.sharding import compute_dtype
 from grpo.ranks import abort_rank, broadcast_object, print_rank0, raise_together, start_processes
 from grpo.run.scoring import load_scorer
 from grpo.run.survey import check_same_on_all_ranks, check_truths, survey
-from grpo.settings import prompt_options, resolve_workers
+from reward.flags import POSITIVE, Bounds, RewardFlags, flag
 
 PROG = "python -m grpo.evaluate"
 
 
-def field_of(name: str) -> dataclasses.Field:
-    """Return a flag of `train.py`."""
-    (field,) = (field for field in dataclasses.fields(Config) if field.name == name)
-    return field
+@dataclass
+class WhatFlags(SampleFlags):
+    """Which model answers which samples."""
 
-
-def shared(name: str, heading: str | None = None):
-    """Return the flag of `train.py` with its default and help."""
-    field = field_of(name)
-    return flag(default_of(field), field.metadata["help"], heading)
+    heading = "what"
+    model_id: str = flag("", "Qwen2.5-VL: a local folder or a hub name (with --run: its final/)")
+    data_path: list[str] = flag([], "JSON or JSONL files of samples (with --run: its --eval_data_path)")
+    run: str = flag("", "folder of a run: its final/, its held-out samples and all its settings")
+    adapter: str = flag("", "folder of adapters that training with --lora_enable has written, for this model")
+    output_dir: str = flag("", "folder for predictions.jsonl, metrics.json and pictures (with --run: its eval/)")
 
 
 @dataclass
-class EvaluateConfig:
+class AnswerFlags(SamplingFlags, Seed):
+    """How they are answered."""
+
+    heading = "answers"
+    num_samples: int = flag(1, "answers per sample", POSITIVE, decides=True)
+    temperature: float = flag(
+        0.0,
+        "sampling temperature; 0: greedy, the most probable token each time",
+        Bounds(lambda x: x == 0 or 0.01 <= x <= 1e9, "must be 0.01 or more, or 0 for greedy answers"),
+        decides=True,
+    )
+
+
+@dataclass
+class EvaluateConfig(WhatFlags, AnswerFlags, RewardFlags, HeldOutFlags, LoaderFlags):
     """The flags; those of `train.py` have its meaning and defaults."""
-
-    run: str = flag("", "folder of a run: its final/, its held-out samples and all its settings", heading="what")
-    model_id: str = flag("", "Qwen2.5-VL: a local folder or a hub name (with --run: its final/)")
-    adapter: str = flag("", "folder of adapters that training with --lora_enable has written, for this model")
-    data_path: list[str] = flag([], "JSON or JSONL files of samples (with --run: its --eval_data_path)")
-    image_folder: str = shared("image_folder")
-    output_dir: str = flag("", "folder for predictions.jsonl, metrics.json and pictures (with --run: its eval/)")
-
-    num_samples: int = flag(1, "answers per sample", heading="answers")
-    temperature: float = flag(0.0, "sampling temperature; 0: greedy, the most probable token each time")
-    max_completion_length: int = shared("max_completion_length")
-    per_device_eval_batch_size: int = shared("per_device_eval_batch_size")
-    seed: int = shared("seed")
-
-    reward_funcs: list[str] = shared("reward_funcs", heading="rewards")
-    reward_weights: list[float] = shared("reward_weights")
-    reward_kwargs: str = shared("reward_kwargs")
-    reward_timeout: float = shared("reward_timeout")
-    system_prompt: str = shared("system_prompt")
-
-    valid_range: list[float] = shared("valid_range", heading="figures")
-    cuts: list[float] = shared("cuts")
-
-    max_videos: int = shared("max_videos", heading="videos and images")
-    max_images: int = shared("max_images")
-    fps: float | None = shared("fps")
-    nframes: int | None = shared("nframes")
-    video_resized_width: int | None = shared("video_resized_width")
-    video_resized_height: int | None = shared("video_resized_height")
-    video_min_pixels: int = shared("video_min_pixels")
-    video_max_pixels: int = shared("video_max_pixels")
-    image_min_pixels: int = shared("image_min_pixels")
-    image_max_pixels: int = shared("image_max_pixels")
-    video_cap: VideoCap = shared("video_cap")
-    max_prompt_length: int = shared("max_prompt_length")
-    on_long_prompt: OnLongPrompt = shared("on_long_prompt")
-    media_cache: str = shared("media_cache")
-    frame_cache: str = shared("frame_cache")
-    frame_cache_gb: float = shared("frame_cache_gb")
-    on_bad_video: Literal["error", "skip"] = shared("on_bad_video")
-    dataloader_num_workers: int | None = shared("dataloader_num_workers")
-
-
-# What decides the answers; other flags may differ when an evaluation continues.
-DECISIVE = """
-    num_samples temperature max_completion_length per_device_eval_batch_size max_videos fps nframes
-    video_resized_width video_resized_height video_min_pixels video_max_pixels
-""".split()
-# The same, but written only where they are not at their defaults, since older evaluations do not know them.
-DECISIVE_TOO = "max_images video_cap image_min_pixels image_max_pixels max_prompt_length on_long_prompt".split()
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
@@ -127,36 +89,29 @@ def parse(argv: list[str]) -> EvaluateConfig:
         if getattr(config, name) in ("", [], [""]):
             hint = "" if config.run else ", or a whole run with --run"
             raise InputError(f"--{name} is missing: name it{hint}")
-    check_bounds(config)
-    if config.num_samples > 1 and config.temperature < 0.01:
+    resolve_data_flags(config)
+    if config.num_samples > 1 and not config.temperature:
         raise InputError(
             f"--num_samples {config.num_samples} --temperature {config.temperature:g}: greedy answers are all equal, "
             "give a temperature of 0.01 or more"
         )
-    if 0 < config.temperature < 0.01:
-        raise InputError(f"--temperature {config.temperature}: must be 0.01 or more, or 0 for greedy answers")
-    return resolve_workers(config)
+    return config
 
 
 def defaults_of_run(given: EvaluateConfig) -> dict:
     """Return the flags that a run supplies: model, held-out samples, and how it prepared and sampled."""
-    path = Path(given.run, "config.json")
+    path, final = Path(given.run, "config.json"), os.path.join(given.run, "final")
+    names = {field.name for field in dataclasses.fields(EvaluateConfig)} - {"run", "adapter", "temperature"}
+    if given.reward_funcs is not None:  # the run's weights and arguments are those of other functions
+        names -= {"reward_weights", "reward_kwargs"}
     try:
         run = json.loads(path.read_text())
-        names = {field.name for field in dataclasses.fields(EvaluateConfig)} - {"run", "adapter", "temperature"}
         defaults = {name: value for name, value in run.items() if name in names}
-        held_out = run.get("eval_data_path", [])
-        held_out = [held_out] if isinstance(held_out, str) and held_out else held_out  # of a run of an older version
-        defaults |= {"data_path": held_out, "output_dir": os.path.join(given.run, "eval")}
-        if given.reward_funcs is not None:  # the run's weights and arguments are those of other functions
-            defaults = {
-                name: value for name, value in defaults.items() if name not in ("reward_weights", "reward_kwargs")
-            }
-        final = os.path.join(given.run, "final")
-        if run["lora_enable"] and not given.model_id:
-            defaults["adapter"] = given.adapter or final
-        elif not run["lora_enable"]:
+        defaults |= {"data_path": run["eval_data_path"], "output_dir": os.path.join(given.run, "eval")}
+        if not run["lora_enable"]:
             defaults["model_id"] = final
+        elif not given.model_id:
+            defaults["adapter"] = given.adapter or final
     except OSError as error:
         raise InputError(
             f"--run {given.run!r} is no folder of a run: {path} cannot be read ({error.strerror})"
@@ -172,16 +127,20 @@ def defaults_of_run(given: EvaluateConfig) -> dict:
     return defaults
 
 
+def decisive_flags(config: EvaluateConfig) -> dict:
+    """Return the flags that decide what is answered; others may differ when an evaluation continues."""
+    names = [field.name for field in dataclasses.fields(config) if field.metadata["decides"]]
+    return {name: getattr(config, name) for name in names if config.temperature or name != "seed"}
+
+
 def load_for_sampling(config: EvaluateConfig, device: torch.device):
     """Load the model, with the adapter merged into it, in the precision in which training samples."""
-    dtype = compute_dtype(device)
     if config.adapter:
-        base_of(config.adapter)  # raises InputError if it is no adapter folder
-        model = load_merged(config.adapter, config.model_id, dtype)
+        model = load_merged(config.adapter, config.model_id, compute_dtype(device))
     elif os.path.isfile(os.path.join(config.model_id, "adapter_config.json")):
         raise InputError(f"--model_id {config.model_id!r} holds adapters: give it as --adapter")
     else:
-        model = load_model(config.model_id, dtype)
+        model = load_model(config.model_id, compute_dtype(device))
     model.to(device).eval()
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         pack_weights(model.model)
@@ -204,10 +163,8 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     print_rank0(*messages)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)
-    options = AnswerOptions.of(config, scorer, config.num_samples, config.temperature)
-    settings = {name: getattr(config, name) for name in DECISIVE}
-    settings |= {n: v for n in DECISIVE_TOO if (v := getattr(config, n)) != getattr(Config, n)}
-    settings |= {"seed": config.seed} if config.temperature else {}
+    options = AnswerOptions(config, scorer, config.num_samples, config.temperature)
+    settings = decisive_flags(config)
     settings["rewards"] = [[f.name, f.weight, f.options, f.digest] for f in scorer.functions]
     settings |= {"samples": found.fingerprint, "weights": digest_of(model)}
     samples = found.samples

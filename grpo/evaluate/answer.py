@@ -3,6 +3,7 @@
 | n | samples | N | answers per sample | K | constant answers |
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -42,26 +43,10 @@ class Prediction:
 class AnswerOptions:
     """How samples are answered."""
 
-    num_samples: int  # answers per sample (N)
-    temperature: float  # 0: greedy
-    max_completion_length: int  # tokens
-    batch_size: int  # prompts of a rank that are answered together
-    seed: int
-    num_workers: int
+    config: object  # the flags of training, or of the command
     scorer: Scorer
-
-    @classmethod
-    def of(cls, config, scorer: Scorer, num_samples: int = 1, temperature: float = 0.0) -> "AnswerOptions":
-        """Take the rest from flags: those of training, or of the command."""
-        return cls(
-            num_samples=num_samples,
-            temperature=temperature,
-            max_completion_length=config.max_completion_length,
-            batch_size=config.per_device_eval_batch_size,
-            seed=config.seed,
-            num_workers=config.dataloader_num_workers,
-            scorer=scorer,
-        )
+    num_samples: int = 1  # answers per sample (N)
+    temperature: float = 0.0  # 0: greedy
 
 
 @dataclass
@@ -81,13 +66,13 @@ def answer(model, dataset: PromptDataset, options: AnswerOptions, done: Set[str]
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tokens = special_tokens(model, dataset.tokenizer, model.device)
-    everyone = range(len(dataset.samples))
-    batches = [everyone[i : i + options.batch_size] for i in everyone[:: options.batch_size]]
+    everyone, size = range(len(dataset.samples)), options.config.per_device_eval_batch_size
+    batches = [everyone[i : i + size] for i in everyone[::size]]
     if done:
         is_done = raise_together(lambda: [sample.id in done for sample in dataset.samples])
         batches = [left for batch in batches if (left := [i for i in batch if not is_done[i]])]
     own = ([BatchItem(index, index) for index in batch] for batch in batches[rank::world_size])
-    prompts = load_ahead(dataset, own, options.num_workers)
+    prompts = load_ahead(dataset, own, options.config.dataloader_num_workers)
     for _ in range(0, len(batches), world_size):
         own_round = raise_together(answer_batch, model, dataset.tokenizer, tokens, next(prompts, []), options)
         rounds = all_gather_object(own_round)
@@ -101,10 +86,12 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
     prompts = [prompt.to(tokens.device) for prompt in batch if not prompt.is_padding]
     if not prompts:
         return Round([], bad_media)
-    N = options.num_samples
-    params = SamplingParams(N, options.max_completion_length, options.temperature or 1.0)
+    N, config = options.num_samples, options.config
+    params = SamplingParams(N, config.max_completion_length)  # greedy
+    if options.temperature:
+        params = dataclasses.replace(params, temperature=options.temperature, top_p=config.top_p, top_k=config.top_k)
     # Steps of training count from 1, so that step 0 draws other numbers than they do.
-    draws = generators(prompts, options.seed, 0, tokens.device) if options.temperature else None
+    draws = generators(prompts, config.seed, 0, tokens.device) if options.temperature else None
     try:
         rollouts = generate(model, prompts, tokens, params, draws)
     except RuntimeError as error:
@@ -141,9 +128,7 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
 def truths_of(samples: Sequence[Sample], options: AnswerOptions) -> Truths:
     """Collect what the answers to these n samples, all with a number, are compared with."""
     numbers = np.array([extract_number(sample.answer) for sample in samples])
-    scorer = options.scorer
-    rewards = constant_rewards(scorer.functions, samples, numbers, scorer.keys)
-    return Truths(numbers, np.full((1, len(numbers)), np.nan) if rewards is None else rewards)
+    return Truths(numbers, constant_rewards(options.scorer.functions, samples, numbers, options.scorer.keys))
 
 
 def answers_of(predictions: list[Prediction]) -> Answers:

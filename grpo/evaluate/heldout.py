@@ -41,7 +41,7 @@ class HeldOut:
     def __init__(self, dataset: PromptDataset, scorer: Scorer, config: Config):
         """Decode nothing yet, but score the best constant answer. Collective; raises InputError."""
         self.config, self.dataset = config, dataset
-        self.options = AnswerOptions.of(config, scorer)
+        self.options = AnswerOptions(config, scorer)
         with_number = raise_together(samples_with_number, dataset.samples)
         self.truths = raise_together(truths_of, with_number, self.options)
         self.ids = [sample.id for sample in with_number]

@@ -14,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr, rankdata
+from scipy.stats import pearsonr, rankdata
 from sklearn.metrics import mean_absolute_error, median_absolute_error, r2_score, root_mean_squared_error
 
 from reward.concordance import concordance
@@ -29,9 +29,8 @@ class Truths:
     """What answers are compared with."""
 
     numbers: np.ndarray  # (n,)
-    constant_rewards: (
-        np.ndarray
-    )  # (K, n): of each of K constant answers (`reward.zero_skill`) at each sample, nan where it is not scored
+    # (K, n): of each of K constant answers (`reward.zero_skill`) at each sample, nan where it is not scored
+    constant_rewards: np.ndarray
 
     @property
     def best_constant(self) -> float:
@@ -87,19 +86,15 @@ def figures(
     has no figures.
     """
     cuts = [cut for cut in cuts if 0 < (truths.numbers < cut).sum() < len(truths.numbers)]
-    everyone = np.arange(len(truths.numbers))[:, None]
-    values = _figures_of(everyone, truths, answers, valid_range, cuts)
-    result = {name: {"value": _finite(value[0])} for name, value in values.items()}
+    n, N = answers.numbers.shape
+    resamples = np.random.default_rng(seed).integers(n, size=(n, num_resamples))
+    size = max(1, BLOCK // (n * N))
+    indices = [np.arange(n)[:, None], *(resamples[:, i : i + size] for i in range(0, num_resamples, size))]
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # about what is undefined
+        values, *blocks = [_figures_of(index, truths, answers, valid_range, cuts) for index in indices]
+    result = {name: {"value": float(value[0]) if math.isfinite(value[0]) else None} for name, value in values.items()}
     if not num_resamples:
         return result
-    generator = np.random.default_rng(seed)
-    n, N = answers.numbers.shape
-    resamples = generator.integers(n, size=(n, num_resamples))
-    size = max(1, BLOCK // (n * N))
-    blocks = [
-        _figures_of(resamples[:, i : i + size], truths, answers, valid_range, cuts)
-        for i in range(0, num_resamples, size)
-    ]
     for name in result:
         spread = np.concatenate([block[name] for block in blocks])
         spread = spread[np.isfinite(spread)] if name not in COUNTS else spread[:0]
@@ -108,14 +103,10 @@ def figures(
     return result
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
 def _figures_of(
     index: np.ndarray, truths: Truths, answers: Answers, valid_range: list[float], cuts: list[float]
 ) -> dict[str, np.ndarray]:
-    """Compute all figures of R resamples; index: (n, R) samples. Returns (R,) each."""
+    """Compute all figures of R resamples; index: (n, R) samples. Returns (R,) each, not finite where undefined."""
     (n, R), N = index.shape, answers.numbers.shape[1]
 
     def pick(values: np.ndarray) -> np.ndarray:  # (n, N) -> (n·N, R)
@@ -128,7 +119,7 @@ def _figures_of(
     result = {
         "n": np.full(R, n),
         "parse_rate": pick(is_parsed).mean(axis=0),
-        "reward": _nanmean(pick(answers.rewards)),
+        "reward": np.nanmean(pick(answers.rewards), axis=0),
         **errors(np.repeat(chosen, N, axis=0), predicted, cuts),
         "distinct_answers": np.array([len(np.unique(column[~np.isnan(column)])) for column in pick(answers.numbers).T]),
         "out_of_range": pick(is_parsed & np.isnan(valid)).sum(axis=0),
@@ -138,8 +129,7 @@ def _figures_of(
     }
     counts = np.stack([np.bincount(column, minlength=n) for column in index.T])  # (R, n), how often each was drawn
     is_scored = ~np.isnan(truths.constant_rewards)
-    with np.errstate(invalid="ignore"):
-        means = (counts @ np.nan_to_num(truths.constant_rewards).T) / (counts @ is_scored.T)  # (R, K)
+    means = (counts @ np.nan_to_num(truths.constant_rewards).T) / (counts @ is_scored.T)  # (R, K)
     result["zero_skill_reward"] = np.where(np.isnan(means), -np.inf, means).max(axis=1)  # not finite: undefined
     return result
 
@@ -147,50 +137,28 @@ def _figures_of(
 def errors(truths: np.ndarray, predicted: np.ndarray, cuts: list[float]) -> dict[str, np.ndarray]:
     """Compare predictions with truths, (n, R) each, column by column. Returns (R,) each, nan where undefined."""
     difference = predicted - truths
-    bias, spread = difference.mean(axis=0), _std(difference)
-    by_column = {"multioutput": "raw_values"}
-    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
-        for category in (ConstantInputWarning, NearConstantInputWarning):
-            warnings.simplefilter("ignore", category)  # the correlation is nan then
-        result = {
-            "mae": mean_absolute_error(truths, predicted, **by_column),
-            "median_error": median_absolute_error(truths, predicted, **by_column),
-            "rmse": root_mean_squared_error(truths, predicted, **by_column),
-            "r2": _r2(truths, predicted),
-            "pearson": pearsonr(truths, predicted, axis=0).statistic if len(truths) > 1 else np.full(len(bias), np.nan),
-            "ccc": concordance(truths.T, predicted.T),
-            "bias": bias,
-            "limit_low": bias - 1.96 * spread,
-            "limit_high": bias + 1.96 * spread,
-            "within_5": (np.abs(difference) <= 5).mean(axis=0),
-            "sd_ratio": (predicted - predicted[0]).std(axis=0) / truths.std(axis=0),  # a constant has exactly 0
-        }
+    bias, spread = difference.mean(axis=0), difference.std(axis=0, ddof=1)  # of the population, estimated
+    by_column, undefined = {"multioutput": "raw_values"}, np.full(len(bias), np.nan)
+    has_several = len(truths) > 1
+    result = {
+        "mae": mean_absolute_error(truths, predicted, **by_column),
+        "median_error": median_absolute_error(truths, predicted, **by_column),
+        "rmse": root_mean_squared_error(truths, predicted, **by_column),
+        "r2": r2_score(truths, predicted, **by_column, force_finite=False) if has_several else undefined,
+        "pearson": pearsonr(truths, predicted, axis=0).statistic if has_several else undefined,
+        "ccc": concordance(truths.T, predicted.T),
+        "bias": bias,
+        "limit_low": bias - 1.96 * spread,
+        "limit_high": bias + 1.96 * spread,
+        "within_5": (np.abs(difference) <= 5).mean(axis=0),
+        "sd_ratio": (predicted - predicted[0]).std(axis=0) / truths.std(axis=0),  # a constant has exactly 0
+    }
     for cut in cuts:
         is_below = truths < cut
         result[f"auc_{cut:g}"] = area_under_curve(is_below, -predicted)
         result[f"accuracy_{cut:g}"] = (is_below == (predicted < cut)).mean(axis=0)
-        with np.errstate(invalid="ignore"):  # nan without such truths
-            result[f"mae_{cut:g}"] = (np.abs(difference) * is_below).sum(axis=0) / is_below.sum(axis=0)
+        result[f"mae_{cut:g}"] = (np.abs(difference) * is_below).sum(axis=0) / is_below.sum(axis=0)
     return result
-
-
-def _std(values: np.ndarray) -> np.ndarray:
-    """Return the standard deviation of each column's population, estimated; nan for fewer than two values."""
-    return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1], np.nan)
-
-
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Return the mean of each column's values that are not nan; nan if there are none."""
-    count = (~np.isnan(values)).sum(axis=0)
-    with np.errstate(invalid="ignore"):
-        return np.nansum(values, axis=0) / count
-
-
-def _r2(truths: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return the coefficient of determination: 1 less the squared error as a share of the truths' variance."""
-    if len(truths) < 2:
-        return np.full(truths.shape[1], np.nan)
-    return r2_score(truths, predicted, multioutput="raw_values", force_finite=False)
 
 
 def area_under_curve(is_positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -201,5 +169,4 @@ def area_under_curve(is_positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """
     positives = is_positive.sum(axis=0)
     ranks = np.where(is_positive, rankdata(scores, axis=0), 0).sum(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (ranks - positives * (positives + 1) / 2) / (positives * (len(scores) - positives))
+    return (ranks - positives * (positives + 1) / 2) / (positives * (len(scores) - positives))

@@ -12,6 +12,41 @@ FIGURES = {
     "eval/parse_rate": "share with a number",
     "eval/zero_skill_mae": "mean absolute error of the best constant answer",
 }
+CARD = """---
+base_model: {base}
+library_name: {library}
+pipeline_tag: video-text-to-text
+tags: [grpo, qwen2_5_vl]
+---
+
+# Qwen2.5-VL trained with GRPO
+
+Step {step} of {total_steps}, from `{base_as_code}`, on {num_samples} samples (SHA-256 of their
+files: {digests}){form}.
+{evaluation}
+## How to load it
+
+```python
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+{loading}
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+```
+
+Text after a video continues at the largest position of the video on any axis, plus 1, as in Qwen's own training code,
+vLLM and SGLang. transformers 5.3 and later place it elsewhere: pass `position_ids` to `generate` there.
+
+## Flags
+
+```json
+{flags}
+```
+"""
+LOAD = 'model = Qwen2_5_VLForConditionalGeneration.from_pretrained("THIS_FOLDER")'
+LOAD_ADAPTER = """from peft import PeftModel
+
+base = Qwen2_5_VLForConditionalGeneration.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")"""
 
 
 def model_card(progress: dict, is_adapter: bool) -> str:
@@ -19,67 +54,19 @@ def model_card(progress: dict, is_adapter: bool) -> str:
 
     progress: the contents of a saved model's progress.json. is_adapter: the folder holds adapters only.
     """
-    flags, step = progress["flags"], progress["step"]
-    base = flags["model_id"]
-    header = {
-        "base_model": base,
-        "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "video-text-to-text",
-        "tags": ["grpo", "qwen2_5_vl"],
+    flags, base, evaluation = progress["flags"], progress["flags"]["model_id"], ""
+    if progress["evaluations"]:
+        last = progress["evaluations"][-1]
+        rows = "".join(f"| {label} | {last[name]:.3f} |\n" for name, label in FIGURES.items() if name in last)
+        evaluation = f"\n## Held-out samples, after step {last['step']}\n\n| greedy answers | |\n|---|---|\n{rows}"
+    shown = {
+        "flags": json.dumps(flags, indent=2),
+        "base": json.dumps(base),  # JSON is YAML
+        "base_as_code": "".join(c for c in base if c.isprintable() and c != "`"),
+        "library": "peft" if is_adapter else "transformers",
+        "form": ", as adapters (LoRA)" if is_adapter else "",
+        "evaluation": evaluation,
+        "digests": ", ".join(f"`{digest[:16]}`" for digest in progress["data"]),
+        "loading": LOAD_ADAPTER.format(base=base) if is_adapter else LOAD,
     }
-    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in header.items()), "---", ""]  # JSON is YAML
-    lines += [
-        "# Qwen2.5-VL trained with GRPO",
-        "",
-        f"Step {step} of {progress['total_steps']}, from `{code(base)}`, on {progress['num_samples']} samples "
-        f"(digest of their texts and video names: `{progress['data'][:16]}`)"
-        + (", as adapters (LoRA)." if is_adapter else "."),
-        "",
-    ]
-    lines += evaluation_table(progress.get("evaluations", []))
-    lines += ["## How to load it", "", "```python", *loading(base, is_adapter), "```", ""]
-    lines += [
-        "Text after a video continues at the largest position of the video on any axis, plus 1, as in Qwen's own",
-        "training code, vLLM and SGLang. transformers 5.3 and later place it elsewhere: pass `position_ids` to",
-        "`generate` there.",
-        "",
-        "## Flags",
-        "",
-        "```json",
-        json.dumps(flags, indent=2),
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def evaluation_table(evaluations: list[dict]) -> list[str]:
-    """Return the figures of the last evaluation before a model was saved; nothing if there was none."""
-    if not evaluations:
-        return []
-    last = evaluations[-1]
-    lines = [f"## Held-out samples, after step {last['step']}", "", "| greedy answers | |", "|---|---|"]
-    lines += [f"| {label} | {last[name]:.3f} |" for name, label in FIGURES.items() if name in last]
-    return [*lines, ""]
-
-
-def loading(base: str, is_adapter: bool) -> list[str]:
-    """Return lines of Python that load the folder."""
-    lines = ["from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration", ""]
-    if is_adapter:
-        return [
-            "from peft import PeftModel",
-            *lines,
-            f"base = Qwen2_5_VLForConditionalGeneration.from_pretrained({base!r})",
-            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
-            'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
-        ]
-    return [
-        *lines,
-        'model = Qwen2_5_VLForConditionalGeneration.from_pretrained("THIS_FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
-    ]
-
-
-def code(text: str) -> str:
-    """Keep a name within its backticks."""
-    return "".join(c for c in text if c.isprintable() and c != "`")
+    return CARD.format_map(progress | shown)

@@ -28,6 +28,13 @@ def use_our_layers(model) -> Qwen2_5_VLForConditionalGeneration:
     return model
 
 
+def use_hugging_faces_layers(model) -> None:
+    """Undo `use_our_layers` and `pack_weights`; in place. A `LastLayer` then computes all positions."""
+    model.set_attn_implementation("sdpa")
+    for layer in model.modules():
+        vars(layer).pop("forward", None)
+
+
 def embed_patches(patch_embed, pixels: Tensor) -> Tensor:
     """Embed patches, (S, 1176) -> (S, hidden size).
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import cached_file, logging
 
-from data.prompt import VISION_TOKENS
-from data.sample import InputError, first_line
+from data.sample import VISION_TOKENS, InputError, first_line
 from grpo.model.layers import use_our_layers
 
 logging.disable_progress_bar()  # of loading and saving; the run has a bar of its own

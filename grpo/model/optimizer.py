@@ -21,10 +21,21 @@ def learning_rates(config: Config) -> dict[str, float | None]:
     }
 
 
+# The beginnings of the parameters' names; the merger first, since it lies within the vision tower's module.
+COMPONENTS = {
+    "model.visual.merger.": "merger",
+    "model.visual.": "vision tower",
+    "model.language_model.": "language model",
+    "lm_head.": "language model",
+}
+
+
 def component_of(name: str) -> str:
-    """Name the component that a parameter belongs to: a key of `learning_rates`."""
-    component = "merger" if "visual.merger." in name else "vision tower" if "visual." in name else "language model"
-    return f"adapters of the {component}" if ".lora_" in name else component
+    """Name the component that a parameter belongs to: a key of `learning_rates`; ValueError for an unknown one."""
+    for start, component in COMPONENTS.items():
+        if name.startswith(start):
+            return f"adapters of the {component}" if ".lora_" in name else component
+    raise ValueError(f"the parameter {name} belongs to no component: name it in COMPONENTS and learning_rates")
 
 
 def freeze(model, config: Config) -> None:
@@ -36,14 +47,14 @@ def freeze(model, config: Config) -> None:
 
 def parameter_groups(model, config: Config) -> list[dict]:
     """Group the trained parameters by component, each with its learning rate; weight decay on matrices only."""
-    groups = []
-    for component, lr in learning_rates(config).items():
-        trained = [p for name, p in model.named_parameters() if component_of(name) == component and p.requires_grad]
-        matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-        for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
-            if parameters:
-                groups.append({"name": component, "params": parameters, "lr": lr, "weight_decay": decay})
-    return groups
+    rates, groups = learning_rates(config), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            component, is_matrix = component_of(name), parameter.ndim >= 2
+            decay = config.weight_decay if is_matrix else 0.0
+            group = {"params": [], "lr": rates[component], "weight_decay": decay}
+            groups.setdefault((component, is_matrix), group)["params"].append(parameter)
+    return list(groups.values())
 
 
 def make_optimizer(model, config: Config, total_steps: int):

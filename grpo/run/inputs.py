@@ -6,17 +6,18 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from data.epochs import Epochs
+from data.loader import prompt_options
 from data.prompt import load_tokenizer
 from data.sample import InputError
 from grpo.config import Config
 from grpo.model.load import load_model
 from grpo.model.lora import layers_to_adapt
+from grpo.run.batches import resolve_batch_sizes
 from grpo.run.lock import lock_folder
 from grpo.run.resume import ResumeState, find_resume_state
 from grpo.run.scoring import Scorer, load_scorer
 from grpo.run.survey import Survey, check_truths, note_truths_outside, survey
-from grpo.settings import media_options, resolve_batch_sizes
-from reward.numerical import append_to_log
+from reward.numerical import log_path
 from reward.zero_skill import zero_skill
 
 
@@ -38,7 +39,7 @@ class Inputs:
 def load_inputs(config: Config) -> Inputs:
     """Load and check what a run needs; raise InputError."""
     config = resolve_batch_sizes(config, dist.get_world_size())
-    threads = media_options(config).threads
+    threads = prompt_options(config).media.threads
     messages = [
         f"{config.dataloader_num_workers} data workers per rank, each of which decodes {threads} videos at a time"
     ]
@@ -78,7 +79,8 @@ def check_scorer(scorer: Scorer, config: Config) -> None:
 def take_folders(config: Config) -> None:
     """Make the folders that a run writes to, and lock its own; raise InputError if it cannot write there."""
     try:
-        append_to_log([])  # opens the rewards' log for debugging, if one is wanted
+        if log := log_path():
+            open(log, "ab").close()  # the rewards' log for debugging, if one is wanted
         for folder in filter(None, (config.output_dir, config.frame_cache)):
             os.makedirs(folder, exist_ok=True)
     except OSError as error:

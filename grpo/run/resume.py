@@ -11,20 +11,10 @@ import torch.distributed as dist
 from data.epochs import Epochs
 from data.sample import InputError, first_line
 from grpo.config import Config
+from grpo.run.batches import count_steps
 from grpo.run.checkpoint import PROGRESS, checkpoints, is_complete
 from grpo.run.scoring import Scorer
 from grpo.run.survey import Survey
-from grpo.settings import count_steps
-
-# Flags that a resumed run may change. The data may lie elsewhere but must be the same. How a step's work is split does
-# not change results. With another number of steps the learning rate continues as in a run of the new length.
-MAY_CHANGE = """
-    output_dir resume_from_checkpoint save_steps save_total_limit logging_steps log_completions dataloader_num_workers
-    media_cache frame_cache frame_cache_gb reward_timeout max_bad_steps on_bad_video data_path image_folder max_steps
-    num_train_epochs demo
-    per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing memory_preflight
-    eval_data_path eval_steps eval_on_start per_device_eval_batch_size cuts
-""".split()
 
 
 @dataclass
@@ -48,8 +38,7 @@ def find_resume_state(
     output, wanted = Path(config.output_dir), config.resume_from_checkpoint
     total_steps = count_steps(config, len(epochs))
     metadata = {"flags": dataclasses.asdict(config), "total_steps": total_steps, "ranks": dist.get_world_size()}
-    metadata |= {"num_samples": len(data.samples), "data": data.fingerprint, "extra": data.own_data}
-    metadata["file_sizes"] = epochs.sizes if config.data_weights else None  # which samples have which weight
+    metadata |= {"num_samples": len(data.samples), "data": data.fingerprint}
     metadata["eval_data"] = heldout.fingerprint if heldout else None
     metadata["rewards"] = {function.name: function.digest for function in scorer.functions}
     there, final = checkpoints(output), output / "final"
@@ -120,10 +109,11 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
     try:
         old = json.loads((folder / PROGRESS).read_text())
         flags = old["flags"]
+        fixed = [field.name for field in dataclasses.fields(Config) if not field.metadata["may_change"]]
         changed = [
-            f"--{name} {new!r} was {flags[name]!r}"
-            for name, new in metadata["flags"].items()
-            if name not in MAY_CHANGE and not is_same(name, new, flags[name])
+            f"--{name} {getattr(config, name)!r} was {flags[name]!r}"
+            for name in fixed
+            if not is_same(name, getattr(config, name), flags[name])
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -134,7 +124,7 @@ def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
         raise InputError(
             f"{', '.join(changed)} in {str(folder)!r}: give the old value, or start again in a new --output_dir"
         )
-    if any(metadata[name] != old[name] for name in ("num_samples", "data", "extra", "file_sizes")):
+    if any(metadata[name] != old[name] for name in ("num_samples", "data")):
         raise InputError(
             f"--data_path {' '.join(config.data_path)!r}: {str(folder)!r} was trained on other samples "
             f"({old['num_samples']}, now {metadata['num_samples']}): give the same ones, or start again in a new "

@@ -1,10 +1,9 @@
-"""Call the reward functions on completions; report which function failed or timed out, and on which sample."""
+"""Call the reward functions on completions; a function that fails or takes too long ends the run with one line."""
 
-import math
 import sys
-import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from reward.functions import (
     score_answers,
     weighted_sum,
 )
-from reward.time_limit import OutOfTime, time_limit
 
 
 @dataclass
@@ -36,23 +34,27 @@ class Scorer:
     keys: list[str]  # of the samples' own data
     timeout: float  # seconds, for the completions of a step
 
-    @property
-    def weights(self) -> list[float]:
-        """The weight of each function."""
-        return [function.weight for function in self.functions]
-
 
 def load_scorer(config, keys: list[str]) -> Scorer:
     """Load the reward functions that the flags name, for samples with these keys of their own; raise InputError."""
-    flags, keys = (config.reward_funcs, config.reward_weights, config.reward_kwargs), list(dict.fromkeys(keys))
-    try:
-        functions = load_reward_functions(*flags, config.valid_range)
+    flags = config.reward_funcs, config.reward_weights, config.reward_kwargs, config.valid_range
+    with input_errors(is_shown=dist.get_rank() == 0):
+        functions = load_reward_functions(*flags)
         check_keys(functions, keys)
-    except RewardError as error:
-        if dist.get_rank() == 0:
-            show(error.details)
-        raise InputError(str(error)) from error
     return Scorer(functions, keys, config.reward_timeout)
+
+
+@contextmanager
+def input_errors(is_shown: bool = True) -> Iterator[None]:
+    """Raise RewardError as InputError, and show the traceback of the user's own function."""
+    try:
+        yield
+    except RewardError as error:
+        if worker_failure(error.__cause__):  # PyTorch raises it wherever the main thread is
+            raise error.__cause__ from None
+        for line in error.details.splitlines() if is_shown else []:
+            print(printable(line), file=sys.stderr)  # it may quote foreign text
+        raise InputError(str(error)) from error
 
 
 @dataclass
@@ -66,12 +68,11 @@ class Scores:
 def score(scorer: Scorer, rollouts: list[Rollout], texts: list[list[str]], step: int) -> Scores:
     """Apply every reward function to the completions of a step; texts: G per rollout. Collective.
 
-    Raises InputError, on all ranks, that names function and sample.
+    Raises InputError, on all ranks, that names the function and its samples.
     """
     B, G = len(rollouts), len(texts[0])
-    samples = [rollout.prompt.sample for rollout in rollouts for _ in range(G)]
     columns = columns_of(
-        samples,
+        [rollout.prompt.sample for rollout in rollouts for _ in range(G)],
         [text for group in texts for text in group],
         scorer.keys,
         **sampled_columns(rollouts),
@@ -79,45 +80,41 @@ def score(scorer: Scorer, rollouts: list[Rollout], texts: list[list[str]], step:
     )
     is_padding = [rollout.prompt.is_padding for rollout in rollouts for _ in range(G)]
     own = [function for function in scorer.functions if not function.is_whole_step]
-    rewards = raise_together(call_all, own, columns, step, scorer.timeout)
     together = [function for function in scorer.functions if function.is_whole_step]
+    rewards = raise_together(call_all, own, columns, step, scorer.timeout)
     if together:
         rewards |= score_whole_step(together, columns, is_padding, step, scorer.timeout)
-    by_function = [rewards[function.name] for function in scorer.functions]
-    total, *each = (with_nan(values).view(B, G) for values in [weighted_sum(by_function, scorer.weights), *by_function])
+    by_function = np.array([rewards[function.name] for function in scorer.functions])  # (F, B * G)
+    total = weighted_sum(by_function, [function.weight for function in scorer.functions])
+    total, *each = torch.tensor(np.vstack([total, by_function]), dtype=torch.float32).view(-1, B, G)
     return Scores(total, {function.name: values for function, values in zip(scorer.functions, each, strict=True)})
-
-
-def with_nan(rewards: list[float | None]) -> Tensor:
-    """Return rewards as a tensor, with nan in place of None."""
-    return torch.tensor([math.nan if reward is None else reward for reward in rewards])
 
 
 def score_whole_step(
     functions: list[RewardFunction], columns: dict[str, list], is_padding: list[bool], step: int, timeout: float
-) -> dict[str, list[float | None]]:
-    """Apply functions to the completions of all ranks at once, by position; padding gets None. Collective.
+) -> dict[str, np.ndarray]:
+    """Apply functions to the completions of all ranks at once, by position; padding gets nan. Collective.
 
     Rank 0 calls them, so that all ranks have the same rewards, also of a function that draws or asks elsewhere.
     """
-    rank, rows = dist.get_rank(), [i for i, is_pad in enumerate(is_padding) if not is_pad]
-    parts = all_gather_object({name: [values[i] for i in rows] for name, values in columns.items()})
-    everyone = {name: [value for part in parts for value in part[name]] for name in columns}
-    order = sorted(range(len(everyone["prompt_index"])), key=everyone["prompt_index"].__getitem__)
-    by_position = {name: [values[i] for i in order] for name, values in everyone.items()}
-    found = raise_together(call_all, functions if rank == 0 and order else [], by_position, step, timeout)
-    found = broadcast_object(found)
-    start = sum(len(part["prompt_index"]) for part in parts[:rank])  # of this rank's completions among everyone's
-    place = {i: n for n, i in enumerate(order)}
-    own = {row: place[start + n] for n, row in enumerate(rows)}
-    return {f.name: [found[f.name][own[i]] if i in own else None for i in range(len(is_padding))] for f in functions}
+    rank, parts = dist.get_rank(), all_gather_object((columns, is_padding))
+    places = [(r, i) for r, (_, padding) in enumerate(parts) for i, is_pad in enumerate(padding) if not is_pad]
+    places.sort(key=lambda place: parts[place[0]][0]["prompt_index"][place[1]])
+    everyone = {name: [parts[r][0][name][i] for r, i in places] for name in columns}
+    found = raise_together(call_all, functions if rank == 0 and places else [], everyone, step, timeout)
+    rewards = {function.name: np.full(len(is_padding), np.nan) for function in functions}
+    for name, values in broadcast_object(found).items():
+        for (r, i), value in zip(places, values, strict=True):
+            if r == rank:
+                rewards[name][i] = value
+    return rewards
 
 
 def sampled_columns(rollouts: list[Rollout]) -> dict[str, list]:
     """Return the sampled tokens of each completion, and whether it ended by itself."""
-    rows = [zip(r.completion_ids, r.completion_mask, r.is_stopped.tolist(), strict=True) for r in rollouts]
-    pairs = [(ids[mask].tolist(), is_stopped) for row in rows for ids, mask, is_stopped in row]
-    return {"completion_ids": [ids for ids, _ in pairs], "is_stopped": [is_stopped for _, is_stopped in pairs]}
+    rows = [row for r in rollouts for row in zip(r.completion_ids, r.completion_mask, strict=True)]
+    is_stopped = [is_stopped for r in rollouts for is_stopped in r.is_stopped.tolist()]
+    return {"completion_ids": [ids[mask].tolist() for ids, mask in rows], "is_stopped": is_stopped}
 
 
 def score_texts(scorer: Scorer, samples: list[Sample], texts: list[str], sampled: dict | None = None) -> np.ndarray:
@@ -125,61 +122,13 @@ def score_texts(scorer: Scorer, samples: list[Sample], texts: list[str], sampled
 
     sampled: their `sampled_columns`, if they were sampled.
     """
-    call = partial(call_reward, timeout=scorer.timeout)
-    return np.array(score_answers(scorer.functions, samples, texts, scorer.keys, sampled, call), dtype=float)
+    with input_errors():
+        return score_answers(scorer.functions, samples, texts, scorer.keys, sampled, scorer.timeout)
 
 
 def call_all(
-    functions: list[RewardFunction], columns: dict[str, list], step: int | None, timeout: float
-) -> dict[str, list[float | None]]:
+    functions: list[RewardFunction], columns: dict[str, list], step: int, timeout: float
+) -> dict[str, np.ndarray]:
     """Return the rewards of each function; raise InputError."""
-    return {function.name: call_reward(function, columns, step, timeout) for function in functions}
-
-
-def call_reward(
-    function: RewardFunction, columns: dict[str, list], step: int | None, timeout: float
-) -> list[float | None]:
-    """Return the rewards of one function; raise InputError."""
-    name, fix = f"reward function {function.name}", "fix the function or the sample"
-    try:
-        with time_limit(timeout):
-            return call_reward_function(function, columns, step)
-    except RewardError as error:
-        raise InputError(f"{error}: {fix}") from error
-    except OutOfTime as error:
-        raise InputError(
-            f"{name} took longer than --reward_timeout {timeout:g} seconds, and too long for "
-            f"{failing_sample(function, columns, step, timeout)}: {fix}, or raise the limit"
-        ) from error
-    except (Exception, SystemExit) as error:
-        if worker_failure(error):  # PyTorch raises it wherever the main thread is
-            raise
-        show(traceback.format_exc())  # it is the user's own function
-        what = str(error).splitlines()[0] if str(error) else ""
-        raise InputError(
-            f"{name} raised {type(error).__name__} ({what}) for {failing_sample(function, columns, step, timeout)}: "
-            f"{fix}"
-        ) from error
-
-
-def show(details: str) -> None:
-    """Print a traceback; its lines may quote foreign text."""
-    for line in details.splitlines():
-        print(printable(line), file=sys.stderr)
-
-
-def failing_sample(function: RewardFunction, columns: dict[str, list], step: int | None, timeout: float) -> str:
-    """Name the sample that made a reward function fail or take too long, by giving it one completion at a time.
-
-    Worth the second run: it happens once, at the end of a run, and without it the user would have to bisect the step.
-    """
-    if function.is_whole_step:
-        return f"the step that begins with sample {columns['sample_id'][0]!r}"
-    share = timeout / len(columns["sample_id"])
-    for i, sample_id in enumerate(columns["sample_id"]):
-        try:
-            with time_limit(share):
-                call_reward_function(function, {name: [values[i]] for name, values in columns.items()}, step)
-        except (Exception, SystemExit, OutOfTime):
-            return f"sample {sample_id!r}"
-    return f"sample {columns['sample_id'][0]!r}"
+    with input_errors():
+        return {function.name: call_reward_function(function, columns, step, timeout) for function in functions}

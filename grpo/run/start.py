@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils.data import ConcatDataset
 
 from data.epochs import rank_batches
-from data.loader import Prompt, PromptDataset, load_ahead
+from data.loader import Prompt, PromptDataset, load_ahead, prompt_options
 from data.sample import InputError
 from grpo.config import Config
 from grpo.model.load import ModelFiles, SpecialTokens, processor_files, special_tokens
@@ -18,11 +18,11 @@ from grpo.model.optimizer import components_table, make_optimizer
 from grpo.model.sharding import Models, build_models
 from grpo.ranks import broadcast_object, print_rank0, raise_together
 from grpo.run import checkpoint
+from grpo.run.batches import count_steps
 from grpo.run.inputs import Inputs, load_initial_model, load_inputs
 from grpo.run.preflight import memory_preflight, trial_step
 from grpo.run.survey import check_same_on_all_ranks
 from grpo.run.tracking import Tracker
-from grpo.settings import count_steps, prompt_options
 
 
 @dataclass

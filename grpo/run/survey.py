@@ -3,32 +3,26 @@
 | n | samples |
 """
 
-import hashlib
-import json
 import math
-import os
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from data.check.report import outside_line
-from data.dataset import Ids, Samples, add_missing
-from data.loader import load_ahead
-from data.media.fetch import shown
-from data.prompt import check_text
-from data.sample import InputError, Media, Sample, with_system_prompt
-from data.video_cap import cap_videos, even, first
+from data.dataset import Samples, add_id
+from data.loader import cores_per_rank, load_ahead
+from data.sample import InputError, Sample, with_system_prompt
+from data.video_cap import Choose, cap_videos, choice_of, varies
 from grpo.ranks import all_gather_object
-from grpo.settings import cores_per_rank
 from reward.extract import extract_number
 from reward.functions import RewardFunction
 
-ENCODER = json.JSONEncoder(sort_keys=True)
 PART = 1000  # samples that a process reads at a time
-MANY = 20_000  # samples for which it pays to start processes
+MANY = 20_000  # samples for which it pays to start processes: to see whether files are there takes a network disk long
 MOST_PROCESSES = 16
 
 
@@ -39,106 +33,44 @@ class Survey:
     samples: Samples  # as the model sees them: capped, and with the system prompt
     truths: np.ndarray  # (n,) the numbers in their answers, nan where there is none
     keys: list[str]  # of the samples' own data
-    fingerprint: str  # digest of their texts, and the names and options of their videos and images, without folders
-    own_data: str  # digest of the samples' own data, which reward functions are given
+    fingerprint: list[str]  # SHA-256 of the bytes of each file
 
 
-class ListDigest:
-    """The SHA-256 of a list as JSON, of which some items are given at a time."""
-
-    def __init__(self) -> None:
-        self.hash, self.before = hashlib.sha256(b"["), ""
-
-    def add(self, items: str) -> None:
-        """Add items as they stand in the list's JSON, with ", " between them; none: ""."""
-        if items:
-            self.hash.update((self.before + items).encode())
-            self.before = ", "
-
-    def hexdigest(self) -> str:
-        """Return the digest of the whole list."""
-        whole = self.hash.copy()
-        whole.update(b"]")
-        return whole.hexdigest()
-
-
-def name_of(media: Media) -> str | list:
-    """Return what a video or image is known by, wherever it lies: of an ordinary video its name."""
-    if media.kind == "video" and isinstance(media.path, str) and not media.options:
-        return base_name(media.path)
-    return [media.kind, [base_name(path) for path in media.files], media.options]
-
-
-def base_name(path: str) -> str:
-    """Return the last part of a path or address."""
-    return os.path.basename(shown(path).rstrip("/"))
-
-
-def as_seen(sample: Sample, config, is_training: bool) -> Sample:
+def as_seen(sample: Sample, config, choose: Choose, is_training: bool) -> Sample:
     """Cap the videos and images of a sample, and put the system prompt before its conversation.
 
-    Where each epoch of the training samples sees other videos, they keep all; held-out samples then have those of the
-    even choice.
+    Where training sees other videos of it in each turn, a training sample keeps all.
     """
-    choose = first if config.video_cap == "first" else even
-    max_videos = 0 if is_training and config.video_cap == "random" else config.max_videos
-    return with_system_prompt(cap_videos(sample, max_videos, config.max_images, choose), config.system_prompt)
+    max_videos = 0 if is_training and varies(config.video_cap) else config.max_videos
+    capped = cap_videos(sample, max_videos, config.max_images, choose)
+    return with_system_prompt(capped, config.system_prompt)
 
 
-def is_over(sample: Sample, kind: str, most: int) -> bool:
-    """Say whether a sample has more videos, or images, than are kept."""
-    return 0 < most < sum(media.kind == kind for media in sample.media)
+class Facts(NamedTuple):
+    """What is known of one sample."""
+
+    id: str
+    truth: float  # nan if its answer has no number
+    keys: list[str]
+    missing: list[str]  # paths
+    is_cut: bool  # it has more videos or images than are kept
 
 
-@dataclass
-class Part:
-    """What is known of some samples that follow each other."""
-
-    ids: list[str] = field(default_factory=list)
-    truths: list[float] = field(default_factory=list)
-    keys: dict[str, None] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)  # path -> id
-    num_cut: int = 0  # samples with more videos or images than are kept
-    texts: str = ""  # for the digests
-    own_data: str = ""
-    error: InputError | None = None  # in the sample that follows
-
-
-class Parts(Dataset):
-    """The samples in parts, each of which one process reads."""
+class FactsOf(Dataset):
+    """The facts of each sample, or what is wrong with it."""
 
     def __init__(self, samples: Samples, config):
         self.samples, self.config = samples, config
 
-    def __len__(self) -> int:
-        return math.ceil(len(self.samples) / PART)
-
-    def __getitem__(self, number: int) -> Part:
-        part, texts, own_data, config = Part(), [], [], self.config
-        for index in range(len(self.samples))[number * PART : (number + 1) * PART]:
-            try:
-                whole = self.samples.as_written(index)
-                sample = self.samples.prepare(whole)
-                check_text(sample.turns)
-            except InputError as error:
-                part.error = error
-                break
-            except ValueError as error:
-                number, _ = self.samples.place_of(index)
-                part.error = InputError(f"{self.samples.files[number].path!r}: sample {sample.id!r}: {error}")
-                break
-            truth = extract_number(sample.answer)
-            part.ids.append(sample.id)
-            part.truths.append(math.nan if truth is None else truth)
-            part.keys |= dict.fromkeys(sample.extra)
-            part.num_cut += is_over(whole, "video", config.max_videos) or is_over(whole, "image", config.max_images)
-            add_missing(part.missing, whole)
-            texts.append(
-                ENCODER.encode([sample.id, sample.turns, sample.answer, [name_of(media) for media in sample.media]])
-            )
-            own_data.append(ENCODER.encode(sample.extra))
-        part.texts, part.own_data = ", ".join(texts), ", ".join(own_data)
-        return part
+    def __getitem__(self, index: int) -> Facts | InputError:
+        try:
+            sample = self.samples.as_written(index)
+        except InputError as error:
+            return error
+        truth = extract_number(sample.answer)
+        capped = cap_videos(sample, self.config.max_videos, self.config.max_images)
+        is_cut = len(capped.media) < len(sample.media)
+        return Facts(sample.id, math.nan if truth is None else truth, list(sample.extra), sample.missing(), is_cut)
 
 
 def survey(paths: list[str], config, messages: list[str], is_training: bool = False) -> Survey:
@@ -146,33 +78,31 @@ def survey(paths: list[str], config, messages: list[str], is_training: bool = Fa
 
     Of many samples, each core that this rank has reads a part.
     """
-    samples = Samples(paths, config.image_folder, partial(as_seen, config=config, is_training=is_training))
-    parts, processes = Parts(samples, config), 0
+    prepare = partial(as_seen, config=config, choose=choice_of(config.video_cap), is_training=is_training)
+    samples = Samples(paths, config.image_folder, prepare)
+    processes = 0
     if len(samples) >= MANY and config.dataloader_num_workers != 0:
         processes = min(cores_per_rank(), MOST_PROCESSES)
-    truths, keys, missing, ids, num_cut = array("d"), {}, {}, Ids(), 0
-    texts, own_data = ListDigest(), ListDigest()
-    for (part,) in load_ahead(parts, ([number] for number in range(len(parts))), processes):
-        for sample_id in part.ids:
-            number, _ = samples.place_of(len(ids))
-            ids.add(sample_id, paths[number])
-        if part.error:
-            raise part.error
-        truths.extend(part.truths)
-        keys |= part.keys
-        for path, sample_id in part.missing.items():
-            missing.setdefault(path, sample_id)
-        num_cut += part.num_cut
-        texts.add(part.texts)
-        own_data.add(part.own_data)
+    parts = (range(first, min(first + PART, len(samples))) for first in range(0, len(samples), PART))
+    ids, truths, keys, missing, num_cut = {}, array("d"), {}, {}, 0
+    for part in load_ahead(FactsOf(samples, config), parts, processes):
+        for facts in part:
+            if isinstance(facts, InputError):
+                raise facts
+            add_id(ids, facts.id, samples.where(len(ids))[0].path)
+            truths.append(facts.truth)
+            keys |= dict.fromkeys(facts.keys)
+            for path in facts.missing:
+                missing.setdefault(path, facts.id)
+            num_cut += facts.is_cut
     samples.refuse_missing(missing)
     if num_cut:
-        each = " of each epoch" if is_training and config.video_cap == "random" else ""
+        each = " of each epoch" if is_training and varies(config.video_cap) else ""
         messages.append(
             f"{' '.join(paths)!r}: {num_cut} samples have more than --max_videos {config.max_videos} videos or "
             f"--max_images {config.max_images} images: the rest is left out{each}"
         )
-    return Survey(samples, np.array(truths), list(keys), texts.hexdigest(), own_data.hexdigest())
+    return Survey(samples, np.array(truths), list(keys), [file.digest for file in samples.files])
 
 
 def check_same_on_all_ranks(*found: Survey, functions: list[RewardFunction]) -> None:
@@ -180,7 +110,7 @@ def check_same_on_all_ranks(*found: Survey, functions: list[RewardFunction]) -> 
 
     They would train on different samples or rewards under one name, or wait for each other forever.
     """
-    samples, files = [(one.fingerprint, one.own_data) for one in found], [one.digest for one in functions]
+    samples, files = [one.fingerprint for one in found], [one.digest for one in functions]
     for what, digests in {"samples": samples, "reward functions": files}.items():
         if any(others != digests for others in all_gather_object(digests)):
             raise InputError(f"the ranks have read different {what}: give all machines the same files, and start again")

@@ -1,29 +1,30 @@
 """The check of a data set: what it finds, what it keeps, and that nothing but the cleaned file is written."""
 
+import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import resource
+import runpy
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
 
-from data.check.__main__ import PROBLEMS, check, main, parse
-from data.check.media import check_in_own_process, check_media
+from data.check.__main__ import PROBLEMS, check, main, parse, write_entries
+from data.check.media import PRELOAD, _send_result, check_in_own_process, check_media
 from data.check.report import FORMS
 from data.dataset import load_samples
+from data.loader import media_options
 from data.media.frames import VideoOptions
-from data.media.images import MediaOptions
+from data.media.load import MediaOptions
 from data.sample import InputError, Media
-from grpo.config import Config
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer
-from grpo.settings import media_options
-from tests.conftest import OPTIONS, ROOT, make_tiny
+from tests.conftest import OPTIONS, make_tiny
 
 SMALL = "--nframes 4 --video_resized_width 56 --video_resized_height 56 --num_workers 2".split()
 
@@ -149,18 +150,14 @@ def test_entries_without_an_id_keep_the_one_that_their_position_gave_them(folder
 
 
 def test_a_full_disk_leaves_no_half_of_a_cleaned_file(folder):
-    (folder / "train.json").write_text(json.dumps([entry(f"s{i}") for i in range(99)]))
-    command = [sys.executable, "-m", "data.check", "--data_path", str(folder / "train.json"), *SMALL]
-    result = subprocess.run(
-        [*command, "--image_folder", str(folder / "videos"), "--write_clean", str(folder / "clean.json")],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1)),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 2 and not (folder / "clean.json").exists()
-    assert "error: --write_clean" in result.stderr and "File too large" in result.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"--write_clean .*clean\.json' cannot be written \(File too large\)"):
+            write_entries([entry(f"s{i}") for i in range(99)], str(folder / "clean.json"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (folder / "clean.json").exists()
 
 
 @pytest.mark.parametrize("name", ["clean.json", "clean.jsonl"])
@@ -193,11 +190,11 @@ def test_nothing_is_overwritten_and_nothing_else_written(folder, capsys, monkeyp
         assert error.startswith("python -m data.check: error: --write_clean ") and error.count("\n") == 1
         assert repr(str(path)) in error and message in error
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
-    checked = parse(["--data_path", str(data), "--image_folder", str(folder / "videos"), "--write_clean", "clean.json"])
+    config = parse(["--data_path", str(data), "--image_folder", str(folder / "videos"), "--write_clean", "clean.json"])
     monkeypatch.chdir(folder)
     (folder / "clean.json").write_text("written meanwhile")
     with pytest.raises(FileExistsError):
-        check(*checked)
+        check(config, media_options(config), [])
     assert (folder / "clean.json").read_text() == "written meanwhile"
     (folder / "clean.json").unlink()
     run(folder, capsys, [entry("bad", ["d.mp4"])], "--write_clean", str(folder / "clean.json"))
@@ -230,20 +227,6 @@ def test_a_file_that_is_no_json_is_one_line_and_exit_code_2(folder, capsys):
     (folder / "train.json").write_text("[{}, {")
     assert main(["--data_path", str(folder / "train.json")]) == 2
     assert "malformed JSON at line 1, column 7" in capsys.readouterr().err
-
-
-def test_the_flags_about_videos_are_those_of_the_trainer():
-    names = "max_videos fps nframes video_resized_width video_resized_height video_min_pixels video_max_pixels".split()
-    names += ["max_images", "video_cap", "image_min_pixels", "image_max_pixels"]
-    arguments, options, functions = parse(["--data_path", "x"])
-    assert {name: getattr(arguments, name) for name in names} == {name: getattr(Config(), name) for name in names}
-    assert options == media_options(Config())._replace(threads=1)
-    given = {"fps": 3.0, "video_min_pixels": 28 * 28, "video_max_pixels": 9 * 28 * 28}
-    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    assert parse(["--data_path", "x", *flags])[1] == media_options(Config(**given))._replace(threads=1)
-    sizes = {"nframes": 6, "video_resized_width": 84, "video_resized_height": 56}
-    flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    assert parse(["--data_path", "x", *flags])[1] == media_options(Config(**sizes))._replace(threads=1)
 
 
 def test_sizes_are_those_that_are_trained(tmp_path, capsys):
@@ -305,28 +288,36 @@ def test_a_file_that_crashes_or_hangs_the_decoder_is_undecodable(folder):
     assert check_in_own_process(media, OPTIONS) == check_media(media, OPTIONS) == (2, 4, 4)
 
 
-def test_the_command_prints_its_table_and_only_that(folder):
+def test_the_check_prints_its_table_and_on_the_error_stream_a_bar_and_only_that(folder, capfd):
     (folder / "train.json").write_text(json.dumps(MIXED))
-    command = [sys.executable, "-m", "data.check", "--data_path", str(folder / "train.json"), *SMALL]
-    result = subprocess.run(
-        [*command, "--image_folder", str(folder / "videos")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
+    where = ["--data_path", str(folder / "train.json"), "--image_folder", str(folder / "videos")]
+    assert main([*where, *SMALL]) == 1
+    printed = capfd.readouterr()
+    assert printed.out.startswith("problem ") and printed.out.endswith("3 valid samples, 8 left out\n")
+    lines = [line for line in printed.err.splitlines() if line]
+    assert "6/6" in lines[-1] and all("s/file" in line or "file/s" in line for line in lines)
+
+
+def test_the_process_of_a_file_keeps_the_words_of_ffmpeg_to_itself(folder, capfd):
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    media = Media("video", str(folder / "videos" / "d.mp4"))
+    process = multiprocessing.get_context("fork").Process(
+        target=_send_result, args=(sender, check_media, media, OPTIONS)
     )
-    assert result.returncode == 1
-    assert result.stdout.startswith("problem ") and result.stdout.endswith("3 valid samples, 8 left out\n")
-    lines = [line for line in result.stderr.splitlines() if line]
-    assert "6/6" in lines[-1] and all(
-        "s/file" in line or "file/s" in line for line in lines
-    )  # the bar, and no word of FFmpeg
+    process.start()
+    assert receiver.recv().problem == "undecodable video"
+    process.join()
+    assert capfd.readouterr().err == ""
 
 
-def test_data_imports_neither_the_trainer_nor_in_its_library_the_reward():
-    for path in (ROOT / "data").glob("*.py"):
-        imported = set(re.findall(r"^\s*(?:from|import) (grpo|train|reward)\b", path.read_text(), re.MULTILINE))
-        assert imported <= ({"reward"} if path.name == "check.py" else set()), path
+def test_the_module_is_a_command_and_what_its_processes_begin_with_is_there(monkeypatch, capsys):
+    assert all(importlib.util.find_spec(name) for name in PRELOAD)  # Python says nothing where one is not
+    monkeypatch.setattr(sys, "argv", ["data.check", "--data_path", "gone.json"])
+    monkeypatch.delitem(sys.modules, "data.check.__main__")
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("data.check", run_name="__main__")
+    multiprocessing.set_forkserver_preload(["train"])  # as in conftest.py
+    assert caught.value.code == 2 and "cannot read 'gone.json'" in capsys.readouterr().err
 
 
 def test_options_of_the_check_reach_the_decoder(folder, capsys):

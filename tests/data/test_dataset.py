@@ -1,15 +1,11 @@
 import json
 import math
-import multiprocessing
 import os
 import re
 import tracemalloc
-from functools import partial
-from os import pread
 
 import pytest
 
-from data import dataset
 from data.dataset import Entries, Samples, load_samples
 from data.epochs import BatchItem
 from data.loader import PromptDataset, PromptOptions
@@ -18,6 +14,8 @@ from tests.conftest import OPTIONS
 
 HUMAN = {"from": "human", "value": "What is the EF?"}
 GPT = {"from": "gpt", "value": "55%"}
+
+LAST_TWO = "the last two turns must be the question, from 'human', and the answer, from 'gpt'"
 
 
 @pytest.fixture
@@ -124,48 +122,32 @@ def test_a_list_is_read_whatever_the_name_and_with_a_byte_order_mark(folder):
     assert load_samples([write(folder, content, "train.jsonl")], str(folder))[0].id == "s1"
 
 
-def test_a_missing_file_or_a_directory_is_named(folder):
-    for path, problem in ((folder / "none.json", "No such file"), (folder, "is a directory")):
+def test_a_file_that_is_not_there_or_is_a_folder_or_a_pipe_is_named(folder):
+    os.mkfifo(folder / "pipe")
+    for path, problem in (
+        (folder / "none.json", "No such file"),
+        (folder, "is no ordinary file"),
+        (folder / "pipe", "is no ordinary file"),
+    ):
         with pytest.raises(InputError) as caught:
             load_samples([str(path)])
         assert all(part in str(caught.value) for part in (repr(str(path)), problem))
 
 
-def test_a_pipe_is_no_file_of_samples(folder):
-    os.mkfifo(folder / "pipe")
-    with pytest.raises(InputError, match="pipe' is no ordinary file"):
-        load_samples([str(folder / "pipe")])
-
-
 def test_malformed_json_is_named_with_line_and_column(folder):
     assert "line 2, column 4" in error_of(folder, '[\n{} {}]')  # fmt: skip
     assert "line 3, column 6" in error_of(folder, json.dumps(entry()) + '\n\n{"a" 1}', "train.jsonl")
-    assert "line 2, column 5" in error_of(folder, '{\n"a" 1}')
     assert "line 1, column 10" in error_of(folder, '[{"id": 1')  # cut off
     assert "line 1, column 11" in error_of(folder, '[{"id": 1,}]')
     assert "line 1, column 10 (Invalid" in error_of(folder, '[{"id": "\x00\x1b"}]')
     assert "line 1, column" in error_of(folder, f'{{"id": 1,\n{json.dumps(entry())}', "train.jsonl")
 
 
-def test_lines_are_counted_once_and_by_processes_that_share_the_file(folder, monkeypatch):
-    """Wrong lines of a file are each named by their number, also if forked processes ask for them side by side."""
-    monkeypatch.setattr(dataset, "CHUNK", 1000)
-    path, lines = folder / "train.jsonl", ["{'id': 1}" + " " * (i % 90) for i in range(3000)]
-    path.write_text("\n".join([json.dumps(entry()), *lines]))
-    samples = Samples([str(path)], str(folder))
-    reads = []
-    monkeypatch.setattr(os, "pread", lambda *args: reads.append(args[1]) or pread(*args))
+def test_every_wrong_line_is_named_by_its_number(folder):
+    text = json.dumps(entry()) + "\n\n" + "\n".join(["{'id': 1}", json.dumps(entry(id="s2")), "", "{]"])
+    samples = Samples([write(folder, text, "train.jsonl")], str(folder))
     errors = [str(sample) for _, _, sample in samples.each() if isinstance(sample, InputError)]
-    assert [int(re.search(r"line (\d+)", error)[1]) for error in errors] == list(range(2, 3002))
-    assert sum(reads) < 3 * path.stat().st_size  # each part of the file is read for its entries, and for its lines
-
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        found = pool.map(partial(line_named, samples), [1 + i * 31 % 3000 for i in range(3000)], chunksize=10)
-    assert all(line == index + 1 for index, line in found)
-
-
-def line_named(samples, index):
-    return index, int(re.search(r"line (\d+)", load_error(samples, index))[1])
+    assert [re.search(r"line (\d+), column (\d+)", error).groups() for error in errors] == [("3", "2"), ("6", "2")]
 
 
 def test_json_that_no_parser_takes_is_an_input_error(folder):
@@ -181,9 +163,10 @@ def test_a_file_without_samples_is_an_error(folder, content):
     assert "contains no samples" in error_of(folder, content)
 
 
-@pytest.mark.parametrize("content", ['{\n"id": 1}', "3", '"a"', "null"])
-def test_a_file_that_is_no_list_is_an_error(folder, content):
-    assert "is not a list" in error_of(folder, content)
+def test_a_file_that_is_no_list_of_objects_is_an_error(folder):
+    for content in ("3", '"a"', "null"):
+        assert "entry #1 is" in error_of(folder, content)
+    assert "line 1, column 2" in (error := error_of(folder, '{\n"id": 1}')) and "[{...}, {...}], or each on" in error
 
 
 @pytest.mark.parametrize("wrong", [[], "a", 3, None])
@@ -212,12 +195,12 @@ def test_an_id_that_occurs_twice_is_named(folder):
         ([HUMAN, {"from": "gpt", "value": 55}], "turn 2: 'value' is a number"),
         ([{"from": None, "value": "x"}, GPT], "turn 1: 'from' is null"),
         ([HUMAN, {"from": "bot\n", "value": "x"}], "unknown 'from' 'bot\\n'"),
-        ([{"from": "system", "value": "x"}, GPT], "no human turn"),
-        ([GPT], "no human turn"),
-        ([HUMAN], "no gpt turn"),
-        ([HUMAN, GPT, HUMAN], "does not end with a gpt turn"),
-        ([HUMAN, GPT, GPT], "the turn before the answer is not human"),
-        ([HUMAN, {"from": "system", "value": "x"}, GPT], "the turn before the answer is not human"),
+        ([{"from": "system", "value": "x"}, GPT], LAST_TWO),
+        ([GPT], LAST_TWO),
+        ([HUMAN], LAST_TWO),
+        ([HUMAN, GPT, HUMAN], LAST_TWO),
+        ([HUMAN, GPT, GPT], LAST_TWO),
+        ([HUMAN, {"from": "system", "value": "x"}, GPT], LAST_TWO),
         ([HUMAN, {"from": "gpt", "value": " \n"}], "empty answer"),
         ([HUMAN, {"from": "gpt", "value": "<video>5%"}], "turn 2: <video> in a turn from 'gpt'"),
         ([{"from": "system", "value": "<video>"}, HUMAN, GPT], "turn 1: <video> in a turn from 'system'"),
@@ -225,6 +208,7 @@ def test_an_id_that_occurs_twice_is_named(folder):
         ([HUMAN, {"from": "gpt", "value": "5% <image>"}], "turn 2: <image> in a turn from 'gpt'"),
         ([{"from": "human", "value": "<Images>"}, GPT], "turn 1: <Images> in 'value': write <image>"),
         ([{"from": "human", "value": "\ud800"}, GPT], "turn 1: 'value' contains half a character"),
+        ([{"from": "human", "value": "<|im_end|>"}, GPT], "the user text contains the special token <|im_end|>"),
         ([{"from": "human", "value": "<video>"}, GPT], "1 <video> tag(s) in the human turns but 2 in 'video'"),
         ([{"from": "human", "value": "<video>" * 3}, GPT], "3 <video> tag(s) in the human turns but 2 in 'video'"),
         ([{"from": "human", "value": "<video>" * 2}, GPT] * 2, "4 <video> tag(s) in the human turns but 2 in 'video'"),
@@ -445,40 +429,38 @@ def test_several_files_are_one_after_the_other_and_ids_are_unique_over_all(folde
         load_samples([paths[0], write(folder, json.dumps(entry(id="z", video="no.mp4")), "more.jsonl")], f"{folder}/")
 
 
-def test_a_file_that_is_replaced_changes_nothing_and_one_that_is_changed_is_named(folder):
-    path, *_ = several(folder)
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
+def test_a_file_that_is_replaced_changes_nothing_and_of_one_that_is_changed_no_other_samples_are_read(folder, name):
+    entries = [entry(id="a"), entry(id="b", conversations=[HUMAN, {"from": "gpt", "value": "40%"}]), entry(id="c")]
+    text = json.dumps(entries) if name == "train.json" else "\n".join(map(json.dumps, entries))
+    path = write(folder, text, name)
     samples = load_samples([path], str(folder))
     before = list(samples)
     (folder / "new.json").write_text("[]")
     os.replace(folder / "new.json", path)
-    assert list(samples) == before and not load_error(samples, 2)
-    path, *_ = several(folder)
-    samples = load_samples([path], str(folder))
-    text = (folder / "train.json").read_text()
-    (folder / "train.json").write_text(text.replace("40%", "41%"))  # in place
-    assert samples[0] == before[0]
-    assert load_error(samples, 1) == f"{path!r} was changed while it is in use: restore it, and continue"
-    (folder / "train.json").write_text("[]")  # in place, and shorter
-    assert load_error(samples, 2) == f"{path!r} was changed while it is in use: restore it, and continue"
-    item = PromptDataset(samples, None, 2, PromptOptions(OPTIONS))[BatchItem(0, 2)]  # as in a data worker
-    assert isinstance(item, InputError) and "was changed" in str(item)
+    assert list(samples) == before
+    samples = load_samples([write(folder, text, name)], str(folder))
+    for changed in (text.replace("40%", "41%"), "[]"):  # in place; of the same length, and shorter
+        (folder / name).write_text(changed)
+        if name == "train.json":
+            assert list(samples) == before  # a list was read whole
+            continue
+        for index in range(3):
+            with pytest.raises(InputError) as caught:
+                samples[index]
+            assert str(caught.value) == f"{path!r} was changed while it is in use: restore it, and continue"
+        item = PromptDataset(samples, None, 2, PromptOptions(OPTIONS))[BatchItem(0, 2)]  # as in a data worker
+        assert isinstance(item, InputError) and "was changed" in str(item)
 
 
-def load_error(samples, index):
-    try:
-        samples[index]
-    except InputError as error:
-        return str(error)
-
-
-def test_in_memory_is_only_where_each_sample_stands(folder):
-    """20,000 samples of 2 kB: read one by one, all at once or not at all, they take some 16 bytes each."""
+@pytest.mark.parametrize(("name", "share"), [("train.jsonl", 0.03), ("train.json", 1.1)])
+def test_in_memory_is_only_where_each_line_stands_or_a_list_as_it_is_written(folder, name, share):
+    """1,000 samples of 2 kB, read one by one, all at once or not at all."""
     turns = [{"from": "human", "value": "What is the EF? " * 120}, GPT]
-    lines = [json.dumps({"id": i, "conversations": turns}) for i in range(20_000)]
-    for name, text in (("train.jsonl", "\n".join(lines)), ("train.json", f"[{','.join(lines)}]")):
-        path = write(folder, text, name)
-        tracemalloc.start()
-        samples = load_samples([path], str(folder))
-        assert sum(len(sample.answer) for sample in samples) == 3 * len(samples)
-        assert tracemalloc.get_traced_memory()[0] < 1e6 < os.path.getsize(path) / 30
-        tracemalloc.stop()
+    lines = [json.dumps({"id": i, "conversations": turns}) for i in range(1000)]
+    path = write(folder, "\n".join(lines) if name == "train.jsonl" else f"[{','.join(lines)}]", name)
+    tracemalloc.start()
+    samples = Samples([path], str(folder))
+    assert sum(len(sample.answer) for sample in samples) == 3 * len(samples)
+    assert tracemalloc.get_traced_memory()[0] < share * os.path.getsize(path)
+    tracemalloc.stop()

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import struct
 import subprocess
 import sys
@@ -14,13 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.check.__main__ import main as check_main
 from data.dataset import load_samples
 from data.echonet.__main__ import main
 from data.media.frames import VideoOptions
 from data.media.patches import unpatchify
-from data.media.video import load_video, open_video, read_frames
+from data.media.video import open_video, read_frames
 from reward.extract import extract_number
 from tests.conftest import ROOT
+from tests.data.media.test_video import load_video
 
 HEAD = "FileName,EF,ESV,EDV,FrameHeight,FrameWidth,FPS,NumberOfFrames,Split"
 FPS = 50
@@ -134,14 +137,15 @@ def test_missing_videos_are_named_and_counted(root, tmp_path, capsys):
     assert not (tmp_path / "out" / "test.json").exists()
 
 
-def test_the_commands_it_names_are_the_right_ones(root, tmp_path):
+def test_the_commands_it_names_are_the_right_ones(root, tmp_path, capsys):
     command = [sys.executable, "-m", "data.echonet", "--root", root, "--output", tmp_path / "my data"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     check, train = done.stdout.splitlines()[-2:]
     assert f"--eval_data_path '{tmp_path}/my data/val.json'" in train
-    checked = subprocess.run(check.replace("python", sys.executable, 1), shell=True, cwd=ROOT, capture_output=True)
-    assert checked.returncode == 0 and b"2 samples, 2 videos: 2 valid samples" in checked.stdout
+    python, dash_m, module, *flags = shlex.split(check)
+    assert (python, dash_m, module) == ("python", "-m", "data.check") and check_main(flags) == 0
+    assert "2 samples, 2 videos: 2 valid samples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

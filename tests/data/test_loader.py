@@ -3,13 +3,14 @@
 import dataclasses
 import multiprocessing
 from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
 
 from data.dataset import load_samples
 from data.epochs import BatchItem, Epochs, rank_batches
-from data.loader import PromptDataset, PromptOptions, load_ahead, worker_failure
+from data.loader import OnBadMedia, OnLongPrompt, PromptDataset, PromptOptions, is_left_out, load_ahead, worker_failure
 from data.media.augment import Augmentation
 from data.sample import InputError, Media, Sample
 from tests.conftest import OPTIONS, make_tiny
@@ -55,6 +56,21 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert len({tuple(Epochs([50], seed).order(epoch)[0].tolist()) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
 
+def test_the_order_of_an_epoch_is_pinned_for_other_seeds_and_epochs():
+    """A run that is resumed with another version of this file takes the samples that are left."""
+    assert [order_of(Epochs([6], seed), epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (3, 2))] == [
+        [2, 5, 3, 0, 1, 4],
+        [1, 5, 2, 0, 3, 4],
+        [4, 1, 0, 3, 2, 5],
+        [0, 4, 5, 2, 1, 3],
+    ]
+    weighted = Epochs([3, 4], 3, [2.0, 0.5])  # 6 + 2 of an epoch
+    assert [[one.tolist() for one in weighted.order(epoch)] for epoch in (0, 1)] == [
+        [[2, 2, 0, 1, 1, 0, 4, 5], [0, 1, 0, 1, 0, 1, 0, 0]],
+        [[2, 3, 2, 1, 6, 0, 0, 1], [3, 0, 2, 3, 0, 3, 2, 2]],
+    ]
+
+
 def order_of(epochs, epoch):
     return epochs.order(epoch)[0].tolist()
 
@@ -67,6 +83,8 @@ def test_without_weights_an_epoch_of_several_files_is_that_of_one():
 def test_weights_say_how_often_an_epoch_sees_the_samples_of_a_file():
     epochs = Epochs([8, 6, 40], 3, [2.0, 1.0, 0.25])
     assert epochs.shares == [16, 6, 10] and len(epochs) == 32
+    with pytest.raises(ValueError):
+        len(Epochs([8, 6, 40], 3, [2.0, 1.0]))  # a weight is missing
     seen = Counter()
     for epoch in range(4):
         order = order_of(epochs, epoch)
@@ -130,6 +148,15 @@ def test_a_bad_video_is_left_out_and_its_place_filled_with_padding(broken):
     assert "1_1.mp4" in prompt.bad_media
     good = dataset[BatchItem(0, 0)]
     assert (good.sample.id, good.is_padding, good.bad_media) == ("s0", False, "")
+
+
+def test_every_choice_about_a_sample_that_cannot_be_used_is_known_and_no_other(broken):
+    tiny, samples = broken
+    for choice in get_args(OnBadMedia):
+        PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, choice))[BatchItem(0, 1)]
+    assert [choice for choice in get_args(OnLongPrompt) if is_left_out(choice)] == ["skip"]
+    with pytest.raises(ValueError, match="'repair'"):
+        PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, "repair"))[BatchItem(0, 1)]
 
 
 def test_when_no_sample_can_be_read_the_run_stops(broken):
@@ -239,4 +266,8 @@ def test_a_long_prompt_stops_is_left_out_or_loses_its_last_videos(tiny):
     assert shorter.shortened == "sample 's1': its prompt is too long, and has 1 videos fewer"
     assert len(load(1, lengths[1] - 20, "fewer_videos").grid_thw) < 2
     assert "its prompt has" in str(load(1, 5, "fewer_videos"))  # the text alone is longer
+    for on_long in get_args(OnLongPrompt):  # a new one must have its place in is_left_out
+        load(1, 5, on_long)
+    with pytest.raises(ValueError, match="'shorter'"):
+        load(1, 5, "shorter")
     assert "no sample can be used" in str(load(1, 5, "skip"))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from data.prompt import encode_prompt, mrope_positions
+from data.prompt import encode_prompt, load_tokenizer, mrope_positions
+from data.sample import InputError
 from grpo.demo.tiny_tokenizer import SPECIAL_TOKENS, build_tokenizer
 
 TEXTS = ["What is the ejection fraction of this heart?", "You are a cardiologist. <answer>55.5%</answer>", "2024 2024"]
@@ -58,6 +59,15 @@ def test_a_saved_tokenizer_loads_with_auto_tokenizer_and_encodes_the_same(tokeni
     assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert set(loaded.all_special_tokens) == set(tokenizer.all_special_tokens) == set(SPECIAL_TOKENS)
     assert loaded.decode(loaded(video(1)).input_ids, skip_special_tokens=True) == ""
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    assert load_tokenizer(str(tmp_path)).chat_template
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="its tokenizer has no chat template"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
+from typing import get_args
+
 import pytest
 
-from data.media.augment import random_of
 from data.sample import VIDEO_TAG, InputError, Media, Sample
-from data.video_cap import cap_videos, even
+from data.video_cap import VideoCap, at_random, cap_videos, choice_of, even, varies
 
 
 def sample_of(*turns, videos=("a", "b", "c")):
@@ -58,14 +59,16 @@ def test_an_even_cap_is_spread_over_the_list():
 
 def test_a_random_cap_shows_all_videos_over_the_epochs_and_depends_on_seed_epoch_and_sample_only():
     for num, most in ((7, 3), (30, 5), (4, 4), (2, 5), (1, 1)):
-        epochs = [random_of("s", 0, epoch)(num, most) for epoch in range(-(-num // most))]
+        epochs = [at_random(0, "s", epoch)(num, most) for epoch in range(-(-num // most))]
         assert all(len(chosen) == min(num, most) for chosen in epochs)
         assert set().union(*epochs) == set(range(num))
-        assert epochs == [random_of("s", 0, epoch)(num, most) for epoch in range(-(-num // most))]
+        assert epochs == [at_random(0, "s", epoch)(num, most) for epoch in range(-(-num // most))]
     orders = {
-        tuple(sorted(random_of(name, seed, epoch)(30, 5))) for name in "st" for seed in (0, 1) for epoch in (0, 1)
+        tuple(sorted(at_random(seed, name, epoch)(30, 5))) for name in "st" for seed in (0, 1) for epoch in (0, 1)
     }
     assert len(orders) == 8
+    # Around the order 1, 4, 0, 3, 2, which the random numbers of "0 s" give.
+    assert [sorted(at_random(0, "s", turn)(5, 2)) for turn in range(4)] == [[1, 4], [0, 3], [1, 2], [0, 4]]
 
 
 def test_images_have_a_cap_of_their_own():
@@ -97,3 +100,24 @@ def test_tags_and_videos_agree_after_every_cap():
     for cap in range(1, 9):
         capped = cap_videos(sample, cap)
         assert sum(text.count(VIDEO_TAG) for _, text in capped.turns) == len(capped.media) == min(cap, 7)
+
+
+@pytest.mark.parametrize("cap", get_args(VideoCap))
+def test_every_cap_has_a_choice(cap):
+    """By whichever of them, as many as possible of the videos that there are, and no others."""
+    assert all(
+        len(chosen := choice_of(cap)(num, most)) == min(num, most) and chosen <= set(range(num))
+        for num in range(1, 20)
+        for most in range(1, 20)
+    )
+
+
+def test_the_choices_are_those_of_their_names_and_only_a_random_one_varies():
+    assert {cap: sorted(choice_of(cap)(10, 2)) for cap in get_args(VideoCap)} == {
+        "first": [0, 1],
+        "even": [2, 7],
+        "random": [2, 7],  # of held-out samples
+    }
+    assert [cap for cap in get_args(VideoCap) if varies(cap)] == ["random"]
+    with pytest.raises(ValueError, match="--video_cap last: data/video_cap.py has no choice"):
+        choice_of("last")

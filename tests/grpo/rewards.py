@@ -1,7 +1,6 @@
 """Reward functions for tests of whole runs, named as a user names them: `tests/grpo/rewards.py:by_length`."""
 
 import os
-import signal
 import time
 from contextlib import suppress
 
@@ -54,6 +53,7 @@ def infinite(completions, sample_id, **kwargs):
 
 def by_rank_of_length(completions, prompt_index, **kwargs):
     """Of the whole step: the share of all completions that are shorter, less that of one's own group."""
+    assert prompt_index == sorted(prompt_index)  # for any number of ranks
     lengths = [len(completion[0]["content"]) for completion in completions]
     pairs = list(zip(lengths, prompt_index, strict=True))
     return [
@@ -91,8 +91,6 @@ def faulty_reward(completions, sample_id, step, **columns):
     if step == 2 and rank in (-1, int(os.environ["RANK"])):
         if fault == "raises":
             raise Fault("a bug on one rank")
-        if fault == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
         if fault == "complains":
             raise ValueError("\x1b[31mno\rgood\u202e\nreward")
     if fault == "hangs" and step and "s1" in sample_id:

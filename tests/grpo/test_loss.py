@@ -2,11 +2,15 @@
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from grpo.loss import (
+    ImportanceSamplingLevel,
+    LossType,
+    ScaleRewards,
     clipped_loss,
     clipped_tokens,
     completion_weights,
@@ -20,17 +24,34 @@ from grpo.loss import (
 NAN = float("nan")
 
 
-def test_advantages_by_hand():
-    rewards = torch.tensor([[0.0, 1.0], [1.0, 4.0]])  # unbiased standard deviations: sqrt(1/2), sqrt(9/2)
-    half, three_halves = 0.5 / (math.sqrt(0.5) + 1e-4), 1.5 / (math.sqrt(4.5) + 1e-4)
-    expected = torch.tensor([[-half, half], [-three_halves, three_halves]])
-    assert torch.allclose(group_advantages(rewards, "group"), expected, atol=1e-6)
-    plain = torch.tensor([[-0.5, 0.5], [-1.5, 1.5]])
-    assert torch.equal(group_advantages(rewards, "none"), plain)
-    assert torch.allclose(group_advantages(rewards, "batch", batch_std=2.0), plain / 2.0001)
+# Of the last of the rewards (0, 1, 2) and of (1, 4, 7), whose unbiased standard deviations are 1 and 3; that of the
+# batch is given as 2.
+ADVANTAGES = {
+    "group": [1 / 1.0001, 3 / 3.0001],
+    "batch": [1 / 2.0001, 3 / 2.0001],
+    "none": [1.0, 3.0],
+}
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale_rewards", get_args(ScaleRewards))
+def test_advantages_by_hand(scale_rewards):
+    first, second = ADVANTAGES[scale_rewards]
+    found = group_advantages(torch.tensor([[0.0, 1.0, 2.0], [1.0, 4.0, 7.0]]), scale_rewards, batch_std=2.0)
+    assert torch.allclose(found, torch.tensor([[-first, 0.0, first], [-second, 0.0, second]]), atol=1e-6)
+
+
+def test_a_choice_without_a_formula_is_an_error():
+    """Such as one that is declared, and spelled otherwise where it is computed."""
+    rewards, mask = torch.tensor([[0.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="scale_rewards 'groups'"):
+        group_advantages(rewards, "groups")
+    with pytest.raises(ValueError, match="importance_sampling_level 'tokens'"):
+        importance_ratios(rewards, rewards, mask, "tokens")
+    with pytest.raises(ValueError, match="loss_type 'cispo'"):
+        completion_weights("cispo", mask.sum(dim=1), 2, 1, 4)
+
+
+@pytest.mark.parametrize("scale_rewards", get_args(ScaleRewards))
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 0.97])
 def test_advantages_of_equal_rewards_are_exactly_zero(reward, scale_rewards):
     rewards = torch.full((2, 7), reward)
@@ -46,6 +67,9 @@ def test_a_completion_without_a_reward_has_no_advantage_and_no_part_in_its_group
     assert torch.equal(with_gap[0, [0, 2, 3]], without[0])
     assert with_gap[0, 1] == 0
     assert (with_gap[1:] == 0).all()  # one reward alone, or none, compares to nothing
+    of_two = group_advantages(torch.tensor([[1.0, NAN, 4.0, NAN]]), "group")
+    half = 1.5 / (math.sqrt(4.5) + 1e-4)
+    assert torch.allclose(of_two, torch.tensor([[-half, 0.0, half, 0.0]]), atol=1e-6)
 
 
 def test_a_constant_factor_on_the_rewards_of_a_group_cancels_unless_they_are_not_scaled():
@@ -92,10 +116,18 @@ def clip(ratio, advantage):
         (0.5, -2.0, (1.9, 0.0, 1, 0)),
         (1.5, -2.0, (3.0, 3.0, 0, 0)),
         (1.5, 0.0, (0.0, 0.0, 0, 0)),
+        (0.5, 0.0, (0.0, 0.0, 0, 0)),
+        (0.5, 0.5, (-0.25, -0.25, 0, 0)),  # small advantages have a sign, too
+        (1.5, 0.5, (-0.55, 0.0, 0, 1)),
     ],
 )
 def test_each_side_of_the_clipping_by_hand(ratio, advantage, expected):
     assert clip(ratio, advantage) == pytest.approx(expected, abs=1e-7)
+
+
+def test_a_ratio_exactly_at_a_bound_is_not_counted_as_clipped():
+    low, high = clipped_tokens(torch.tensor([[0.5], [1.5]]), torch.tensor([-1.0, 1.0]), 0.5, 0.5)
+    assert not low.any() and not high.any()
 
 
 # Two completions of three tokens, the last token of the second not trained. Ratios by token, advantages 1 and -1,
@@ -103,17 +135,20 @@ def test_each_side_of_the_clipping_by_hand(ratio, advantage, expected):
 # first (0.5 -> 0.95).
 RATIOS = torch.tensor([[1.0, 1.5, 0.5], [0.5, 1.5, 9.0]], dtype=torch.float64)
 MASK = torch.tensor([[True, True, True], [True, True, False]])
-TOKEN_LOSS = torch.tensor([[-1.0, -1.1, -0.5], [0.95, 1.5, 0.0]], dtype=torch.float64)
-TOKEN_GRADIENT = torch.tensor([[-1.0, 0.0, -0.5], [0.0, 1.5, 0.0]], dtype=torch.float64)  # of the log-probabilities
 # One ratio per completion: (1 · 1.5 · 0.5)^(1/3) = 0.9086, not clipped for being good; (0.5 · 1.5)^(1/2) = 0.8660,
 # clipped to 0.95 for being bad.
-SEQUENCE_LOSS = torch.tensor([[-(0.75 ** (1 / 3))] * 3, [0.95, 0.95, 0.0]], dtype=torch.float64)
-# d ratio / d logprob of each of the n tokens is ratio / n; weights by completion are put in below.
+S = 0.75 ** (1 / 3)
+# By level: the loss of each token, and the gradient of their weighted sum with respect to each log-probability, which
+# weights by completion multiply. Of a ratio per completion, three tokens of loss -S have d S / d logprob = S / 3 each.
+BY_LEVEL = {
+    "token": ([[-1.0, -1.1, -0.5], [0.95, 1.5, 0.0]], [[-1.0, 0.0, -0.5], [0.0, 1.5, 0.0]]),
+    "sequence": ([[-S, -S, -S], [0.95, 0.95, 0.0]], [[-S, -S, -S], [0.0, 0.0, 0.0]]),
+}
 WEIGHTS = {"dapo": (1 / 5, 1 / 5), "grpo": (1 / 2 / 3, 1 / 2 / 2), "dr_grpo": (1 / 2 / 4, 1 / 2 / 4)}
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+@pytest.mark.parametrize("level", get_args(ImportanceSamplingLevel))
 def test_loss_and_gradient_of_two_completions_by_hand(loss_type, level):
     logprobs = RATIOS.log().requires_grad_()
     ratio = importance_ratios(logprobs, torch.zeros(2, 3), MASK, level)
@@ -124,16 +159,10 @@ def test_loss_and_gradient_of_two_completions_by_hand(loss_type, level):
     assert weights.tolist() == pytest.approx(WEIGHTS[loss_type])
     total = weighted_sum(loss, MASK, weights)
     total.backward()
-    first, second = WEIGHTS[loss_type]
-    by_hand = torch.tensor([[first], [second]], dtype=torch.float64)
-    if level == "token":
-        assert total.item() == pytest.approx((by_hand * TOKEN_LOSS).sum().item())
-        assert torch.allclose(logprobs.grad, by_hand * TOKEN_GRADIENT, atol=1e-9)
-    else:
-        assert total.item() == pytest.approx((by_hand * SEQUENCE_LOSS).sum().item())
-        # Three tokens of loss -s, with d s / d logprob = s / 3 at each of the three: -s each.
-        gradient = torch.tensor([[-first * 0.75 ** (1 / 3)] * 3, [0.0] * 3], dtype=torch.float64)
-        assert torch.allclose(logprobs.grad, gradient, atol=1e-9)
+    by_completion = torch.tensor(WEIGHTS[loss_type], dtype=torch.float64)[:, None]
+    token_loss, gradient = (torch.tensor(values, dtype=torch.float64) for values in BY_LEVEL[level])
+    assert total.item() == pytest.approx((by_completion * token_loss).sum().item())
+    assert torch.allclose(logprobs.grad, by_completion * gradient, atol=1e-9)
 
 
 def test_the_kl_estimate_by_hand():
@@ -148,29 +177,24 @@ def papers_loss(logprobs, old, reference, advantages, lengths, loss_type, level,
     GRPO: DeepSeekMath (arXiv:2402.03300) equations 3 and 4. DAPO (arXiv:2503.14476): equation 8. Dr. GRPO
     (arXiv:2503.20783): section 3.2, the sum over a constant. GSPO (arXiv:2507.18071): equations 5 and 7.
     """
-    total = 0.0
+    total, denominator = 0.0, {"dapo": sum(lengths), "dr_grpo": len(lengths) * max_length}
     for i, n in enumerate(lengths):
         sequence_ratio = torch.exp(sum(logprobs[i, t] - old[i, t] for t in range(n)) / n)
         terms = []
         for t in range(n):
-            ratio = torch.exp(logprobs[i, t] - old[i, t]) if level == "token" else sequence_ratio
+            ratio = {"token": torch.exp(logprobs[i, t] - old[i, t]), "sequence": sequence_ratio}[level]
             bounded = min(max(ratio, torch.tensor(0.8).double()), torch.tensor(1.28).double())
             surrogate = min(ratio * advantages[i], bounded * advantages[i])
             inverse = torch.exp(reference[i, t] - logprobs[i, t])
             divergence = inverse - torch.log(inverse) - 1
             terms.append(surrogate - beta * divergence)
-        if loss_type == "grpo":
-            total = total + sum(terms) / n / len(lengths)
-        elif loss_type == "dapo":
-            total = total + sum(terms) / sum(lengths)
-        else:
-            total = total + sum(terms) / (len(lengths) * max_length)
+        total = total + sum(terms) / (denominator | {"grpo": n * len(lengths)})[loss_type]
     return -total  # the papers maximise
 
 
 @pytest.mark.parametrize(
     ("loss_type", "level", "beta"),
-    list(itertools.product(["dapo", "grpo", "dr_grpo"], ["token", "sequence"], [0.0, 0.04])),
+    list(itertools.product(get_args(LossType), get_args(ImportanceSamplingLevel), [0.0, 0.04])),
 )
 def test_loss_and_gradient_equal_the_papers_equations(loss_type, level, beta):
     torch.manual_seed(len(loss_type) + len(level))

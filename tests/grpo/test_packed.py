@@ -11,6 +11,7 @@ import grpo.logprobs
 from grpo.attention import varlen_attention
 from grpo.decoding import SharedPrefixKVCache
 from grpo.logprobs import completion_logprobs, media_features, sampling_logprobs
+from grpo.model.layers import use_hugging_faces_layers
 from grpo.rollout import SamplingParams, generate
 from tests.conftest import make_tiny
 
@@ -67,9 +68,7 @@ def separate_rows(model, prompt, ids, mask, suppress_tokens):
 def hf_twin(model):
     """The same weights with Hugging Face's own layers."""
     twin = copy.deepcopy(model)
-    twin.set_attn_implementation("sdpa")
-    for layer in twin.modules():
-        vars(layer).pop("forward", None)
+    use_hugging_faces_layers(twin)
     return twin
 
 
@@ -173,6 +172,19 @@ def test_log_probabilities_sum_to_one_over_the_tokens_that_are_not_suppressed():
     assert torch.allclose(logprobs.exp().sum(dim=1), torch.ones(3))
     by_hand = torch.log_softmax((hidden @ lm_head.T / 0.5)[:, [0, 1, 3]], dim=1)
     assert torch.allclose((logprobs[:, [0]] - logprobs[:, [3]]), by_hand[:, [0]] - by_hand[:, [2]], atol=1e-5)
+
+
+def test_logprobs_and_entropy_of_bfloat16_hidden_states_agree_with_float64():
+    torch.manual_seed(0)
+    hidden, lm_head = torch.randn(8, 256).bfloat16(), (0.3 * torch.randn(5000, 256)).bfloat16()
+    logprobs = sampling_logprobs(hidden, lm_head, 0.7, torch.tensor([3]))
+    logits = (hidden.double() @ lm_head.double().T / 0.7).index_fill(1, torch.tensor([3]), -torch.inf)
+    exact = torch.log_softmax(logits, dim=1)
+    kept = torch.arange(5000) != 3
+    assert logits[:, kept].abs().max() > 20  # in bfloat16 such logits are off by 0.06
+    assert (logprobs - exact)[:, kept].abs().max() < 1e-3
+    entropy, exact_entropy = (-(x.exp() * x)[:, kept].sum(dim=1) for x in (logprobs, exact))
+    assert (entropy - exact_entropy).abs().max() < 1e-3
 
 
 def test_entropy_is_that_of_the_sampling_distribution(tiny):

@@ -13,7 +13,7 @@ from grpo.logprobs import completion_logprobs
 from grpo.loss import clipped_loss, clipped_tokens, importance_ratios, weighted_sum
 from grpo.model.load import SpecialTokens
 from grpo.ranks import start_processes
-from grpo.rollout import SamplingParams, ScoredRollout, generate, rollouts_to_train
+from grpo.rollout import SamplingParams, ScoredRollout, filter_top_k_top_p, generate, rollouts_to_train
 from tests.conftest import run_ranks
 from tests.grpo.test_packed import hf_twin
 
@@ -192,3 +192,16 @@ def keep() -> None:
 
 def test_ranks_keep_what_they_train_and_as_much_more_as_the_other_ranks_have_passes():
     run_ranks(keep, 2)
+
+
+def test_top_k_and_top_p_by_hand():
+    logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
+    assert torch.equal(filter_top_k_top_p(logprobs, 1.0, 0), logprobs)
+    two = torch.tensor([[0.625, 0.375, 0, 0], [0, 0, 0.375, 0.625]])
+    assert torch.allclose(filter_top_k_top_p(logprobs, 1.0, 2).exp(), two)
+    assert torch.allclose(filter_top_k_top_p(logprobs, 0.6, 0).exp(), two)  # 0.5 is too little, 0.8 the least that does
+    one = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1.0]])
+    assert torch.allclose(filter_top_k_top_p(logprobs, 0.4, 0).exp(), one)  # at least one
+    assert torch.allclose(
+        filter_top_k_top_p(logprobs, 0.6, 3).exp(), two
+    )  # 0.5 / 0.95 of what top-k keeps is below 0.6

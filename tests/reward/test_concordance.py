@@ -30,6 +30,7 @@ def test_the_coefficient_is_the_hand_computed_one():
     truths = np.array([1.0, 2.0, 3.0])
     assert concordance(truths, np.array([1.0, 2.0, 3.0])) == pytest.approx(1, abs=1e-12)
     assert concordance(truths, np.array([3.0, 2.0, 1.0])) == pytest.approx(-1, abs=1e-12)
+    assert concordance(truths / 10, truths / 10) == pytest.approx(1, abs=1e-12)  # of whatever unit
     assert concordance(truths, np.array([2.0, 3.0, 4.0])) == pytest.approx(4 / 7, abs=1e-12)  # beside the line
     assert concordance(truths, np.array([2.0, 4.0, 6.0])) == pytest.approx(4 / 11, abs=1e-12)  # not its slope
 

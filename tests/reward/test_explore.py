@@ -1,18 +1,17 @@
 """The look at a reward: its flat parts, the groups it cannot tell apart, and what is wrong with what it is given."""
 
+import io
 import json
-import os
 import re
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from reward.explore import curve, describe_flat, draw, equal_share, main, policies, read_truths, rewards_of
+from reward.explore import curve, draw, equal_share, explore, flat_parts, main, policies, read_truths, rewards_of
 from reward.functions import load_reward_functions
-from tests.conftest import ROOT
 
 TWO = ["numerical_video_reward", "smooth_numerical_reward"]
 SMOOTH = load_reward_functions(TWO[1:], [], "", [0.0, 100.0])[0]
@@ -38,25 +37,36 @@ def shares_of(text, name):
     return {int(bias): [int(share) for share in re.findall(r"(\d+)%", row)] for bias, row in rows}
 
 
-def write_reward(folder, body, parameters="completions, assistant, **kwargs"):
+def write_reward(folder, body):
     """Write a file with a reward function `mine`; return what --reward_funcs takes."""
-    lines = ["from reward.extract import extract_number as number", f"def mine({parameters}):"]
+    lines = ["from reward.extract import extract_number as number", "def mine(completions, assistant, **kwargs):"]
     lines += ["    pairs = [(number(a['content']), number(c[0]['content'])) for a, c in zip(assistant, completions)]"]
     (folder / "mine.py").write_text("\n".join([*lines, f"    {body}"]) + "\n")
     return f"{folder / 'mine.py'}:mine"
 
 
-def test_the_table_names_the_flat_parts_of_both_rewards(tmp_path, capsys):
-    code, text, errors = run(tmp_path, capsys)
-    assert code == 0 and not errors
+@pytest.fixture(scope="module")
+def default(tmp_path_factory):
+    """What the command leaves and prints without a flag."""
+    folder, printed, errors = tmp_path_factory.mktemp("explore"), io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(errors):
+        patch.chdir(folder)
+        patch.setenv("DEBUG_MODE", "true")
+        assert main([]) == 0
+    assert not errors.getvalue()
+    return folder, printed.getvalue()
+
+
+def test_the_table_names_the_flat_parts_of_both_rewards(default):
+    _, text = default
     # The bound at 1 is reached where (1 - (e / 12)^2) * emphasis = 1, at e = 12 * sqrt(1 - 1 / emphasis): 6.93 with an
     # emphasis of 1.5, 5.37 with 1.25, of which steps of 0.1 reach 5.3; at a truth of 50 it is a point.
     assert parts_of(text, TWO[0]) == {
-        20: "0 to 6.9, above 12",
-        35: "0 to 5.3, above 12",
-        50: "above 12",
-        65: "0 to 5.3, above 12",
-        80: "0 to 6.9, above 12",
+        20: "-20 to -12, -6.9 to 6.9, 12 to 80",
+        35: "-35 to -12, -5.3 to 5.3, 12 to 65",
+        50: "-50 to -12, 12 to 50",
+        65: "-65 to -12, -5.3 to 5.3, 12 to 35",
+        80: "-80 to -12, -6.9 to 6.9, 12 to 20",
     }
     assert parts_of(text, TWO[1]) == dict.fromkeys((20, 35, 50, 65, 80), "nowhere")
 
@@ -65,24 +75,25 @@ def test_the_flat_parts_follow_the_arguments_and_the_valid_range(tmp_path, capsy
     flags = ["--reward_funcs", TWO[0], "--reward_kwargs", '{"error_scale": 18}', "--valid_range", "20", "80"]
     _, text, _ = run(tmp_path, capsys, *flags)
     # The first truth is 20 + 60 * 0.2 = 32: emphasis 1.3, flat to 18 * sqrt(1 - 1 / 1.3) = 8.647, where steps of 0.06
-    # reach 8.64. Answers that are too low are at most 12 off, so that only those too high show the lower end.
-    assert parts_of(text, TWO[0])[32] == "0 to 8.64, above 18"
-    assert parts_of(text, TWO[0])[50] == "above 18"
+    # reach 8.64. Answers that are too low are at most 12 off.
+    assert parts_of(text, TWO[0])[32] == "-8.64 to 8.64, 18 to 48"
+    assert parts_of(text, TWO[0])[50] == "-30 to -18, 18 to 30"
 
 
 @pytest.mark.parametrize(
     ("body", "parts"),
     [
-        ("return [1.0 if abs(x - y) <= 5 else 0.0 for y, x in pairs]", "0 to 5, above 5.1"),
-        ("return [min(x, y) for y, x in pairs]", "answers too low: nowhere; too high: everywhere"),
-        ("return [abs(x - y) if abs(x - y) < 10 else None for y, x in pairs]", "above 10"),
-        ("return [float(y) for y, x in pairs]", "everywhere"),
+        ("return [1.0 if abs(x - y) <= 5 else 0.0 for y, x in pairs]", [[-50, -5.1], [-5, 5], [5.1, 50]]),
+        ("return [min(x, y) for y, x in pairs]", [[0, 50]]),
+        ("return [abs(x - y) if abs(x - y) < 10 else None for y, x in pairs]", [[-50, -10], [10, 50]]),
+        ("return [float(y) for y, x in pairs]", [[-50, 50]]),
+        ("return [float(x) for y, x in pairs]", []),
     ],
 )
-def test_flat_parts_of_steps_one_sided_rewards_and_no_say(tmp_path, capsys, body, parts):
-    code, text, _ = run(tmp_path, capsys, "--reward_funcs", write_reward(tmp_path, body))
-    assert code == 0
-    assert set(parts_of(text, "mine").values()) == {parts}
+def test_flat_parts_of_steps_one_sided_rewards_and_no_say(tmp_path, body, parts):
+    (mine,) = load_reward_functions([write_reward(tmp_path, body)], [], "", [0.0, 100.0])
+    errors, rewards = curve(mine, 50.0, [0.0, 100.0])
+    assert errors[flat_parts(rewards)].tolist() == parts
 
 
 def test_a_curve_covers_the_valid_range_and_holds_the_rewards():
@@ -93,13 +104,8 @@ def test_a_curve_covers_the_valid_range_and_holds_the_rewards():
 
 
 def test_changes_are_found_at_both_ends_of_a_flat_part():
-    errors = np.arange(-3, 4) * 0.5
-    assert describe_flat(errors, np.array([2, 1, 1, 3, 1, 1, 2])) == "0.5 to 1"
-    # Near an end of the valid range one side is short, and the other side speaks for both.
-    assert describe_flat(errors[2:], np.array([0, 0, 0, 4, 4])) == "0 to 0.5, above 1"
-    assert describe_flat(errors[2:], np.array([5, 0, 0, 4, 4])) == (
-        "answers too low: nowhere; too high: 0 to 0.5, above 1"
-    )
+    assert flat_parts(np.array([2, 1, 1, 3, 1, 1, 2.0])).tolist() == [[1, 2], [4, 5]]
+    assert flat_parts(np.array([0, 0, 0, 4, 4, 5.0])).tolist() == [[0, 2], [3, 4]]
 
 
 def test_the_share_of_equal_groups_is_that_of_all_completions_in_one_reward():
@@ -125,11 +131,11 @@ def test_policies_answer_whole_numbers_around_the_truth_within_the_range():
 
 
 def test_shares_in_the_table_by_hand(tmp_path, capsys):
-    (tmp_path / "truths.txt").write_text("50\n20\n50\n50\n")
+    (tmp_path / "truths.txt").write_text("50\n20\n50\nnormal\n50\n")
     above = write_reward(tmp_path, "return [float(x >= y) for y, x in pairs]")
     flags = ["--truths", f"{tmp_path / 'truths.txt'}", "--reward_funcs", above, *TWO, "--num_generations", "2"]
     code, text, _ = run(tmp_path, capsys, *flags)
-    assert code == 0 and text.startswith("4 truths, 20 to 50, median 50\n")
+    assert code == 0 and text.startswith("4 truths, 20 to 50, median 50; 1 without a number left out\n")
     # At bias 0 and spread 1 an answer counts as above from -0.5 on, 0.69146: 0.69146^2 + 0.30854^2.
     assert shares_of(text, "mine")[0][0] == 57
     assert shares_of(text, "mine")[20][0] == 100
@@ -152,14 +158,13 @@ def test_the_share_is_that_of_groups_that_are_drawn():
         assert abs((rewards.min(axis=1) == rewards.max(axis=1)).mean() - share[i, j]) < 0.01
 
 
-def test_each_pair_of_truth_and_answer_is_scored_once(tmp_path, capsys):
-    (tmp_path / "truths.txt").write_text("42.25\n42.25\n61.5\n")
+def test_each_pair_of_truth_and_answer_is_scored_once(tmp_path):
     body = f"open({str(tmp_path / 'log')!r}, 'a').writelines(f'{{p}}\\n' for p in pairs); return [x for _, x in pairs]"
-    code, _, _ = run(
-        tmp_path, capsys, "--truths", f"{tmp_path / 'truths.txt'}", "--reward_funcs", write_reward(tmp_path, body)
-    )
+    (mine,) = load_reward_functions([write_reward(tmp_path, body)], [], "", [0.0, 100.0])
+    args = SimpleNamespace(valid_range=[0.0, 100.0], num_generations=8)
+    explore(mine, np.array([20.0, 50.0]), np.array([42.25, 61.5, 42.25]), args)
     pairs = (tmp_path / "log").read_text().splitlines()
-    assert code == 0 and len(pairs) == len(set(pairs)) == 5 * 1001 + 2 * 101
+    assert len(pairs) == len(set(pairs)) == 2 * 1001 + 2 * 101
 
 
 def sample(answer, speaker="gpt"):
@@ -184,16 +189,11 @@ def test_truths_are_read_from_samples_numbers_and_answers(tmp_path, text):
     assert numbers.tolist() == [55, 40.5] and left_out == 1
 
 
-def test_entries_without_a_number_are_counted(tmp_path, capsys):
-    (tmp_path / "truths.txt").write_text("55\n60\nnormal\n")
-    _, text, _ = run(tmp_path, capsys, "--truths", f"{tmp_path / 'truths.txt'}")
-    assert text.startswith("2 truths, 55 to 60, median 57.5; 1 without a number left out\n")
-
-
-def test_the_picture_has_a_row_per_reward_and_marks_flat_parts(tmp_path, capsys):
-    code, text, _ = run(tmp_path, capsys)
-    pixels = imread(tmp_path / "reward.png")
-    assert code == 0 and "reward.png" in text and (tmp_path / "reward.png").read_bytes()[:4] == b"\x89PNG"
+def test_the_picture_has_a_row_per_reward_and_marks_flat_parts(default):
+    folder, text = default
+    pixels = imread(folder / "reward.png")
+    assert "reward.png" in text and (folder / "reward.png").read_bytes()[:4] == b"\x89PNG"
+    assert [path.name for path in folder.iterdir()] == ["reward.png"]  # no grpo_rewards.log
     assert pixels.shape[:2] == (924, 1210) and 0.02 < (pixels[..., :3].mean(axis=2) < 0.9).mean() < 0.5
     errors = np.array([-2.0, -1, 0, 1, 2])
     curves = [(errors, np.array([0, 0, 1, 0.5, 0.2]))] * 5
@@ -211,23 +211,35 @@ def test_the_picture_has_a_row_per_reward_and_marks_flat_parts(tmp_path, capsys)
         (["--truths", "{}"], r"--truths '.*' cannot be read \(.*Is a directory"),
         (["--truths", "{}/bytes"], r"--truths '.*bytes' cannot be read \(.*utf-8.*: name a file of samples or numbers"),
         (["--truths", "{}/torn.json"], r"--truths '.*torn.json' cannot be read \(.*line 1 column"),
-        (["--truths", "{}/torn.jsonl"], r"--truths '.*torn.jsonl', entry #2 is no number.*JSONDecodeError.*correct it"),
-        (["--truths", "{}/human.json"], r"entry #1 is no number.*its last turn is from 'human'.*correct it"),
-        (["--truths", "{}/null.json"], r"entry #2 is no number.*correct it"),
+        (
+            ["--truths", "{}/torn.jsonl"],
+            r"--truths '.*torn.jsonl', entry #2, cannot be read \(JSONDecodeError: .*name a",
+        ),
+        (
+            ["--truths", "{}/human.json"],
+            r"entry #1, cannot be read \(ValueError: its last turn is from 'human'.*name a",
+        ),
+        (["--truths", "{}/null.json"], r"entry #2, cannot be read \(TypeError: "),
         (["--truths", "{}/words.txt"], r"no number in 2 entries: name a file of samples or numbers"),
         (["--truths", "{}/empty.txt"], r"no number in 0 entries"),
         (["--reward_funcs", "nonsense"], r"--reward_funcs 'nonsense': there is no such function: take "),
         (["--reward_funcs", TWO[0], TWO[0]], r"--reward_funcs: 'numerical_video_reward' occurs twice"),
-        (["--reward_kwargs", "{{"], r"--reward_kwargs '{{' is not JSON"),
+        (["--reward_kwargs", "{{"], r"--reward_kwargs '{{' is no JSON object"),
         (["--reward_kwargs", '{"eror_scale": 3}'], r"no reward function has a parameter 'eror_scale'"),
-        (["--reward_funcs", "concordance_reward"], r"concordance_reward: it judges all answers of a step together"),
+        (
+            ["--reward_funcs", "concordance_reward"],
+            r"concordance_reward: it gives None for every number, so it judges .*, or a whole step",
+        ),
         (["--reward_funcs", "format_reward"], r"format_reward: it gives 0 for every number, so it judges something"),
         (["--valid_range", "9", "3"], r"--valid_range 9 3: give the lowest and the highest"),
         (["--valid_range", "0", "inf"], r"--valid_range 0 inf: give the lowest and the highest"),
         (["--valid_range", "0", "nan"], r"--valid_range 0 nan: give the lowest and the highest"),
         (["--num_generations", "1"], r"--num_generations 1: give at least 2"),
-        (["--num_generations", "many"], r"--num_generations: invalid int value: 'many' \(--help explains the flags\)"),
-        (["--truth", "a"], r"unrecognized arguments: --truth"),
+        (
+            ["--num_generations", "many"],
+            "invalid int value: 'many': python -m reward.explore --help explains",
+        ),
+        (["--truth", "a"], r"unknown flag '--truth' \(did you mean --truths\?\)"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(tmp_path, capsys, flags, message):
@@ -247,7 +259,7 @@ def test_bad_input_is_one_line_that_names_it(tmp_path, capsys, flags, message):
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys, place):
     if place == "full":
         (tmp_path / "full").symlink_to("/dev/full")  # every write to it fails
-    assert main(["--output", f"{tmp_path}/{place}"]) == 2
+    assert main(["--reward_funcs", TWO[1], "--output", f"{tmp_path}/{place}"]) == 2
     text, errors = capsys.readouterr()
     assert bool(text) == (place == "full")  # the others are found out before the work
     assert re.fullmatch(r"python -m reward.explore: error: --output '.*' cannot be written.*: name a.*\n", errors)
@@ -256,17 +268,19 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys, place):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return [1 / (y - 35) for y, x in pairs]", "mine: it raised ZeroDivisionError: .*, at the truth 35: correct"),
-        ("return kwargs['severity']", "mine: it raised KeyError: 'severity', at the truth 20: correct it"),
-        ("return [float('high') for pair in pairs]", "mine: it raised ValueError: could not convert"),
-        ("return [[0.5] for pair in pairs]", "mine: it raised TypeError: float.*'list'.*, at the truth 20: correct it"),
+        (
+            "return [1 / (y - 35) for y, x in pairs]",
+            "ZeroDivisionError: .*, for samples 'answer 0%, truth 35%', .*: fix",
+        ),
+        ("return kwargs['severity']", "KeyError: 'severity', for samples 'answer 0%, truth 20%', "),
+        ("return None", "TypeError: 'NoneType' object is not iterable"),
     ],
 )
 def test_a_function_that_raises_is_shown_with_its_traceback(tmp_path, capsys, body, message):
     code, text, errors = run(tmp_path, capsys, "--reward_funcs", write_reward(tmp_path, body))
     *traceback, line = errors.splitlines()
     assert code == 2 and not text and traceback[0] == "Traceback (most recent call last):"
-    assert re.match(f"python -m reward.explore: error: --reward_funcs {message}", line)
+    assert re.match(f"python -m reward.explore: error: reward function mine raised {message}", line)
 
 
 def test_a_file_that_cannot_be_imported_is_shown_with_its_traceback(tmp_path, capsys):
@@ -277,49 +291,14 @@ def test_a_file_that_cannot_be_imported_is_shown_with_its_traceback(tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("body", "parameters", "message"),
+    ("body", "message"),
     [
-        (
-            "return severity",
-            "completions, assistant, severity, **kwargs",
-            r"since it needs more \(missing .*'severity'",
-        ),
-        ("return [None for pair in pairs]", "completions, assistant, **kwargs", "it gives None for every number"),
-        ("return [1.0]", "completions, assistant, **kwargs", "gave 1 rewards for 1001 completions"),
-        (
-            "return [float('inf') if x > y else 0 for y, x in pairs]",
-            "completions, assistant, **kwargs",
-            "gave inf for sample 'truth 20, answer 20.1%'",
-        ),
-        (
-            "return ['high' if x > y else 0 for y, x in pairs]",
-            "completions, assistant, **kwargs",
-            "gave 'high' for sample 'truth 20, answer 20.1%'",
-        ),
-        ("return None", "completions, assistant, **kwargs", "reward function mine returned None: it must give a list"),
-        ("return 0.5", "completions, assistant, **kwargs", "reward function mine returned 0.5: it must give a list"),
+        ("return [None for pair in pairs]", "it gives None for every number"),
+        ("return [1.0]", "gave 1 rewards for 1001 completions"),
+        ("return [float('inf') if x > y else 0 for y, x in pairs]", "gave inf for sample 'answer 20.1%, truth 20%'"),
     ],
 )
-def test_a_function_that_cannot_be_drawn_is_one_line(tmp_path, capsys, body, parameters, message):
-    code, text, errors = run(tmp_path, capsys, "--reward_funcs", write_reward(tmp_path, body, parameters))
+def test_a_function_that_cannot_be_drawn_is_one_line(tmp_path, capsys, body, message):
+    code, text, errors = run(tmp_path, capsys, "--reward_funcs", write_reward(tmp_path, body))
     assert code == 2 and not text
     assert re.fullmatch(rf"python -m reward.explore: error: .*{message}.*\n", errors), errors
-
-
-def test_an_argument_that_reward_kwargs_gives_is_not_missing(tmp_path, capsys):
-    mine = write_reward(tmp_path, "return [x * severity for y, x in pairs]", "completions, assistant, severity, **kw")
-    code, text, _ = run(tmp_path, capsys, "--reward_funcs", mine, "--reward_kwargs", '{"severity": 2}')
-    assert code == 0 and parts_of(text, "mine")[50] == "nowhere"
-
-
-def test_the_command_runs_without_torch_and_leaves_the_log_of_rewards_alone(tmp_path):
-    command = (
-        "import sys; from reward.explore import main; code = main([]); "
-        "print({'torch', 'transformers', 'data', 'grpo'} & set(sys.modules), code)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "DEBUG_MODE": "true"}
-    done = subprocess.run(
-        [sys.executable, "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.endswith("set() 0\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["reward.png"]  # no grpo_rewards.log

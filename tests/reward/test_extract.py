@@ -203,12 +203,12 @@ def test_a_number_too_large_for_a_float_is_none():
     + ["1 of the ", "1 different ", "55 ± ", "A1", "\n", "1\n", " 1 -", "9", "1 clip ", "clips1 "],
 )
 def test_hostile_text_is_read_in_linear_time(piece):
-    text = piece * (100_000 // len(piece))
-    started = time.perf_counter()
+    text = piece * (50_000 // len(piece))
+    started = time.process_time()
     extract_number(text)
     extract_number("1" + text + "x")
     extract_number("view 1" + text + " 55%")
-    assert time.perf_counter() - started < 1.0  # quadratic time takes minutes
+    assert time.process_time() - started < 1.0  # quadratic time takes many
 
 
 @pytest.mark.parametrize(
@@ -299,11 +299,10 @@ def test_numbers_on_both_sides_of_a_thought_do_not_become_one():
     + ["<think>", "</think>", "<think></think>", "<think>1</think>1 ", "<THINK>1", "1<think>2", "<think", "1%"],
 )
 def test_two_numbers_are_looked_for_in_linear_time(piece):
-    text = piece * (50_000 // len(piece))
+    text = piece * (20_000 // len(piece))
     started = time.process_time()
-    says_two_numbers(text)
     says_two_numbers("1 " + text + "x")
-    assert time.process_time() - started < 5.0  # quadratic time takes minutes
+    assert time.process_time() - started < 2.0  # quadratic time takes many
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 from data.epochs import BatchItem
 from data.loader import Prompt, PromptDataset, PromptOptions
 from data.media.frames import VideoOptions
-from data.media.images import MediaOptions
+from data.media.load import MediaOptions
 from data.sample import InputError, Media, Sample
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer

@@ -16,7 +16,6 @@ from data.dataset import load_samples
 from data.loader import load_prompt
 from data.media.fetch import FetchError, check_address, fetch, shown
 from data.sample import BadMedia, InputError, Media
-from grpo.run.survey import name_of
 from tests.conftest import OPTIONS
 
 BODY = bytes(range(256)) * 400
@@ -79,7 +78,7 @@ def server(monkeypatch):
     server.at = f"http://127.0.0.1:{server.server_port}"
     server.targets = {"a.mp4": f"{server.at}/a.mp4", "file.mp4": "file:///etc/passwd", "ftp.mp4": "ftp://127.0.0.1/a"}
     server.targets["loop.mp4"] = f"{server.at}/to/loop.mp4"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -201,7 +200,6 @@ def test_a_sample_of_addresses_is_that_of_their_files(server, tmp_path, tiny):
     local = replace(sample, media=tuple(Media("video", str(tiny.folder / "videos" / name)) for name in names))
     assert torch.equal(ours.pixel_values, load_prompt(local, tiny.tokenizer, 2, OPTIONS).pixel_values)
     assert [media.name for media in sample.media] == names
-    assert [name_of(media) for media in sample.media] == [name_of(media) for media in local.media] == names
     del server.files["/1_0.mp4"]
     gone = replace(sample, media=(Media("video", f"{address}/404.mp4?token=x"),))
     with pytest.raises(BadMedia, match="404.mp4' cannot be fetched: the server answers 404") as caught:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from data.media.frames import VideoOptions, frame_indices, smart_resize, target_size
+from data.media.frames import VideoOptions, choose_frames, frame_indices, frame_span, smart_resize, target_size
+from data.sample import TooFewFrames
 
 TOKEN = 28 * 28  # pixels
 
@@ -31,6 +32,37 @@ def test_frame_indices_follow_the_rules_of_qwen_vl_utils(total_frames, video_fps
     assert frame_indices(total_frames, video_fps, VideoOptions(**options)) == expected
 
 
+def test_a_part_of_a_video_is_from_its_first_to_its_last_frame_both_inclusive():
+    """16 frames of 2 seconds; frame k is shown at k / 8 seconds."""
+    for part, frames in (
+        ({}, range(16)),
+        ({"video_start": 0.5}, range(4, 16)),
+        ({"video_start": 0.55, "video_end": 1.05}, range(5, 9)),  # 4.4 and 8.4 frames
+        ({"video_end": 2.0}, range(16)),
+    ):
+        assert frame_span(16, 8.0, VideoOptions(**part)) == frames
+    assert frame_span(4, 8.0, VideoOptions()) == range(4)  # of half a second
+    for name, options in (("video_start", {"video_start": 2.5}), ("video_end", {"video_end": 2.5})):
+        with pytest.raises(ValueError, match=f"lasts 2 seconds: {name} 2.5 is beyond its end"):
+            frame_span(16, 8.0, VideoOptions(**options))
+    # Of frames 4 to 8, five in 5/8 seconds, four are read: 6.4 per second.
+    some = VideoOptions(nframes=4, video_start=0.5, video_end=1.0)
+    assert choose_frames(16, 8.0, some) == ([4, 5, 7, 8], 6.4)
+
+
+def test_a_size_of_a_side_200_times_the_other_is_the_longest_there_is():
+    assert VideoOptions(resized_width=10, resized_height=2000)
+    with pytest.raises(ValueError, match="at most 200 times"):
+        VideoOptions(resized_width=2001, resized_height=10)
+
+
+def test_bounds_may_be_equal_and_the_most_pixels_are_1_05_times_the_least_if_those_are_many():
+    assert frame_indices(100, 8.0, VideoOptions(min_frames=6, max_frames=6)) == [0, 20, 40, 59, 79, 99]
+    assert VideoOptions(min_pixels=800 * TOKEN, max_pixels=840 * TOKEN)
+    with pytest.raises(ValueError, match=f"give {840 * TOKEN}$"):
+        VideoOptions(min_pixels=800 * TOKEN, max_pixels=840 * TOKEN + 1)
+
+
 def test_a_long_video_gives_768_frames_from_first_to_last():
     indices = frame_indices(100_000, 25.0, VideoOptions())
     assert (len(indices), indices[0], indices[-1]) == (768, 0, 99_999)
@@ -45,7 +77,7 @@ def test_a_long_video_gives_768_frames_from_first_to_last():
     ],
 )
 def test_too_few_frames_are_an_error_with_both_numbers(total_frames, options, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(TooFewFrames) as error:
         frame_indices(total_frames, 8.0, VideoOptions(**options))
     assert str(error.value) == message
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from data.dataset import load_samples
 from data.loader import load_prompt
 from data.media.frames import VideoOptions
-from data.media.images import MediaOptions
+from data.media.load import MediaOptions
 from data.media.patches import CLIP_STD
 from grpo.demo.tiny_tokenizer import CHAT_TEMPLATE
 

@@ -10,12 +10,21 @@ import torch
 from PIL import Image
 
 from data.media.frames import VideoOptions, frame_indices
+from data.media.load import MediaOptions, load_media, media_grid
 from data.media.patches import CLIP_MEAN, CLIP_STD
-from data.media.video import load_video, read_frames, video_grid
-from data.sample import BadMedia
+from data.media.video import read_frames
+from data.sample import BadMedia, Media
 from grpo.demo.mp4 import encode_jpeg, write_mp4
 from tests.data.media.test_frames import TOKEN
 from tests.data.media.test_patches import random_frames
+
+
+def load_video(path: Path, options: VideoOptions):
+    return load_media(Media("video", str(path)), MediaOptions(options))
+
+
+def video_grid(path: Path, options: VideoOptions):
+    return media_grid(Media("video", str(path)), MediaOptions(options))
 
 
 def gray_clip(num_frames: int, height: int = 64, width: int = 64) -> np.ndarray:

@@ -20,14 +20,16 @@ FLAGS = "--size tiny --num_videos 2 --frames 4 --resolution 56 --num_generations
 
 
 def bench(path: str) -> None:
-    assert benchmark.main([*FLAGS.split(), "--json", path]) == 0
+    """Run it, with a copy and a product that take no time for the machine's limits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "COPIED_BYTES", 2**20)
+        patch.setattr(benchmark, "MATRIX_SIDE", {"cpu": 64})
+        assert benchmark.main([*FLAGS.split(), "--json", path]) == 0
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_figures_of_both_ways_are_written(tmp_path, world_size):
-    run_ranks(bench, world_size, str(tmp_path / "figures.json"))
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["ranks"] == world_size and figures["options"]["num_videos"] == 2
+def check_figures(path, ranks: int) -> None:
+    figures = json.loads(path.read_text())
+    assert figures["ranks"] == ranks and figures["options"]["num_videos"] == 2
     for one in (figures, figures["baseline"]):
         assert all(one[name] > 0 for name in benchmark.FIGURES)
         assert one["step_seconds"] == pytest.approx(one["rollout_seconds"] + one["update_seconds"])
@@ -35,7 +37,7 @@ def test_figures_of_both_ways_are_written(tmp_path, world_size):
     assert [line.split()[0] for line in lines[1:5]] == ["rollout", "update", "step", "peak"]
 
 
-def test_no_pass_is_measured_without_the_optimizers_states(monkeypatch):
+def test_figures_of_both_ways_are_written_and_no_pass_lacks_the_optimizers_states(tmp_path, monkeypatch):
     has_states, update_phase = [], benchmark.update_phase
 
     def spy(models, optimizer, *rest):
@@ -43,30 +45,32 @@ def test_no_pass_is_measured_without_the_optimizers_states(monkeypatch):
         return update_phase(models, optimizer, *rest)
 
     monkeypatch.setattr(benchmark, "update_phase", spy)
-    assert benchmark.main([*FLAGS.split(), "--baseline", "False"]) == 0
+    bench(str(tmp_path / "figures.json"))
+    check_figures(tmp_path / "figures.json", ranks=1)
     assert has_states == [True, True]
+
+
+def test_figures_of_two_ranks_are_written(tmp_path):
+    run_ranks(bench, 2, str(tmp_path / "figures.json"))
+    check_figures(tmp_path / "figures.json", ranks=2)
 
 
 def out_of_memory(*arguments):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
-def bench_where_repeated_rows_do_not_fit(path: str) -> None:
+def test_where_repeated_rows_do_not_fit_ours_are_measured_nevertheless(tmp_path, monkeypatch):
     update = benchmark.repeated_update
 
     def update_that_does_not_fit(model, *arguments):
         model.model.language_model.layers[1].mlp.register_forward_hook(out_of_memory)  # amid a pass
         update(model, *arguments)
 
-    benchmark.repeated_update = update_that_does_not_fit
-    bench(path)
-
-
-def test_where_repeated_rows_do_not_fit_ours_are_measured_nevertheless(tmp_path):
-    run_ranks(bench_where_repeated_rows_do_not_fit, 1, str(tmp_path / "figures.json"))
+    monkeypatch.setattr(benchmark, "repeated_update", update_that_does_not_fit)
+    bench(str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["baseline"] is None and all(figures[name] > 0 for name in benchmark.FIGURES)
-    assert benchmark.table(figures).count("out of memory") == 4
+    assert figures["baseline_out_of_memory"] and benchmark.table(figures).count("out of memory") == 4
 
 
 def bench_on_a_rank_short_of_memory(path: str) -> None:
@@ -119,8 +123,8 @@ def test_sizes_are_those_that_the_help_names():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--num_videos 0", "--num_videos 0 must be at least 1"),
-        ("--frames 5", "--frames 5 must be even"),
+        ("--num_videos 0", "--num_videos 0: must be at least 1"),
+        ("--frames 5", "--frames 5: must be even"),
         ("--num_video 3", "unknown flag '--num_video'"),
         ("--runs x", "invalid int value"),
         ("--json nowhere/figures.json", "--json 'nowhere/figures.json' cannot be written"),

@@ -16,7 +16,7 @@ from PIL import Image
 import train
 from grpo.evaluate import __main__ as command
 from reward.numerical import numerical_video_reward
-from tests.conftest import FLAGS, make_tiny, run_ranks
+from tests.conftest import FLAGS, free_port, make_tiny, run_ranks
 from tests.grpo.rewards import named
 from tests.kill_and_resume import read_evaluations
 from tests.test_train import flags
@@ -65,9 +65,26 @@ def metrics(output: Path) -> dict:
     return json.loads((output / "metrics.json").read_text())
 
 
-def on_a_rank(arguments: list[str], log: str) -> None:
+@pytest.fixture(scope="module")
+def answered(tiny, tmp_path_factory):
+    """The folder of an evaluation."""
+    output = tmp_path_factory.mktemp("answered") / "out"
+    assert command.main(by_hand(tiny, output)) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny, tmp_path_factory):
+    """A run with adapters."""
+    return trained(tiny, tmp_path_factory.mktemp("adapters") / "out", *LORA)
+
+
+def on_a_rank(several: list[list[str]], ports: list[int], log: str) -> None:
+    """Evaluate more than once, each time in a new process group."""
     with open(f"{log}.{os.environ['RANK']}", "w") as file, redirect_stdout(file), redirect_stderr(file):
-        assert command.main(arguments) == 0
+        for arguments, port in zip(several, ports, strict=True):
+            os.environ["MASTER_PORT"] = str(port)
+            assert command.main(arguments) == 0
 
 
 def test_a_run_is_evaluated_with_its_own_settings_to_the_last_digit(run, capsys):
@@ -82,9 +99,8 @@ def test_a_run_is_evaluated_with_its_own_settings_to_the_last_digit(run, capsys)
     assert f"{figures['mae']:.3f}" in printed and "1 samples not in the figures" in printed
 
 
-def test_a_prediction_holds_the_answer_and_what_was_read_from_it(tiny, tmp_path):
-    assert command.main(by_hand(tiny, tmp_path / "out")) == 0
-    lines = predictions(tmp_path / "out")
+def test_a_prediction_holds_the_answer_and_what_was_read_from_it(answered):
+    lines = predictions(answered)
     assert [line["id"] for line in lines] == [f"s{i}" for i in range(11)]
     for i, line in enumerate(lines):
         assert line["truth_number"] == (None if i == 4 else 40 + i)
@@ -92,19 +108,22 @@ def test_a_prediction_holds_the_answer_and_what_was_read_from_it(tiny, tmp_path)
         messages = [[{"role": "assistant", "content": text}] for text in (answer, line["truth"])]
         assert numerical_video_reward(messages[:1], messages[1]) == [reward]
     assert any(line["numbers"] != [None] for line in lines)
-    stored = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    stored = (answered / "predictions.jsonl").read_text().splitlines()
     assert all(json.loads(line)["seconds"] > 0 for line in stored)
 
 
-@pytest.mark.parametrize("more", [[], ["--num_samples", "3", "--temperature", "1.0"]], ids=["greedy", "sampled"])
-def test_the_number_of_ranks_changes_nothing(tiny, tmp_path, more):
+def test_the_number_of_ranks_changes_nothing(tiny, tmp_path):
+    ways = {"greedy": [], "sampled": ["--num_samples", "3", "--temperature", "1.0"]}
     for ranks in (1, 2, 3):
-        run_ranks(on_a_rank, ranks, by_hand(tiny, tmp_path / f"{ranks}", *more), str(tmp_path / "log"))
-    one = predictions(tmp_path / "1")
-    assert len(one) == 11 and len(one[0]["answers"]) == (3 if more else 1)
-    for ranks in ("2", "3"):
-        assert predictions(tmp_path / ranks) == one
-        assert (tmp_path / ranks / "metrics.json").read_bytes() == (tmp_path / "1" / "metrics.json").read_bytes()
+        several = [by_hand(tiny, tmp_path / way / f"{ranks}", *more) for way, more in ways.items()]
+        run_ranks(on_a_rank, ranks, several, [free_port() for _ in ways], str(tmp_path / "log"))
+    for way in ways:
+        one = predictions(tmp_path / way / "1")
+        assert len(one) == 11 and len(one[0]["answers"]) == (3 if way == "sampled" else 1)
+        for ranks in ("2", "3"):
+            found, whole = tmp_path / way / ranks, tmp_path / way / "1"
+            assert predictions(found) == one
+            assert (found / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
 
 
 def interrupt(arguments: list[str], calls: str) -> None:
@@ -151,8 +170,8 @@ def test_several_answers_give_single_median_and_best(tiny, tmp_path, capsys):
     assert "median of 4" in capsys.readouterr().out
 
 
-def test_adapters_are_evaluated_on_their_base(tiny, tmp_path):
-    output = trained(tiny, tmp_path / "lora", *LORA)
+def test_adapters_are_evaluated_on_their_base(tiny, adapters, tmp_path):
+    output = adapters
     assert command.main(["--run", str(output)]) == 0
     by_run = metrics(output / "eval")
     assert by_run["adapter"] == str(output / "final") and by_run["model_id"] == str(tiny.folder / "model")
@@ -250,12 +269,12 @@ def test_a_missing_flag_is_named(tiny, tmp_path, capfd, missing):
     assert f"{missing} is missing: name it, or a whole run with --run" in capfd.readouterr().err
 
 
-def test_an_adapter_of_another_model_gets_one_line(tiny, tmp_path, capfd):
-    output = trained(tiny, tmp_path / "lora", *LORA)
-    config = json.loads((output / "final" / "adapter_config.json").read_text())
-    (output / "final" / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+def test_an_adapter_of_another_model_gets_one_line(tiny, adapters, tmp_path, capfd):
+    adapter = shutil.copytree(adapters / "final", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
     capfd.readouterr()
-    assert command.main(by_hand(tiny, tmp_path / "out", "--adapter", output / "final")) == 2
+    assert command.main(by_hand(tiny, tmp_path / "out", "--adapter", adapter)) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert "does not fit the model" in line
 
@@ -265,16 +284,16 @@ def test_an_adapter_of_another_model_gets_one_line(tiny, tmp_path, capfd):
     [
         (["--nframes", "2"], "nframes 2 was 4"),
         (["--max_videos", "1"], "max_videos 1 was 5"),
-        (["--num_samples", "2", "--temperature", "1"], "num_samples 2 was 1, temperature 1.0 was 0.0"),
-        ("other data", "samples '"),
+        (["--num_samples", "2", "--temperature", "1"], "temperature 1.0 was 0.0, num_samples 2 was 1"),
+        (["--system_prompt", "Look well."], "system_prompt 'Look well.' was ''"),
+        ("other data", "samples ['"),
         ("other model", "weights '"),
         ("no settings", "settings.json beside it cannot be read"),
         ("a damaged line", "line 2 is damaged"),
     ],
 )
-def test_predictions_of_something_else_are_left_as_they_are(tiny, tmp_path, run, capfd, change, words):
-    output = tmp_path / "out"
-    assert command.main(by_hand(tiny, output)) == 0
+def test_predictions_of_something_else_are_left_as_they_are(tiny, tmp_path, run, answered, capfd, change, words):
+    output = shutil.copytree(answered, tmp_path / "out")
     if change == "other data":
         change = ["--data_path", tiny.folder / "data.json"]
     elif change == "other model":

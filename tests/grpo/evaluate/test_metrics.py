@@ -130,6 +130,25 @@ def test_a_cut_with_no_truth_on_one_side_is_left_out():
     assert [name for name in found if name.startswith("auc_")] == ["auc_20.5", "auc_71"]
 
 
+def test_a_truth_or_an_answer_at_a_cut_is_not_below_it():
+    # Below 40 are the first truth and the third answer. Below 60 are all truths but the last.
+    truths, answers = truths_of([30.0, 40.0, 60.0]), answers_of([40.0, 45.0, 30.0])
+    found = values(figures(truths, answers, RANGE, [30.0, 40.0, 60.0]))
+    assert found["accuracy_40"] == pytest.approx(1 / 3) and found["mae_40"] == 10.0
+    assert found["mae_60"] == 7.5 and "mae_30" not in found
+
+
+def test_the_ends_of_the_range_are_answers():
+    found = values(figures(truths_of([10.0, 50.0, 90.0]), answers_of([0.0, 100.1, 100.0]), RANGE, []))
+    assert found["out_of_range"] == 1 and found["mae"] == pytest.approx((10 + 0 + 10) / 3)
+
+
+def test_two_samples_are_enough_for_every_figure():
+    found = values(figures(truths_of([40.0, 60.0]), answers_of([41.0, 63.0]), RANGE, []))
+    assert found["r2"] == pytest.approx(1 - 10 / 200) and found["pearson"] == pytest.approx(1.0)
+    assert found["limit_high"] == pytest.approx(2 + 1.96 * math.sqrt(2))
+
+
 def test_what_is_undefined_is_none_and_not_nan():
     one = figures(truths_of([50.0]), answers_of([51.0]), RANGE, CUTS, num_resamples=10)
     undefined = [name for name, figure in one.items() if figure["value"] is None]

@@ -34,7 +34,7 @@ def test_every_saved_folder_has_a_card_with_its_step_flags_data_and_figures(tiny
         progress = json.loads((output / name / "progress.json").read_text())
         assert header(text)["base_model"] == str(tiny.folder / "model")
         assert header(text)["library_name"] == ("peft" if is_adapter else "transformers")
-        assert f"Step {step} of 2" in text and "on 4 samples" in text and progress["data"][:16] in text
+        assert f"Step {step} of 2" in text and "on 4 samples" in text and progress["data"][0][:16] in text
         shown = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
         assert shown == progress["flags"] and shown["nframes"] == 4
         has_figures = "| mean absolute error |" in text
@@ -62,7 +62,7 @@ def test_a_merged_model_has_a_card_of_an_ordinary_model(run, tmp_path):
 
 def test_names_cannot_break_the_card():
     flags = {"model_id": "a: b\n---\n`#` \u202e\x1b[31m 'x'"}
-    progress = {"flags": flags, "step": 1, "total_steps": 2, "num_samples": 3, "data": "0" * 64}  # of an older run
+    progress = {"flags": flags, "step": 1, "total_steps": 2, "num_samples": 3, "data": ["0" * 64], "evaluations": []}
     text = model_card(progress, is_adapter=False)
     assert header(text)["base_model"] == flags["model_id"]
     assert text.count("\n---\n") == 1 and not set(text) & set("\u202e\x1b")

@@ -1,6 +1,7 @@
 """Freezing and learning rates: what is named is trained, at its own rate, and the rest keeps every bit."""
 
 import copy
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 
 import train
 from data.sample import InputError
-from grpo.check_flags import parse_config
-from grpo.config import Config
+from grpo.config import Config, parse_config
 from grpo.logprobs import completion_logprobs, encode_media
 from grpo.model import sharding
 from grpo.model.lora import add_adapters
@@ -19,7 +19,7 @@ from grpo.model.optimizer import component_of, freeze, make_optimizer
 from grpo.ranks import start_processes
 from tests.conftest import run_ranks
 from tests.grpo.model.test_lora import LORA
-from tests.grpo.model.test_sharding import one_rank, relative, rollouts_of, step  # noqa: F401  a fixture
+from tests.grpo.model.test_sharding import relative, rollouts_of
 from tests.grpo.rewards import named
 from tests.grpo.test_config import GIVEN
 from tests.test_train import flags
@@ -98,16 +98,27 @@ def test_every_part_has_the_learning_rate_of_its_flag_throughout(tiny, settings,
             schedule.step()
 
 
-@pytest.mark.parametrize("settings", [{"freeze_llm": True}, {"freeze_vision_tower": True}, {"freeze_merger": True}])
-def test_a_step_with_a_frozen_part_has_the_other_parts_gradients(tiny, one_rank, tmp_path, settings):  # noqa: F811
-    run_ranks(step, 2, tiny, str(tmp_path / "step.pt"), {"global_batch_size": 4} | settings)
-    found = torch.load(tmp_path / "step.pt")["gradients"]
-    (frozen,) = (part for part, flag in FREEZE.items() if flag[2:] in settings)
-    names = [name for name, _ in tiny.model.named_parameters()]
-    for name, ours in zip(names, found, strict=True):
-        assert (ours is None) == (component_of(name) == frozen), name
-    kept = [(a, b) for a, b in zip(found, one_rank("dapo")["gradients"], strict=True) if a is not None]
-    assert relative(*zip(*kept, strict=True)) < 1e-5
+CHOICES = [
+    (name, choice)
+    for name, kind in get_type_hints(Config).items()
+    for choice in (get_args(kind) if get_origin(kind) is Literal else (True,) if kind is bool else ())
+]
+
+
+@pytest.mark.parametrize(("name", "choice"), CHOICES, ids=lambda value: str(value))
+def test_no_choice_among_the_flags_makes_an_optimizer_that_ignores_the_parts_learning_rates(tiny, name, choice):
+    """Whichever optimizer a flag chooses, every trained parameter has its own part's rate."""
+    model, optimizer, _ = groups(tiny, **{"vision_lr": 2e-4, "merger_lr": 3e-5} | {name: choice})
+    rates = {"language model": 1e-3, "vision tower": 2e-4, "merger": 3e-5}
+    rates |= {f"adapters of the {part}": rate for part, rate in rates.items()}
+    found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {id(p): rates[component_of(n)] for n, p in model.named_parameters() if p.requires_grad}
+    assert found == pytest.approx(expected) and found
+
+
+def test_a_parameter_of_no_known_part_is_an_error():
+    with pytest.raises(ValueError, match="model.audio.proj.weight belongs to no component"):
+        component_of("model.audio.proj.weight")
 
 
 def refreshed(tiny, path: str) -> None:

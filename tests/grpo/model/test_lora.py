@@ -32,7 +32,7 @@ from grpo.model.lora import (
 )
 from grpo.model.optimizer import freeze, make_optimizer
 from grpo.ranks import full_tensor, start_processes
-from grpo.settings import resolve_batch_sizes
+from grpo.run.batches import resolve_batch_sizes
 from tests.conftest import Tiny, run_ranks
 from tests.grpo.model.test_sharding import relative, rollouts_of, with_advantages
 from tests.test_train import curves, flags, run_main, weights
@@ -42,9 +42,8 @@ FROZEN = {"freeze_vision_tower": True, "freeze_merger": True}
 LORA_FLAGS = ["--lora_enable", "--lora_rank", "4", "--global_batch_size", "4", "--learning_rate", "1e-2"]
 
 
-def adapted(tiny: Tiny, config: Config):
+def adapted(tiny: Tiny, device: torch.device, config: Config):
     """The model on one rank with adapters that are not zero: the sampling model and the sharded one."""
-    device = start_processes()
     torch.manual_seed(dist.get_rank())  # ranks may have drawn different numbers before
     model = copy.deepcopy(tiny.model).train()
     sampling = sharding.SamplingModel(model)
@@ -92,15 +91,25 @@ def distance(a, b) -> float:
     return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
 
 
-def step(tiny: Tiny, path: str, settings: dict) -> None:
+CASES = {
+    "language model": FROZEN,
+    "with vision": FROZEN | {"vision_lora": True},
+    "beside tower and merger": {},
+    "beside the merger": {"freeze_vision_tower": True},
+}
+
+
+def step(tiny: Tiny, device: torch.device, settings: dict, folder: str) -> dict:
+    """Do one update, and save what it has trained; return what was computed."""
     config = Config(**LORA | {"max_grad_norm": 1e9, "global_batch_size": 4} | settings)
     base = score(tiny.model, tiny)  # here, since the number of threads, which a process sets, changes the last bits
-    models = adapted(tiny, config)
+    models = adapted(tiny, device, config)
     model, sampling = models.policy, models.sampling
     optimizer, _ = make_optimizer(model, config, total_steps=1)  # before FSDP puts unsharded weights in their place
     set_B(model)
     sampling.sync(model)
     result = {"base": base, "merged": score(sampling.model, tiny), "unmerged": sharded_score(model, tiny)}
+    result["dtypes"] = {parameter.dtype for parameter in sampling.model.parameters()}
     with disable_adapters(model):
         result["off"] = sharded_score(model, tiny)
     result["on again"] = sharded_score(model, tiny)
@@ -110,26 +119,64 @@ def step(tiny: Tiny, path: str, settings: dict) -> None:
     result["after"] = score(sampling.model, tiny)
     adapter = gather_adapter(model, config)
     if dist.get_rank() == 0:
-        torch.save(result, path)
         adapter.config.base_model_name_or_path = str(tiny.folder / "model")
-        ModelFiles(adapter, tiny.tokenizer, []).write(Path(f"{path}.adapter"))
+        ModelFiles(adapter, tiny.tokenizer, []).write(Path(folder))
+    return result
+
+
+def step_in_bfloat16(tiny: Tiny, device: torch.device, folder: str) -> dict:
+    """Merge, score and update in the precision of a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "compute_dtype", lambda device: torch.bfloat16)
+        return step(tiny, device, {}, folder)
+
+
+def dropped(tiny: Tiny, device: torch.device) -> dict:
+    models = adapted(tiny, device, Config(**LORA | FROZEN | {"lora_dropout": 0.5}))
+    model, sampling = models.policy, models.sampling
+    set_B(model)
+    sampling.sync(model)
+    result = {"update": [sharded_score(model, tiny) for _ in range(2)], "merged": score(sampling.model, tiny)}
+    with without_dropout(model):
+        result["scoring"] = [sharded_score(model, tiny) for _ in range(2)]
+    result["update again"] = sharded_score(model, tiny)
+    a, b = (rollouts_of(dataclasses.replace(tiny, model=sampling.model)) for _ in range(2))
+    result["same sampling"] = all(torch.equal(x.completion_ids, y.completion_ids) for x, y in zip(a, b, strict=True))
+    return result
+
+
+def do_steps(tiny: Tiny, folder: str) -> None:
+    """All that is computed on some ranks; rank 0 writes it."""
+    device, world_size = start_processes(), dist.get_world_size()
+    results = {name: step(tiny, device, settings, f"{folder}/{name}") for name, settings in CASES.items()}
+    if world_size == 1:
+        results["dropped"] = dropped(tiny, device)
+    else:
+        results["in bfloat16"] = step_in_bfloat16(tiny, device, f"{folder}/in bfloat16")
+    if dist.get_rank() == 0:
+        torch.save(results, f"{folder}/results.pt")
     dist.destroy_process_group()
 
 
-CASES = {
-    "language model": FROZEN,
-    "with vision": FROZEN | {"vision_lora": True},
-    "beside tower and merger": {},
-    "beside the merger": {"freeze_vision_tower": True},
-}
+@pytest.fixture(scope="module")
+def one_rank(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    run_ranks(do_steps, 1, tiny, str(folder))
+    return folder, torch.load(folder / "results.pt")
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(tiny, request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def two_ranks(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run_ranks(do_steps, 2, tiny, str(folder))
+    return torch.load(folder / "results.pt")
+
+
+@pytest.fixture(params=CASES)
+def case(one_rank, request):
     """One update on one rank: its settings, what was computed, and the folder it saved."""
-    path = str(tmp_path_factory.mktemp("lora") / "step.pt")
-    run_ranks(step, 1, tiny, path, CASES[request.param])
-    return CASES[request.param], torch.load(path), f"{path}.adapter"
+    folder, results = one_rank
+    return CASES[request.param], results[request.param], folder / request.param
 
 
 def test_merged_and_unmerged_adapters_agree(case):
@@ -146,10 +193,9 @@ def test_with_adapters_off_the_model_is_its_base_exactly_and_then_itself_again(c
     assert result["alone"] == ("freeze_merger" in settings)
 
 
-def test_two_ranks_agree_with_one(tiny, case, tmp_path):
-    settings, one, _ = case
-    run_ranks(step, 2, tiny, str(tmp_path / "step.pt"), settings)
-    two = torch.load(tmp_path / "step.pt")
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_agree_with_one(one_rank, two_ranks, name):
+    one, two = one_rank[1][name], two_ranks[name]
     assert relative(two["gradients"], one["gradients"]) < 1e-5
     for name in ("merged", "unmerged", "off", "after"):
         assert distance(two[name], one[name]) < 1e-4, name
@@ -171,10 +217,10 @@ def test_peft_loads_what_was_saved_and_it_is_what_was_trained(tiny, case):
     base = use_our_layers(Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny.folder / "model"))
     loaded = PeftModel.from_pretrained(base, folder).eval()
     assert distance(score(loaded.get_base_model(), tiny), result["after"]) < 1e-4
-    assert json.loads(Path(folder, "adapter_config.json").read_text())["inference_mode"]
+    assert json.loads((folder / "adapter_config.json").read_text())["inference_mode"]
     # All of it is the adapter's to peft: saved again, nothing is left out.
     assert get_peft_model_state_dict(loaded).keys() == load_file(f"{folder}/adapter_model.safetensors").keys()
-    assert {path.name for path in Path(folder).iterdir()} >= {
+    assert {path.name for path in folder.iterdir()} >= {
         *("adapter_model.safetensors", "adapter_config.json", "tokenizer.json")
     }
 
@@ -187,9 +233,8 @@ def test_excluded_names_get_no_adapter_and_lm_head_never_does(tiny, excluded):
     assert rest == [name for name in every if "mlp" not in name] and len(rest) == 2 * 4
 
 
-def test_dropout_acts_in_the_update_alone(tiny, tmp_path):
-    run_ranks(dropped, 1, tiny, str(tmp_path / "result"))
-    result = torch.load(tmp_path / "result")
+def test_dropout_acts_in_the_update_alone(one_rank):
+    result = one_rank[1]["dropped"]
     assert distance(result["update"][0], result["update"][1]) > 1e-3
     assert result["same sampling"]
     assert distance(result["scoring"][0], result["scoring"][1]) == 0
@@ -197,42 +242,9 @@ def test_dropout_acts_in_the_update_alone(tiny, tmp_path):
     assert distance(result["update again"], result["scoring"][0]) > 1e-3
 
 
-def dropped(tiny: Tiny, path: str) -> None:
-    models = adapted(tiny, Config(**LORA | FROZEN | {"lora_dropout": 0.5}))
-    model, sampling = models.policy, models.sampling
-    set_B(model)
-    sampling.sync(model)
-    result = {"update": [sharded_score(model, tiny) for _ in range(2)], "merged": score(sampling.model, tiny)}
-    with without_dropout(model):
-        result["scoring"] = [sharded_score(model, tiny) for _ in range(2)]
-    result["update again"] = sharded_score(model, tiny)
-    a, b = (rollouts_of(dataclasses.replace(tiny, model=sampling.model)) for _ in range(2))
-    result["same sampling"] = all(torch.equal(x.completion_ids, y.completion_ids) for x, y in zip(a, b, strict=True))
-    torch.save(result, path)
-    dist.destroy_process_group()
-
-
-def in_bfloat16(tiny: Tiny, path: str) -> None:
-    """Merge, score and update in the precision of a GPU."""
-    sharding.compute_dtype = lambda device: torch.bfloat16
-    config = Config(**LORA | {"max_grad_norm": 1e9, "global_batch_size": 4})
-    models = adapted(tiny, config)
-    model, sampling = models.policy, models.sampling
-    optimizer, _ = make_optimizer(model, config, total_steps=1)  # before FSDP puts unsharded weights in their place
-    set_B(model)
-    sampling.sync(model)
-    result = {"merged": score(sampling.model, tiny), "unmerged": sharded_score(model, tiny)}
-    result["dtypes"] = {parameter.dtype for parameter in sampling.model.parameters()}
-    result["gradients"] = update(tiny, models, optimizer, config)
-    torch.save(result, path)
-    dist.destroy_process_group()
-
-
-def test_adapters_work_in_bfloat16(tiny, tmp_path):
-    run_ranks(in_bfloat16, 2, tiny, str(tmp_path / "result"))
-    run_ranks(step, 1, tiny, str(tmp_path / "float32"), {})
-    result, float32 = torch.load(tmp_path / "result"), torch.load(tmp_path / "float32")
-    assert result["dtypes"] == {torch.bfloat16}
+def test_adapters_work_in_bfloat16(one_rank, two_ranks):
+    result, float32 = two_ranks["in bfloat16"], one_rank[1]["beside tower and merger"]
+    assert result["dtypes"] == {torch.bfloat16} and float32["dtypes"] == {torch.float32}
     assert distance(result["merged"], result["unmerged"]) < 0.1
     assert distance(result["merged"], float32["merged"]) < 0.1
     assert all(gradient.dtype == torch.float32 for gradient in result["gradients"])

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import functools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,16 +17,17 @@ from grpo.config import Config
 from grpo.logprobs import completion_logprobs
 from grpo.model import sharding
 from grpo.model.load import SpecialTokens
-from grpo.model.optimizer import freeze, make_optimizer
+from grpo.model.optimizer import component_of, freeze, make_optimizer
 from grpo.ranks import full_tensor, raise_together, start_processes
 from grpo.rollout import SamplingParams, ScoredRollout, generate
+from grpo.run.batches import resolve_batch_sizes
 from grpo.run.inputs import load_initial_model
-from grpo.settings import resolve_batch_sizes
 from tests.conftest import Tiny, run_ranks
 
 ADVANTAGES = torch.tensor([[1.0, -0.5, 0.25], [0.7, -0.2, 0.4], [-1.0, 2.0, 0.5], [0.3, 0.1, -0.4]])
 OFTEN = list(range(0, 300, 6))
 ZERO_ADVANTAGES = 1  # a seed that stands for: every second group has none
+UNEQUAL = "only the first of two ranks has advantages"
 COLUMNS = ("completion_ids", "completion_mask", "logprobs")
 
 
@@ -57,18 +60,28 @@ def padded(one: ScoredRollout, extra: int) -> ScoredRollout:
     return ScoredRollout(dataclasses.replace(one.rollout, **wider), one.advantages, F.pad(one.loss_mask, (0, extra)))
 
 
-def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False, reorder: bool = False) -> None:
-    """Do one update on this rank's share of the four groups; rank 0 writes gradients, metrics and new weights."""
-    device = start_processes()
+@dataclass
+class Case:
+    """How a step is done."""
+
+    settings: dict
+    data: str = "tiny"
+    checkpointing: bool = False
+    reorder: bool = False
+
+
+def step(tiny: Tiny, device: torch.device, case: Case) -> dict:
+    """Do one update on this rank's share of the four groups; return gradients, metrics and new weights."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     # No clipping, so that the gradients can be read.
-    config = Config(temperature=0.7, learning_rate=1e-3, max_grad_norm=1e9, **settings)
+    settings = {"temperature": 0.7, "learning_rate": 1e-3, "max_grad_norm": 1e9, "global_batch_size": 4}
+    config = Config(**settings | case.settings)
     config = resolve_batch_sizes(config, world_size)
     scored = with_advantages(rollouts_of(tiny), config.seed)
-    if reorder:
+    if case.reorder:
         scored = [padded(one, 3) for one in reversed(scored)]
     model = copy.deepcopy(tiny.model).train()
-    if checkpointing:
+    if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     sampling = sharding.SamplingModel(model)
     freeze(model, config)
@@ -87,10 +100,8 @@ def step(tiny: Tiny, path: str, settings: dict, checkpointing: bool = False, reo
     metrics = train.update_phase(models, optimizer, own, tiny.suppress_tokens, config)
     gradients = full_gradients(model)
     sampling.sync(model)
-    if rank == 0:
-        weights = [p.detach().clone() for p in sampling.model.parameters()]
-        torch.save({"gradients": gradients, "metrics": metrics, "weights": weights}, path)
-    dist.destroy_process_group()
+    weights = [p.detach().clone() for p in sampling.model.parameters()]
+    return {"gradients": gradients, "metrics": metrics, "weights": weights}
 
 
 def relative(a, b):
@@ -107,30 +118,64 @@ VARIANTS = {
     "dr_grpo, two iterations": {"loss_type": "dr_grpo", "num_iterations": 2},
     "sequence level": {"importance_sampling_level": "sequence", "num_iterations": 2},
     "with KL": {"beta": 0.1, "num_iterations": 2},
-    "only the first of two ranks has advantages": {"seed": ZERO_ADVANTAGES},
+    UNEQUAL: {"seed": ZERO_ADVANTAGES},
 }
 
 
+VARIANT_CASES = {variant: Case(settings) for variant, settings in VARIANTS.items()}
+OTHER_ORDER = {
+    f"{variant}, in another order": Case({"per_device_train_batch_size": 2} | settings, reorder=True)
+    for variant, settings in VARIANTS.items()
+}
+TEXT_ONLY = {
+    "text only": Case({}, data="mixed"),
+    "text only, with KL": Case({"num_iterations": 2, "beta": 0.1}, data="mixed"),
+}
+FROZEN = {
+    "without language model": Case({"freeze_llm": True}),
+    "without vision tower": Case({"freeze_vision_tower": True}),
+    "without merger": Case({"freeze_merger": True}),
+}
+CASES = {  # by the number of ranks and of those of a node
+    (1, 1): VARIANT_CASES
+    | OTHER_ORDER
+    | TEXT_ONLY
+    | {
+        "four passes": Case({"gradient_accumulation_steps": 4}),
+        "checkpointing": Case({}, checkpointing=True),
+    },
+    (2, 2): VARIANT_CASES
+    | TEXT_ONLY
+    | FROZEN
+    | {"two passes": Case({"gradient_accumulation_steps": 2}, checkpointing=True)},
+    (4, 4): {variant: VARIANT_CASES[variant] for variant in ("dapo", "grpo, two iterations", "with KL", UNEQUAL)},
+    (4, 2): {"dapo": VARIANT_CASES["dapo"]},
+}
+
+
+def do_steps(data: dict[str, Tiny], path: str, cases: dict[str, Case]) -> None:
+    device = start_processes()
+    results = {name: step(data[case.data], device, case) for name, case in cases.items()}
+    if dist.get_rank() == 0:
+        torch.save(results, path)
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
-def one_rank(tiny, tmp_path_factory):
-    """The step in one process, all four groups in one packed pass; by variant."""
-    results = {}
+def done(tiny, mixed, tmp_path_factory):
+    """What a case gives on some ranks; the same processes do all cases of as many ranks."""
+    data = {"tiny": tiny, "mixed": dataclasses.replace(mixed, prompts=mixed.prompts[:4])}
 
-    def result(variant: str) -> dict:
-        if variant not in results:
-            path = str(tmp_path_factory.mktemp("one") / "step.pt")
-            run_ranks(step, 1, tiny, path, {"global_batch_size": 4} | VARIANTS[variant])
-            results[variant] = torch.load(path)
-        return results[variant]
+    @functools.cache
+    def results_of(ranks: tuple[int, int]) -> dict:
+        path = str(tmp_path_factory.mktemp("steps") / "steps.pt")
+        run_ranks(do_steps, ranks[0], data, path, CASES[ranks], local_world_size=ranks[1])
+        return torch.load(path)
 
-    return result
+    return lambda name, ranks=(1, 1): results_of(ranks)[name]
 
 
-def check_split(tiny, one_rank, tmp_path, variant, world_size, settings, checkpointing=False, local=None):
-    path = str(tmp_path / "step.pt")
-    settings = {"global_batch_size": 4} | settings | VARIANTS[variant]
-    run_ranks(step, world_size, tiny, path, settings, checkpointing, local_world_size=local)
-    whole, split = one_rank(variant), torch.load(path)
+def assert_equal_steps(split: dict, whole: dict) -> None:
     assert whole["metrics"]["grad_norm"] > 1e-3
     assert relative(split["gradients"], whole["gradients"]) < 1e-5
     assert relative(split["weights"], whole["weights"]) < 1e-5
@@ -138,49 +183,60 @@ def check_split(tiny, one_rank, tmp_path, variant, world_size, settings, checkpo
 
 
 @pytest.mark.parametrize(
-    ("world_size", "settings", "checkpointing", "local"),
+    ("name", "ranks"),
     [
-        (1, {"gradient_accumulation_steps": 4}, False, None),
-        (1, {}, True, None),
-        (2, {"gradient_accumulation_steps": 2}, True, None),
-        (4, {}, False, None),
-        (4, {}, False, 2),
+        ("four passes", (1, 1)),
+        ("checkpointing", (1, 1)),
+        ("two passes", (2, 2)),
+        ("dapo", (4, 4)),
+        ("dapo", (4, 2)),
     ],
     ids=["four passes", "checkpointing", "2 ranks x 2 passes", "4 ranks", "2 nodes of 2"],
 )
-def test_a_step_does_not_depend_on_how_its_work_is_split(
-    tiny, one_rank, tmp_path, world_size, settings, checkpointing, local
-):
-    check_split(tiny, one_rank, tmp_path, "dapo", world_size, settings, checkpointing, local)
+def test_a_step_does_not_depend_on_how_its_work_is_split(done, name, ranks):
+    assert_equal_steps(done(name, ranks), done("dapo"))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(
+    ("variant", "ranks"),
+    [(variant, ranks) for ranks in ((2, 2), (4, 4)) for variant in CASES[ranks] if variant in VARIANTS],
+    ids=lambda value: value if isinstance(value, str) else f"{value[0]} ranks",
+)
+def test_no_variant_of_the_loss_depends_on_the_number_of_ranks(done, variant, ranks):
+    assert_equal_steps(done(variant, ranks), done(variant))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_variant_of_the_loss_depends_on_the_number_of_ranks(tiny, one_rank, tmp_path, variant, world_size):
-    check_split(tiny, one_rank, tmp_path, variant, world_size, {})
+def test_passes_order_of_the_prompts_and_padding_change_nothing(done, variant):
+    other = done(f"{variant}, in another order")
+    assert relative(other["gradients"], done(variant)["gradients"]) < 1e-5
+    assert other["metrics"] == pytest.approx(done(variant)["metrics"], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2, "beta": 0.1}], ids=["plain", "with KL"])
-def test_a_rank_whose_prompts_are_text_only_keeps_in_step(mixed, tmp_path, settings):
-    four, results = dataclasses.replace(mixed, prompts=mixed.prompts[:4]), []
-    assert [len(prompt.pixel_values) > 0 for prompt in four.prompts] == [True, False, True, False]
-    for world_size in (1, 2):
-        run_ranks(step, world_size, four, str(tmp_path / "step.pt"), {"global_batch_size": 4} | settings)
-        results.append(torch.load(tmp_path / "step.pt"))
-    whole, split = results
-    assert relative(split["gradients"], whole["gradients"]) < 1e-5
-    assert relative(split["weights"], whole["weights"]) < 1e-5
-    assert split["metrics"] == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-6)
+@pytest.mark.parametrize("name", TEXT_ONLY)
+def test_a_rank_whose_prompts_are_text_only_keeps_in_step(mixed, done, name):
+    assert [len(prompt.pixel_values) > 0 for prompt in mixed.prompts[:4]] == [True, False, True, False]
+    assert_equal_steps(done(name, (2, 2)), done(name))
 
 
-def test_the_variants_differ(one_rank):
-    gradients = [torch.cat([g.flatten() for g in one_rank(variant)["gradients"]]) for variant in VARIANTS]
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_step_with_a_frozen_part_has_the_other_parts_gradients(tiny, done, name):
+    found, frozen = done(name, (2, 2))["gradients"], name.removeprefix("without ")
+    names = [name for name, _ in tiny.model.named_parameters()]
+    for name, ours in zip(names, found, strict=True):
+        assert (ours is None) == (component_of(name) == frozen), name
+    kept = [(a, b) for a, b in zip(found, done("dapo")["gradients"], strict=True) if a is not None]
+    assert relative(*zip(*kept, strict=True)) < 1e-5
+
+
+def test_the_variants_differ(done):
+    gradients = [torch.cat([g.flatten() for g in done(variant)["gradients"]]) for variant in VARIANTS]
     for i, first in enumerate(gradients):
         for second in gradients[:i]:
             assert relative([first], [second]) > 1e-3
 
 
-def test_the_gradient_is_that_of_the_trained_tokens_divided_by_their_number(tiny, one_rank):
+def test_the_gradient_is_that_of_the_trained_tokens_divided_by_their_number(tiny, done):
     model = copy.deepcopy(tiny.model)
     loss, num_tokens, rollouts = 0.0, 0, rollouts_of(tiny)
     for one in with_advantages(rollouts):
@@ -190,38 +246,38 @@ def test_the_gradient_is_that_of_the_trained_tokens_divided_by_their_number(tiny
         num_tokens += int(one.loss_mask.sum())
     assert 0 < num_tokens < sum(int(r.completion_mask.sum()) for r in rollouts if not r.prompt.is_padding)
     (loss / num_tokens).backward()
-    assert relative([p.grad for p in model.parameters()], one_rank("dapo")["gradients"]) < 1e-5
+    assert relative([p.grad for p in model.parameters()], done("dapo")["gradients"]) < 1e-5
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_passes_order_of_the_prompts_and_padding_change_nothing(tiny, one_rank, tmp_path, variant):
-    path = str(tmp_path / "step.pt")
-    settings = {"global_batch_size": 4, "per_device_train_batch_size": 2} | VARIANTS[variant]
-    run_ranks(step, 1, tiny, path, settings, False, True)
-    other = torch.load(path)
-    assert relative(other["gradients"], one_rank(variant)["gradients"]) < 1e-5
-    assert other["metrics"] == pytest.approx(one_rank(variant)["metrics"], rel=1e-4, abs=1e-6)
-
-
-def fetch(bad_rank: int, path: str) -> None:
-    start_processes()
-    items = [InputError("sample 's3': broken")] if dist.get_rank() == bad_rank else ["a prompt"]
-    try:
-        raise_together(checked, items)
-    except InputError as error:
-        with open(f"{path}{dist.get_rank()}", "w") as file:
-            file.write(str(error))
+def what_a_rank_has(tiny: Tiny, folder: str) -> None:
+    """On every rank, what the functions below return, by their names."""
+    device = start_processes()
+    tasks = (error_of_another, doubled, spread, spread_with_adapters, has_loaded, in_bfloat16)
+    torch.save({task.__name__: task(tiny, device, folder) for task in tasks}, f"{folder}/{dist.get_rank()}")
     dist.destroy_process_group()
 
 
-def test_what_stops_one_rank_stops_all_with_the_same_line(tmp_path):
-    run_ranks(fetch, 2, 1, str(tmp_path / "rank"))
-    assert [(tmp_path / f"rank{r}").read_text() for r in (0, 1)] == ["sample 's3': broken"] * 2
+@pytest.fixture(scope="module")
+def ranks(tiny, tmp_path_factory):
+    """`what_a_rank_has`, on each of two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(what_a_rank_has, 2, tiny, str(folder))
+    return [torch.load(folder / str(rank)) for rank in (0, 1)]
 
 
-def two_models(tiny: Tiny, path: str) -> None:
+def error_of_another(tiny: Tiny, device: torch.device, folder: str) -> str:
+    """What a rank hears of an error on rank 1 alone."""
+    with pytest.raises(InputError) as raised:
+        raise_together(checked, [InputError("sample 's3': broken")] if dist.get_rank() == 1 else ["a prompt"])
+    return str(raised.value)
+
+
+def test_what_stops_one_rank_stops_all_with_the_same_line(ranks):
+    assert [rank["error_of_another"] for rank in ranks] == ["sample 's3': broken"] * 2
+
+
+def doubled(tiny: Tiny, device: torch.device, folder: str) -> dict:
     """Change the sharded weights; the sampling model must follow at the next sync."""
-    device = start_processes()
     model = copy.deepcopy(tiny.model)
     sampling = sharding.SamplingModel(model)
     sharding.apply_fsdp(model, device)
@@ -231,28 +287,27 @@ def two_models(tiny: Tiny, path: str) -> None:
     sampling.sync(model)
     expected = zip(sampling.model.named_parameters(), tiny.model.parameters(), strict=True)
     wrong = [name for (name, now), before in expected if not torch.equal(now, 2 * before)]
-    shared = sampling.model.lm_head.weight is sampling.model.get_input_embeddings().weight
-    torch.save({"wrong": wrong, "shared": shared}, f"{path}{dist.get_rank()}")
+    return {"wrong": wrong, "shared": sampling.model.lm_head.weight is sampling.model.get_input_embeddings().weight}
+
+
+def test_the_sampling_weights_are_those_of_the_sharded_model_on_every_rank(ranks):
+    assert [rank["doubled"] for rank in ranks] == [{"wrong": [], "shared": True}] * 2
+
+
+def test_the_sampling_weights_of_one_rank_are_those_of_its_model(tiny):
+    assert doubled(tiny, start_processes(), "") == {"wrong": [], "shared": True}
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_sampling_weights_are_those_of_the_sharded_model_on_every_rank(tiny, tmp_path, world_size):
-    run_ranks(two_models, world_size, tiny, str(tmp_path / "rank"))
-    for rank in range(world_size):
-        assert torch.load(tmp_path / f"rank{rank}") == {"wrong": [], "shared": True}
-
-
-def spread(tiny: Tiny, path: str, settings: dict) -> None:
-    """Load the model on rank 0 only, as a run does; write what each rank then has of it."""
-    device = start_processes()
+def spread(tiny: Tiny, device: torch.device, folder: str, **settings) -> dict:
+    """Load the model on rank 0 only, as a run does; return what each rank then has of it."""
     loaded = copy.deepcopy(tiny.model) if dist.get_rank() == 0 else None
     if loaded is not None:
         loaded.generation_config.eos_token_id = [3, 5]  # of generation_config.json, which the config does not know
-    models = sharding.build_models(loaded, Config(**settings), device)
+    models = sharding.build_models(loaded, Config(**settings or {"beta": 0.1}), device)
     model, sampling, reference = models.policy, models.sampling, models.reference
     sampling.sync(model)
-    result = {
+    return {
         "whole": {name: p.detach().clone() for name, p in sampling.model.named_parameters()},
         "sharded": {name: full_tensor(p).detach() for name, p in model.named_parameters()},
         "own": sum(p.to_local().numel() for p in model.parameters()),
@@ -260,49 +315,46 @@ def spread(tiny: Tiny, path: str, settings: dict) -> None:
         "buffers": {name: b.clone() for name, b in [*model.named_buffers(), *sampling.model.named_buffers()]},
         "stop": model.generation_config.eos_token_id,
     }
-    torch.save(result, f"{path}{dist.get_rank()}")
-    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("settings", [{"beta": 0.1}, {"lora_enable": True, "lora_rank": 2}], ids=["whole", "adapters"])
-def test_the_model_that_rank_0_has_read_is_spread_over_all_ranks(tiny, tmp_path, settings):
-    run_ranks(spread, 2, tiny, str(tmp_path / "rank"), settings)
-    expected, ranks = dict(tiny.model.named_parameters()), [torch.load(tmp_path / f"rank{rank}") for rank in (0, 1)]
-    for rank in ranks:
+def spread_with_adapters(tiny: Tiny, device: torch.device, folder: str) -> dict:
+    return spread(tiny, device, folder, lora_enable=True, lora_rank=2)
+
+
+@pytest.mark.parametrize("how", ["spread", "spread_with_adapters"])
+def test_the_model_that_rank_0_has_read_is_spread_over_all_ranks(tiny, ranks, how):
+    expected, found = dict(tiny.model.named_parameters()), [rank[how] for rank in ranks]
+    for rank in found:
         assert rank["whole"].keys() == expected.keys()
         assert all(torch.equal(p, rank["whole"][name]) for name, p in expected.items())
-        assert all(torch.equal(p, ranks[0]["sharded"][name]) for name, p in rank["sharded"].items())
+        assert all(torch.equal(p, found[0]["sharded"][name]) for name, p in rank["sharded"].items())
         assert all(torch.equal(b, rank["buffers"][name]) for name, b in tiny.model.named_buffers())
         assert rank["stop"] == [3, 5]
-        if "beta" in settings:
+        if how == "spread":
             assert all(torch.equal(p, rank["reference"][name]) for name, p in expected.items())
         else:  # random adapters, the same on both
             assert any(".lora_A." in name and p.any() for name, p in rank["sharded"].items())
-    number = sum(p.numel() for p in ranks[0]["sharded"].values())
-    assert sum(rank["own"] for rank in ranks) == number and max(rank["own"] for rank in ranks) < 0.6 * number
+    number = sum(p.numel() for p in found[0]["sharded"].values())
+    assert sum(rank["own"] for rank in found) == number and max(rank["own"] for rank in found) < 0.6 * number
 
 
-def test_only_rank_0_reads_the_weights(tiny, tmp_path):
-    run_ranks(load, 2, tiny, str(tmp_path / "rank"))
-    assert [torch.load(tmp_path / f"rank{rank}") for rank in (0, 1)] == [True, False]
+def has_loaded(tiny: Tiny, device: torch.device, folder: str) -> bool:
+    """Load what a run needs; return whether this rank got a model."""
+    return load_initial_model(Config(model_id=str(tiny.folder / "model"))) is not None
 
 
-def load(tiny: Tiny, path: str) -> None:
-    """Write whether this rank got a model."""
-    start_processes()
-    config = Config(model_id=str(tiny.folder / "model"))
-    torch.save(load_initial_model(config) is not None, f"{path}{dist.get_rank()}")
-    dist.destroy_process_group()
+def test_only_rank_0_reads_the_weights(ranks):
+    assert [rank["has_loaded"] for rank in ranks] == [True, False]
 
 
-def in_bfloat16(tiny: Tiny, path: str) -> None:
+def in_bfloat16(tiny: Tiny, device: torch.device, folder: str) -> dict:
     """Compute as on a GPU, with bfloat16 weights: sharded, and unsharded as in sampling."""
-    sharding.compute_dtype = lambda device: torch.bfloat16
-    device = start_processes()
-    model = copy.deepcopy(tiny.model)
-    sampling = sharding.SamplingModel(model)
-    sharding.apply_fsdp(model, device)
-    sampling.sync(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "compute_dtype", lambda device: torch.bfloat16)
+        model = copy.deepcopy(tiny.model)
+        sampling = sharding.SamplingModel(model)
+        sharding.apply_fsdp(model, device)
+        sampling.sync(model)
     rollouts = rollouts_of(dataclasses.replace(tiny, model=sampling.model))
     arguments = (
         [r.prompt for r in rollouts],
@@ -314,11 +366,8 @@ def in_bfloat16(tiny: Tiny, path: str) -> None:
         theirs = completion_logprobs(sampling.model, *arguments, 0.7, tiny.suppress_tokens)
     same = all(torch.equal(a, b) for (a, _), (b, _) in zip(ours, theirs, strict=True))
     difference = max((r.logprobs - a).abs().max().item() for r, (a, _) in zip(rollouts, ours, strict=True))
-    torch.save({"same": same, "difference": difference}, path)
-    dist.destroy_process_group()
+    return {"same": same, "difference": difference}
 
 
-def test_sharded_and_sampling_weights_compute_the_same_in_bfloat16(tiny, tmp_path):
-    run_ranks(in_bfloat16, 1, tiny, str(tmp_path / "result"))
-    result = torch.load(tmp_path / "result")
-    assert result["same"] and result["difference"] < 0.1
+def test_sharded_and_sampling_weights_compute_the_same_in_bfloat16(ranks):
+    assert all(rank["in_bfloat16"]["same"] and rank["in_bfloat16"]["difference"] < 0.1 for rank in ranks)

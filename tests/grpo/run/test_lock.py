@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,22 +22,25 @@ def test_a_second_run_in_a_folder_names_the_first_one_and_ends(tiny, tmp_path, p
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: error")]
     assert f"is in use by process {first.pid} on {os.uname().nodename}" in line
     assert os.listdir(tmp_path / "out") == [".lock"]
-    first.send_signal(signal.SIGKILL)  # the lock goes with the process, however it ends
-    first.wait()
+    first.kill()  # the lock goes with the process, however it ends
+    first.join()
     assert train.main(run_flags(tiny.folder, tmp_path / "out", "--max_steps", "1")) == 0
 
 
 def test_a_lock_survives_being_asked_for_again(tmp_path, processes):
-    twice = "lock_folder(sys.argv[1]); print('twice', flush=True); time.sleep(600)"
-    holder = hold(tmp_path / "out", processes, then=twice)
-    assert holder.stdout.readline() == "twice\n"
+    holder = hold(tmp_path / "out", processes, times=2)
     with pytest.raises(InputError, match=f"in use by process {holder.pid}"):
         lock_folder(str(tmp_path / "out"))
 
 
+def leave_a_child(seconds: float) -> None:
+    if os.fork() == 0:
+        time.sleep(3)
+    os._exit(0)
+
+
 def test_children_that_outlive_a_run_do_not_hold_its_folder(tmp_path, processes):
-    parent = hold(tmp_path / "out", processes, then="import os; pid = os.fork(); pid and os._exit(0); time.sleep(3)")
-    parent.wait()
+    hold(tmp_path / "out", processes, then=leave_a_child).join()
     lock_folder(str(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / ".lock").read_text())["pid"] == os.getpid()
 
@@ -59,20 +61,20 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_ranks_whose_launcher_was_killed_end_within_a_minute(tiny, tmp_path, processes):
+def test_ranks_whose_launcher_was_killed_end_within_a_minute(tiny, tmp_path, request):
     log, output = tmp_path / "log", tmp_path / "out"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py"]
     command += run_flags(tiny.folder, output, "--num_train_epochs", "100000")
     with open(log, "w") as file:
         launcher = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
-    processes.append(launcher)
+    request.addfinalizer(launcher.kill)
     deadline = time.monotonic() + 120
     while not list(output.glob("tensorboard/*")):
         assert time.monotonic() < deadline and launcher.poll() is None, log.read_text()
         time.sleep(0.2)
     ranks = children_of(launcher.pid)
     assert len(ranks) == 2 and all(map(is_running, ranks))
-    launcher.send_signal(signal.SIGKILL)
+    launcher.kill()
     deadline = time.monotonic() + 60
     while any(map(is_running, ranks)):
         assert time.monotonic() < deadline

@@ -35,7 +35,7 @@ def find_longest(dataset: PromptDataset, path: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("world_size", [1, 5])  # fewer and more than samples
 def test_the_longest_prompt_is_found_without_decoding_and_broken_videos_do_not_matter(tiny, tmp_path, world_size):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"junk")

@@ -22,7 +22,7 @@ from grpo.config import Config
 from grpo.model.load import ModelFiles
 from grpo.ranks import start_processes
 from grpo.run.checkpoint import checkpoints, save
-from tests.conftest import make_tiny, run_ranks
+from tests.conftest import children_of, make_tiny, run_ranks
 from tests.kill_and_resume import (
     evaluating,
     in_two_files,
@@ -73,8 +73,8 @@ LORA = "--lora_enable --lora_rank 4 --lora_dropout 0.3 --beta 0.1 --vision_lr 1e
 
 @pytest.mark.parametrize(
     ("ranks", "more"),
-    [(1, []), (1, LORA), (2, LORA)],
-    ids=["all weights", "adapters with dropout, KL", "adapters on two ranks"],
+    [(1, []), (2, LORA)],
+    ids=["all weights", "adapters with dropout and KL on two ranks"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tiny, tmp_path, ranks, more):
     whole, output, logs = tmp_path / "whole", tmp_path / "resumed", (tmp_path / "1", tmp_path / "2")
@@ -92,12 +92,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tiny, tmp_path, r
     assert max(value for _, value in resumed.curves["grad_norm"]) > 0
 
 
-def test_completions_show_once_per_step_after_resuming(tiny, tmp_path):
-    whole, output = tmp_path / "whole", tmp_path / "resumed"
-    train.main(run_flags(tiny.folder, whole, *STEPS))
-    train.main(run_flags(tiny.folder, stopped_after(4, whole, output), *STEPS, *AUTO))
-    events = EventAccumulator(str(output / "tensorboard")).Reload()
-    assert [event.step for event in events.Tensors("completions/text_summary")] == [1, 2, 3, 4, 5, 6]
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A run of six steps with a checkpoint at each."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert train.main(run_flags(tiny.folder, output, *STEPS)) == 0
+    return output
 
 
 def test_slots_from_a_later_step_on_are_those_of_the_whole_run():
@@ -108,18 +108,12 @@ def test_slots_from_a_later_step_on_are_those_of_the_whole_run():
     )
 
 
-@pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
-    """A run of six steps with a checkpoint at each."""
-    output = tmp_path_factory.mktemp("whole") / "out"
-    assert train.main(run_flags(tiny.folder, output, *STEPS)) == 0
-    return output
-
-
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_another_number_of_ranks_goes_on_with_the_same_run(tiny, tmp_path, before, after):
-    whole, output = tmp_path / "whole", tmp_path / "resumed"
-    run(before, run_flags(tiny.folder, whole, *FEW_SAVES), tmp_path / "log")
+def test_another_number_of_ranks_goes_on_with_the_same_run(tiny, whole, tmp_path, before, after):
+    output = tmp_path / "resumed"
+    if before == 2:
+        whole = tmp_path / "whole"
+        run(before, run_flags(tiny.folder, whole, *FEW_SAVES), tmp_path / "log")
     printed = run(after, run_flags(tiny.folder, stopped_after(2, whole, output), *FEW_SAVES, *AUTO), tmp_path / "log")
     assert f"saved by {before} ranks, now {after}" in printed
     difference = weights(output / "final") - weights(whole / "final")
@@ -308,7 +302,7 @@ def test_a_run_whose_own_checkpoints_are_all_gone_begins_anew(tiny, whole, tmp_p
     assert result(output) == result(whole)
 
 
-def test_checkpoints_may_be_links_to_another_disk(tiny, whole, tmp_path):
+def test_checkpoints_may_be_links_to_another_disk_and_completions_show_once_per_step(tiny, whole, tmp_path):
     output = stopped_after(4, whole, tmp_path / "out")
     (output / "checkpoint-4").rename(tmp_path / "elsewhere")
     (output / "checkpoint-4").symlink_to(tmp_path / "elsewhere")
@@ -317,6 +311,8 @@ def test_checkpoints_may_be_links_to_another_disk(tiny, whole, tmp_path):
     assert {path.name for path in output.iterdir()} == expected
     assert checkpoints(tmp_path) == {} and (tmp_path / "elsewhere" / "trainer_state").exists()
     assert result(output) == result(whole)
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    assert [event.step for event in events.Tensors("completions/text_summary")] == [1, 2, 3, 4, 5, 6]
 
 
 def main_on_a_full_disk(arguments: list[str], log: str) -> None:
@@ -350,30 +346,35 @@ def wait_for_step(log: Path, step: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture(scope="module")
+def nine_steps_on_two_ranks(tiny, tmp_path_factory):
+    """A run without checkpoints, and its log."""
+    folder = tmp_path_factory.mktemp("nine")
+    run(2, run_flags(tiny.folder, folder / "whole", "--max_steps", "9"), folder / "log")
+    return folder / "whole", folder / "log"
+
+
 @pytest.mark.parametrize(
-    ("number", "ranks", "reached"),
-    [(signal.SIGINT, 1, "group"), (signal.SIGTERM, 2, "group"), (signal.SIGUSR1, 2, "one")],
+    ("number", "step", "reached"),
+    [(signal.SIGINT, 1, "group"), (signal.SIGUSR1, 4, "one")],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_a_signal_stops_all_ranks_after_the_step_and_no_step_is_lost(tiny, tmp_path, number, ranks, reached):
-    whole, output, logs = tmp_path / "whole", tmp_path / "out", (tmp_path / "1", tmp_path / "2")
-    run(ranks, run_flags(tiny.folder, whole, "--max_steps", "9"), logs[0])
-    processes = start(ranks, run_flags(tiny.folder, output, "--max_steps", "9"), logs[1])
-    wait_for_step(logs[1], 1 if number == signal.SIGTERM else 4)
+def test_a_signal_stops_all_ranks_after_the_step_and_no_step_is_lost(
+    tiny, nine_steps_on_two_ranks, tmp_path, number, step, reached
+):
+    (whole, whole_log), output, log = nine_steps_on_two_ranks, tmp_path / "out", tmp_path / "log"
+    processes = start(2, run_flags(tiny.folder, output, "--max_steps", "9"), log)
+    wait_for_step(log, step)
     for process in processes if reached == "group" else processes[-1:]:
-        for pid in [process.pid, *children(process.pid)] if reached == "group" else [process.pid]:
+        for pid in [process.pid, *children_of(process.pid)] if reached == "group" else [process.pid]:
             os.kill(pid, number)  # with its workers
-    assert wait(processes) == [0] * ranks
+    assert wait(processes) == [0] * 2
     done = max(checkpoints(output))
-    assert done < 9 and f"stopped after step {done}" in logs[1].read_text()
-    assert max(steps_of(logs[1])) == done  # the last step that was begun
-    run(ranks, run_flags(tiny.folder, output, "--max_steps", "9", *AUTO), logs[1])
-    assert scored(logs[1]) == scored(logs[0])  # each step once
+    assert done < 9 and f"stopped after step {done}" in log.read_text()
+    assert max(steps_of(log)) == done  # the last step that was begun
+    run(2, run_flags(tiny.folder, output, "--max_steps", "9", *AUTO), log)
+    assert scored(log) == scored(whole_log)  # each step once
     assert result(output) == result(whole)
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_a_second_signal_ends_the_program_at_once(tiny, tmp_path):
@@ -387,11 +388,19 @@ def test_a_second_signal_ends_the_program_at_once(tiny, tmp_path):
     assert set(checkpoints(tmp_path / "out")) == {1}
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 2), (2, 1)])
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, ranks, kills):
+@pytest.mark.parametrize(("ranks", "kills", "seed"), [(1, 2, 0), (2, 1, 10)])  # 10: the second rank alone is killed
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, ranks, kills, seed):
     tiny = make_tiny(tmp_path / "tiny", num_videos=(1, 2, 1))
     more = ["--max_steps", "6", *evaluating(tiny.folder), *rewarded()]
-    assert kill_and_resume(tiny.folder, ranks, kills, signal.SIGKILL, 0, more)
+    assert kill_and_resume(tiny.folder, ranks, kills, signal.SIGKILL, seed, more)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny, tmp_path_factory):
+    """The run of `whole` with evaluations."""
+    output = tmp_path_factory.mktemp("evaluated") / "out"
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *evaluating(tiny.folder))) == 0
+    return output
 
 
 def best_by_hand(evaluations: list[dict], metric: str = "eval/mae") -> int:
@@ -399,12 +408,11 @@ def best_by_hand(evaluations: list[dict], metric: str = "eval/mae") -> int:
     return min((e for e in evaluations if e["step"] > 0), key=lambda e: (e[metric], e["step"]))["step"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_resumed_run_evaluates_at_the_same_steps_and_keeps_the_same_best_model(tiny, tmp_path, ranks):
+def test_a_resumed_run_evaluates_at_the_same_steps_and_keeps_the_same_best_model(tiny, tmp_path):
     """Resumed after step 2 of 6, where it was evaluated, and after step 4, where a signal came before that."""
     flags = [*STEPS, "--learning_rate", "1e-2", *evaluating(tiny.folder)]
     whole = tmp_path / "whole"
-    run(ranks, run_flags(tiny.folder, whole, *flags), tmp_path / "log")
+    run(2, run_flags(tiny.folder, whole, *flags), tmp_path / "log")
     expected, evaluations = result(whole), read_evaluations(whole / "final")
     assert [evaluation["step"] for evaluation in evaluations] == [0, 2, 4, 6]
     assert [step for step, _ in expected.curves["eval/reward"]] == [0, 2, 4, 6]
@@ -419,7 +427,7 @@ def test_a_resumed_run_evaluates_at_the_same_steps_and_keeps_the_same_best_model
             progress["evaluations"], progress["best_step"] = progress["evaluations"][:2], 2
             path.write_text(json.dumps(progress))
             SummaryWriter(str(output / "tensorboard"), purge_step=4).close()
-        run(ranks, run_flags(tiny.folder, output, *flags, *AUTO), tmp_path / "log")
+        run(2, run_flags(tiny.folder, output, *flags, *AUTO), tmp_path / "log")
         assert read_evaluations(output / "final") == evaluations
         found = result(output)
         assert found.weights == expected.weights and found.best == expected.best
@@ -427,46 +435,41 @@ def test_a_resumed_run_evaluates_at_the_same_steps_and_keeps_the_same_best_model
         assert names and all(found.curves[name] == expected.curves[name] for name in names)
 
 
-def test_evaluation_changes_nothing_in_training(tiny, whole, tmp_path):
-    assert train.main(run_flags(tiny.folder, tmp_path / "out", *STEPS, *evaluating(tiny.folder))) == 0
-    found, expected = result(tmp_path / "out"), result(whole)
+def test_evaluation_changes_nothing_in_training(tiny, whole, evaluated, tmp_path):
+    found, expected = result(evaluated), result(whole)
     assert found.weights == expected.weights and found.rollouts == expected.rollouts
     assert {name: found.curves[name] for name in expected.curves} == expected.curves
-    for folder in [*checkpoints(tmp_path / "out").values(), tmp_path / "out" / "final"]:
+    output = shutil.copytree(evaluated, tmp_path / "out")
+    for folder in [*checkpoints(output).values(), output / "final"]:
         shutil.rmtree(folder)  # as if it had been killed before its first checkpoint
-    assert train.main(run_flags(tiny.folder, tmp_path / "out", *STEPS, *evaluating(tiny.folder), *AUTO)) == 0
-    assert result(tmp_path / "out") == found  # the evaluation before the first step is there once
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *evaluating(tiny.folder), *AUTO)) == 0
+    assert result(output) == found  # the evaluation before the first step is there once
 
 
-def test_a_run_that_is_killed_while_it_saves_the_best_model_has_the_old_or_the_new_one(tiny, tmp_path):
+def test_a_run_that_is_killed_while_it_saves_the_best_model_has_the_old_or_the_new_one(tiny, evaluated, tmp_path):
     """Killed just before the folder gets its name, and again just after the old one was renamed."""
-    flags = [*STEPS, *evaluating(tiny.folder), *AUTO]
-    whole = tmp_path / "whole"
-    run(1, run_flags(tiny.folder, whole, *flags), tmp_path / "log")
-    output = stopped_after(1, whole, tmp_path / "out")
-    shutil.copytree(whole / "best", output / "best.unfinished")
-    shutil.copytree(whole / "best", output / "best.removed")
+    output = stopped_after(1, evaluated, tmp_path / "out")
+    shutil.copytree(evaluated / "best", output / "best.unfinished")
+    shutil.copytree(evaluated / "best", output / "best.removed")
     (output / "best.unfinished" / "model.safetensors").write_bytes(b"half")
-    run(1, run_flags(tiny.folder, output, *flags), tmp_path / "log")
-    assert result(output).best == result(whole).best
+    assert train.main(run_flags(tiny.folder, output, *STEPS, *evaluating(tiny.folder), *AUTO)) == 0
+    assert result(output).best == result(evaluated).best
     assert not list(output.glob("best.*"))
 
 
-def test_other_held_out_samples_are_refused_and_none_are_fine(tiny, tmp_path, capfd):
+def test_other_held_out_samples_are_refused_and_none_are_fine(tiny, evaluated, tmp_path, capfd):
     flags = [*STEPS, *evaluating(tiny.folder)]
-    whole = tmp_path / "whole"
-    assert train.main(run_flags(tiny.folder, whole, *flags)) == 0
     samples = json.loads((tiny.folder / "data.json").read_text())
     (tmp_path / "other.json").write_text(json.dumps(samples[1:]))
-    output = stopped_after(2, whole, tmp_path / "out")
+    output = stopped_after(2, evaluated, tmp_path / "out")
     assert train.main(run_flags(tiny.folder, output, *flags, *AUTO, "--eval_data_path", tmp_path / "other.json")) == 2
     assert "was evaluated on other samples" in capfd.readouterr().err
     assert train.main(run_flags(tiny.folder, output, *STEPS, *AUTO)) == 0
     assert [e["step"] for e in read_evaluations(output / "final")] == [0, 2]
 
 
-@pytest.mark.parametrize("metric", ["eval/reward", "eval/parse_rate"])
-def test_the_best_model_is_that_of_the_metric(tiny, tmp_path, metric):
+def test_the_best_model_is_that_of_the_metric(tiny, tmp_path):
+    metric = "eval/reward"
     flags = [*STEPS, *evaluating(tiny.folder), "--metric_for_best_model", metric, "--learning_rate", "1e-2"]
     assert train.main(run_flags(tiny.folder, tmp_path / "out", *flags)) == 0
     evaluations = read_evaluations(tmp_path / "out" / "final")[1:]
@@ -491,11 +494,9 @@ def test_a_broken_held_out_video_costs_no_step(tiny, whole, tmp_path, capfd):
     assert result(tmp_path / "out").weights == result(whole).weights
 
 
-def test_a_branch_gets_a_best_model_of_its_own(tiny, tmp_path):
-    flags = [*STEPS, *evaluating(tiny.folder)]
-    assert train.main(run_flags(tiny.folder, tmp_path / "whole", *flags)) == 0
-    branch = ["--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-4")]
-    assert train.main(run_flags(tiny.folder, tmp_path / "branch", *flags, *branch)) == 0
+def test_a_branch_gets_a_best_model_of_its_own(tiny, evaluated, tmp_path):
+    branch = [*evaluating(tiny.folder), "--resume_from_checkpoint", str(evaluated / "checkpoint-4")]
+    assert train.main(run_flags(tiny.folder, tmp_path / "branch", *STEPS, *branch)) == 0
     progress = json.loads((tmp_path / "branch" / "best" / "progress.json").read_text())
     assert progress["step"] == progress["best_step"] == 6
 
@@ -516,7 +517,7 @@ class Nothing:
 
 def save_final(config: Config) -> None:
     start_processes()
-    progress = {"flags": {"model_id": "m"}, "step": 1, "total_steps": 1, "num_samples": 1, "data": ""}
+    progress = {"flags": {"model_id": "m"}, "step": 1, "total_steps": 1, "num_samples": 1, "data": []}
     tokenizer = Nothing()
     tokenizer.save_pretrained = lambda folder: None
     assert save(config, "final", ModelFiles(Nothing(), tokenizer, []), {}, progress, True)

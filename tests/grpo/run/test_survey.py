@@ -1,18 +1,21 @@
 """What a run knows of its samples after reading each once."""
 
+import dataclasses
 import hashlib
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch.distributed as dist
 
 from data.sample import InputError
+from data.video_cap import VideoCap, choice_of, varies
 from grpo.config import Config
 from grpo.ranks import start_processes
 from grpo.run import survey as module
-from grpo.run.survey import ListDigest, check_same_on_all_ranks, check_truths, survey
+from grpo.run.survey import check_same_on_all_ranks, check_truths, survey
 from reward.functions import RewardFunction
 from tests.conftest import make_tiny, run_ranks
 
@@ -20,21 +23,6 @@ from tests.conftest import make_tiny, run_ranks
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny") / "tiny", num_videos=(1, 3, 2, 1))
-
-
-@pytest.mark.parametrize("items", [[], [1], [{"b": 1, "a": "é"}, [None, True], "x", 0.1]], ids=str)
-def test_the_digest_of_items_is_that_of_their_list(items):
-    """Checkpoints hold this one."""
-    digest = ListDigest()
-    for number, item in enumerate(items):
-        part = json.dumps(items[:number], sort_keys=True)
-        assert digest.hexdigest() == hashlib.sha256(part.encode()).hexdigest()
-        digest.add(json.dumps(item, sort_keys=True))
-        digest.add("")
-    assert digest.hexdigest() == hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()
-    together = ListDigest()
-    together.add(", ".join(json.dumps(item, sort_keys=True) for item in items))
-    assert together.hexdigest() == digest.hexdigest()
 
 
 def samples_of(tiny):
@@ -65,16 +53,33 @@ def test_samples_are_as_the_model_sees_them(tiny):
     assert "some.json': 1 samples have more than --max_videos 2 videos" in message
 
 
-def test_the_fingerprint_is_of_what_is_seen_and_not_of_the_own_data(tiny):
-    first, _ = found_in(tiny, samples_of(tiny))
-    samples = samples_of(tiny)
-    samples[0]["site"] = "A"
-    with_key, _ = found_in(tiny, samples)
-    assert with_key.fingerprint == first.fingerprint and with_key.own_data != first.own_data
-    for flags in ({"max_videos": 1}, {"system_prompt": "Look well."}):
-        assert found_in(tiny, samples, **flags)[0].fingerprint != first.fingerprint
-    samples[0]["conversations"][-1]["value"] = "The ejection fraction is 41%."
-    assert found_in(tiny, samples)[0].fingerprint != first.fingerprint
+@pytest.mark.parametrize("cap", get_args(VideoCap))
+@pytest.mark.parametrize("is_training", [False, True])
+def test_samples_are_capped_by_the_choice_of_their_name_unless_training_sees_others_in_each_turn(
+    tiny, cap, is_training
+):
+    config = Config(image_folder=str(tiny.folder / "videos"), max_videos=1, video_cap=cap)
+    messages = []
+    found = survey([str(tiny.folder / "data.json")], config, messages, is_training)
+    seen = [media.name for media in found.samples[1].media]
+    all_three = [f"1_{clip}.mp4" for clip in range(3)]
+    assert seen == (all_three if is_training and varies(cap) else [all_three[i] for i in choice_of(cap)(3, 1)])
+    assert "2 samples have more than --max_videos 1" in messages[0]
+    with pytest.raises(ValueError, match="--video_cap last"):
+        survey([str(tiny.folder / "data.json")], dataclasses.replace(config, video_cap="last"), [])
+
+
+def test_the_fingerprint_is_the_digest_of_each_files_bytes_wherever_they_lie(tiny, tmp_path):
+    content = json.dumps(samples_of(tiny)).encode()
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        (folder / "a.json").write_bytes(content)
+        (folder / "b.jsonl").write_bytes(json.dumps(samples_of(tiny)[0] | {"id": "other"}).encode())
+        config = Config(image_folder=str(tiny.folder / "videos"), max_videos=len(folder.name))
+        found = survey([str(folder / "a.json"), str(folder / "b.jsonl")], config, [])
+        assert found.fingerprint == [
+            hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("a.json", "b.jsonl")
+        ]
 
 
 @pytest.fixture
@@ -89,7 +94,7 @@ def test_processes_find_what_one_finds(tiny, in_processes):
     samples = [sample | {"id": f"{i}", f"key_{i % 5}": i} for i, sample in enumerate(samples_of(tiny) * 3)]
     together, messages = found_in(tiny, samples, max_videos=2)
     alone, same = found_in(tiny, samples, max_videos=2, dataloader_num_workers=0)
-    for name in ("keys", "fingerprint", "own_data"):
+    for name in ("keys", "fingerprint"):
         assert getattr(together, name) == getattr(alone, name)
     assert together.keys == [f"key_{i}" for i in range(5)] and messages == same and "3 samples have" in messages[0]
     assert together.truths.tolist() == alone.truths.tolist() == [40, 41, 42, 43] * 3

@@ -1,0 +1,44 @@
+"""Batch sizes that complete each other, and the number of steps."""
+
+import dataclasses
+import math
+
+from data.sample import InputError
+from grpo.config import Config
+
+
+def count_steps(config: Config, num_samples: int) -> int:
+    """Return the steps of the whole run: --max_steps, or as many as the epochs take."""
+    steps_per_epoch = math.ceil(num_samples / config.global_batch_size)
+    return config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
+
+
+def resolve_batch_sizes(config: Config, world_size: int) -> Config:
+    """Fill in the batch sizes that were left out: global = per device x ranks x accumulation.
+
+    Raise InputError that says the arithmetic when the given ones contradict each other.
+    """
+    total, device, accumulation = (
+        config.global_batch_size,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+    )
+    given = {"--per_device_train_batch_size": device, "--gradient_accumulation_steps": accumulation}
+    ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
+    factors = [ranks, *(f"{name} {value}" for name, value in given.items() if value is not None)]
+    product = world_size * (device or 1) * (accumulation or 1)
+    if total is None:
+        total = product
+    elif total % product or (device is not None and accumulation is not None and total != product):
+        relation = "a multiple of" if device is None or accumulation is None else "equal to"
+        arithmetic = f"{product} = {' x '.join(factors)}" if len(factors) > 1 else factors[0]
+        raise InputError(f"--global_batch_size {total} is not {relation} {arithmetic}: change it, or leave it out")
+    if device is None:
+        accumulation = accumulation or 1
+        device = total // (world_size * accumulation)
+    return dataclasses.replace(
+        config,
+        global_batch_size=total,
+        per_device_train_batch_size=device,
+        gradient_accumulation_steps=accumulation or total // (world_size * device),
+    )
