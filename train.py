@@ -53,7 +53,6 @@ from grpo.model.lora import disable_adapters, without_dropout
 from grpo.model.sharding import Models
 from grpo.ranks import abort_rank, any_rank, full_tensor, print_rank0, raise_together, start_processes
 from grpo.rollout import Rollout, SamplingParams, ScoredRollout, generate, generators, rollouts_to_train
-from grpo.run.preflight import with_trial_advantages
 from grpo.run.records import GlobalCounts, StepRecords, TokenSums, gather_records, std_of_step
 from grpo.run.scoring import Scorer, score
 from grpo.run.start import start
@@ -173,18 +172,9 @@ def fixed_logprobs(
     return list(zip(old, reference, strict=True))
 
 
-def trial_step(models: Models, optimizer, tokens: SpecialTokens, config: Config, prompts: list[Prompt]) -> None:
-    """Run a step with completions of full length and made-up advantages: for `memory_preflight`."""
-    rollouts = rollout_phase(models.sampling.sync(models.policy), prompts, tokens.without_eos(), config, step=0)
-    update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
-    if config.eval_data_path:
-        together = [prompts[0].to(tokens.device)] * config.per_device_eval_batch_size
-        generate(models.sampling.model, together, tokens.without_eos(), SamplingParams(1, config.max_completion_length))
-
-
 def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     """Train; return False if a signal stopped the run. Raises InputError, on all ranks, for what the user can fix."""
-    run = start(config, device, trial_step)
+    run = start(config, device, rollout_phase, update_phase)
     if run is None:
         return True
     inputs, models, optimizer, tokens = run.inputs, run.models, run.optimizer, run.tokens

@@ -10,9 +10,11 @@ from data.epochs import BatchItem
 from data.loader import LongPrompt, Prompt, PromptDataset, checked, fit_prompt
 from data.sample import BadMedia, InputError
 from grpo.config import Config
+from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import init_optimizer_state
+from grpo.model.sharding import Models
 from grpo.ranks import abort_rank, all_gather_object, raise_together
-from grpo.rollout import Rollout, ScoredRollout
+from grpo.rollout import Rollout, SamplingParams, ScoredRollout, generate
 from grpo.run.tracking import peak_memory_gb
 
 NUM_THREADS = 16  # that open videos, which is mostly waiting for disks
@@ -47,6 +49,24 @@ def with_trial_advantages(rollouts: list[Rollout]) -> list[ScoredRollout]:
     device, G = rollouts[0].logprobs.device, len(rollouts[0].completion_ids)
     advantages = torch.linspace(-1, 1, G, device=device)
     return [ScoredRollout(rollout, advantages, rollout.completion_mask) for rollout in rollouts]
+
+
+def trial_step(
+    rollout_phase: Callable,
+    update_phase: Callable,
+    models: Models,
+    optimizer,
+    tokens: SpecialTokens,
+    config: Config,
+    prompts: list[Prompt],
+) -> None:
+    """Do a step with completions of full length and made-up advantages, and answer as many prompts as an evaluation."""
+    tokens = tokens.without_eos()
+    rollouts = rollout_phase(models.sampling.sync(models.policy), prompts, tokens, config, step=0)
+    update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
+    if config.eval_data_path:
+        together = [prompts[0].to(tokens.device)] * config.per_device_eval_batch_size
+        generate(models.sampling.model, together, tokens, SamplingParams(1, config.max_completion_length))
 
 
 def memory_preflight(

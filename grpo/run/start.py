@@ -20,7 +20,7 @@ from grpo.ranks import broadcast_object, print_rank0, raise_together
 from grpo.run import checkpoint
 from grpo.run.batches import count_steps
 from grpo.run.inputs import Inputs, load_initial_model, load_inputs
-from grpo.run.preflight import memory_preflight
+from grpo.run.preflight import memory_preflight, trial_step
 from grpo.run.survey import check_same_on_all_ranks
 from grpo.run.tracking import Tracker
 
@@ -55,11 +55,11 @@ class Run:
         return checkpoint.save(config, name, files, state, progress, is_needed)
 
 
-def start(config: Config, device: torch.device, trial_step: Callable) -> Run | None:
+def start(config: Config, device: torch.device, rollout_phase: Callable, update_phase: Callable) -> Run | None:
     """Load, check and print everything that comes before the first step; None if the run is complete already.
 
-    trial_step: takes models, optimizer, tokens, config and prompts, and does a step of full length, to see whether it
-    fits into memory. Collective; raises InputError.
+    rollout_phase, update_phase: those of train.py, to try whether a step of full length fits into memory. Collective;
+    raises InputError.
     """
     inputs = raise_together(load_inputs, config)
     config, data, heldout = inputs.config, inputs.data, inputs.heldout
@@ -80,7 +80,7 @@ def start(config: Config, device: torch.device, trial_step: Callable) -> Run | N
 
     if config.memory_preflight or (config.memory_preflight is None and device.type == "cuda"):
         everyone = ConcatDataset([data.samples, heldout.samples]) if heldout else data.samples
-        step_on = partial(trial_step, models, optimizer, tokens, config)
+        step_on = partial(trial_step, rollout_phase, update_phase, models, optimizer, tokens, config)
         print_rank0(memory_preflight(dataset(everyone, True), optimizer, config, step_on))
     checkpoint.load(resume.folder, resume.step, models.policy, optimizer, schedule)
     print_rank0(f"{len(data.samples)} samples, {total_steps} steps of {config.global_batch_size} prompts")
