@@ -17,17 +17,20 @@ import re
 import stat
 from functools import lru_cache
 
-from data.media.fetch import FetchError, check_address, is_address, shown
+from data.media.fetch import check_address
 from data.sample import (
     IMAGE_SUFFIXES,
     IMAGE_TAG,
     TAG_PATTERN,
     VIDEO_TAG,
+    BadMedia,
     InputError,
     Media,
     Sample,
     TagMismatch,
     check_text,
+    is_address,
+    shown,
 )  # fmt: skip
 
 KEYS = ("id", "video", "image", "conversations")
@@ -116,7 +119,7 @@ def _read_path(written, where: str, image_folder: str) -> str:
     if is_address(written):
         try:
             check_address(written)
-        except FetchError as error:
+        except BadMedia as error:
             raise InputError(f"{where}: {error}") from error
         return written
     inside = os.path.join(image_folder, written)

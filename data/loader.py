@@ -23,7 +23,7 @@ from data.epochs import BatchItem
 from data.flags import LoaderFlags, MediaFlags, OnBadMedia, OnLongPrompt
 from data.media.augment import Augmentation
 from data.media.fetch import DEFAULT_CACHE
-from data.media.frame_cache import CacheError, FrameCache
+from data.media.frame_cache import FrameCache
 from data.media.frames import VideoOptions
 from data.media.images import ImageOptions
 from data.media.load import MediaOptions, load_media, media_grid
@@ -193,9 +193,7 @@ class PromptDataset(Dataset):
                 if not is_left_out(choice):
                     return InputError(f"{bad_media}; {mend}")
                 continue
-            except CacheError as error:
-                return InputError(f"{error}: make room, or name another place")
-            except InputError as error:  # the file of samples has changed
+            except InputError as error:  # the file of samples has changed, or a cache cannot be written
                 return error
             except ValueError as error:
                 return InputError(f"sample {sample.id!r}: {error}")
