@@ -14,7 +14,6 @@ one.
 import difflib
 import os
 import re
-import stat
 from functools import lru_cache
 
 from data.media.fetch import check_address
@@ -52,8 +51,9 @@ def read_sample(entry, data_path: str, place: int, default_id: str, image_folder
     sample_id = str(sample_id)
     where = f"{data_path!r}: sample {sample_id!r}"
 
-    for key in entry:
-        if key not in KEYS and (meant := _meant_key(key)):
+    extra = {key: value for key, value in entry.items() if key not in KEYS}
+    for key in extra:
+        if meant := _meant_key(key):
             raise InputError(f"{where}: unknown key {key!r}, did you mean {meant!r}?")
     *prompt, (_, answer) = _read_turns(entry.get("conversations"), where)
     of_tag = {}
@@ -70,20 +70,16 @@ def read_sample(entry, data_path: str, place: int, default_id: str, image_folder
             )
         of_tag[tag] = iter(found)
     media = tuple(next(of_tag[tag]) for _, text in prompt for tag in TAG_PATTERN.findall(text))
-    return Sample(sample_id, media, tuple(prompt), answer, {key: entry[key] for key in entry if key not in KEYS})
+    return Sample(sample_id, media, tuple(prompt), answer, extra)
 
 
 @lru_cache(1000)
 def _meant_key(key: str) -> str | None:
-    """Return which of ours a key looks like, misspelt; None for the user's own.
-
-    Keys of several words, such as 'conversation_id' and 'videoId', resemble one of ours by accident.
-    """
+    """Return which of ours a key looks like, misspelt; None for the user's own."""
+    if re.search(r"[_\d]|[a-z][A-Z]", key):  # of several words, such as 'conversation_id': like ours by accident
+        return None
     word = key.strip().lower()
-    if word == "id":
-        return "id"
-    is_one_word = not re.search(r"[_\d]|[a-z][A-Z]", key)
-    return next(iter(difflib.get_close_matches(word, KEYS[1:], n=1, cutoff=0.8)), None) if is_one_word else None
+    return "id" if word == "id" else next(iter(difflib.get_close_matches(word, KEYS[1:], n=1, cutoff=0.8)), None)
 
 
 def _read_media(written, kind: str, where: str, image_folder: str) -> list[Media]:
@@ -94,21 +90,19 @@ def _read_media(written, kind: str, where: str, image_folder: str) -> list[Media
         raise InputError(f"{where} is {_type_of(written)}: give a path or a list of paths")
     found = []
     for one in written if isinstance(written, list) else [written]:
-        options = ()
-        if isinstance(one, dict):
-            if kind not in one:
-                raise InputError(f"{where} contains an object without {kind!r}: name its file there")
-            options = _read_options({key: one[key] for key in one if key != kind}, kind, where)
-            one = one[kind]
-        if kind == "video" and isinstance(one, list) and one:
-            path = tuple(_read_path(frame, where, image_folder) for frame in one)
+        options = dict(one) if isinstance(one, dict) else {kind: one}
+        if kind not in options:
+            raise InputError(f"{where} contains an object without {kind!r}: name its file there")
+        path = options.pop(kind)
+        if kind == "video" and isinstance(path, list) and path:
+            paths = tuple(_read_path(frame, where, image_folder) for frame in path)
         else:
-            path = _read_path(one, where, image_folder)
-            if kind == "video" and shown(one).lower().endswith(IMAGE_SUFFIXES):
+            paths = _read_path(path, where, image_folder)
+            if kind == "video" and (name := shown(path)).lower().endswith(IMAGE_SUFFIXES):
                 raise InputError(
-                    f"{where} contains {shown(one)!r}: put the frames of a video in a list of their own, [[...]]"
+                    f"{where} contains {name!r}: put the frames of a video in a list of their own, [[...]]"
                 )
-        found.append(Media(kind, path, options))
+        found.append(Media(kind, paths, _read_options(options, kind, where)))
     return found
 
 
@@ -123,13 +117,8 @@ def _read_path(written, where: str, image_folder: str) -> str:
             raise InputError(f"{where}: {error}") from error
         return written
     inside = os.path.join(image_folder, written)
-    try:
-        if not os.access(written, os.F_OK):  # without an exception, since most paths are inside
-            return inside
-        mode = os.stat(written).st_mode
-    except (OSError, ValueError):
-        return inside
-    return written if stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and not os.path.isfile(inside)) else inside
+    is_meant = os.path.exists(written) and (os.path.isfile(written) or not os.path.isfile(inside))
+    return written if is_meant else inside
 
 
 def _read_options(written: dict, kind: str, where: str) -> tuple[tuple[str, float], ...]:
@@ -140,11 +129,10 @@ def _read_options(written: dict, kind: str, where: str) -> tuple[tuple[str, floa
             nearest = difflib.get_close_matches(name, known, 1)
             mend = f"did you mean {nearest[0]!r}?" if nearest else f"known ones are {', '.join(known)}"
             raise InputError(f"{where}: unknown option {name!r}: {mend}")
-        is_whole = name not in ("fps", "video_start", "video_end")
-        if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
-            raise InputError(f"{where}: {name!r} is {value!r}: give a {'whole ' * is_whole}number")
-        if not 0 <= value <= 1e9 or (value == 0 and name != "video_start"):
-            raise InputError(f"{where}: {name!r} is {value!r}: give a number above 0, and at most 1e9")
+        types = (int, float) if name in ("fps", "video_start", "video_end") else (int,)
+        if type(value) not in types or not (0 < value <= 1e9 or name == "video_start" and value == 0):
+            whole = "whole " * (float not in types)
+            raise InputError(f"{where}: {name!r} is {value!r}: give a {whole}number above 0, and at most 1e9")
     return tuple(sorted(written.items()))
 
 
@@ -159,6 +147,7 @@ def _read_turns(written, where: str) -> list[tuple[str, str]]:
         raise InputError(f"{where} has an empty answer: fill the last gpt turn")
     try:
         check_text(turns[:-1])
+        turns[-1][1].encode()
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
     return turns
@@ -180,10 +169,6 @@ def _read_turn(turn, where: str) -> tuple[str, str]:
             raise InputError(f"{where}: {tag} in 'value': write {VIDEO_TAG if 'v' in tag.lower() else IMAGE_TAG}")
     if ROLES[speaker] != "user" and (tag := TAG_PATTERN.search(text)):
         raise InputError(f"{where}: {tag.group()} in a turn from {speaker!r}: move it to a human turn")
-    try:
-        text.encode()  # JSON may contain lone surrogates, which a tokenizer cannot encode
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: 'value' contains half a character (a lone surrogate): remove it") from error
     return ROLES[speaker], text
 
 

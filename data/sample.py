@@ -104,8 +104,9 @@ class Sample:
 
 
 def check_text(turns: Sequence[tuple[str, str]]) -> None:
-    """Raise ValueError if a text of some turns, (role, text), contains special tokens."""
+    """Raise ValueError if a text of some turns, (role, text), contains special tokens or half a character."""
     for role, text in turns:
+        text.encode()  # JSON may contain lone surrogates, which a tokenizer cannot encode
         if special := SPECIAL_TOKENS.search(text):
             raise ValueError(f"the {role} text contains the special token {special.group()}: remove it")
 
