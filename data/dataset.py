@@ -37,7 +37,7 @@ class Entries(Sequence):
             self._file.seek(start)
             if next((line for line in self._file if line.strip()), b"").lstrip().startswith(b"["):
                 self._file.seek(start)
-                items, start = self._parse(self._file.read(), start, line=1), 0
+                items, start = self._parse(self._file.read(), line=1), 0
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115
                 self._file.writelines(json.dumps(item).encode() + b"\n" for item in items)
             self._file.seek(start)
@@ -70,19 +70,17 @@ class Entries(Sequence):
             raise InputError(f"cannot read {self.path!r} any more ({error.strerror})") from error
         if status != self._status:
             raise InputError(f"{self.path!r} was changed while it is in use: restore it, and continue")
-        return self._parse(text.rstrip(), start, self._lines[index])
+        return self._parse(text.rstrip(), self._lines[index])
 
-    def _parse(self, text: bytes, place: int, line: int):
-        """Parse JSON that begins at a byte, on a line, of the file."""
+    def _parse(self, text: bytes, line: int):
+        """Parse JSON that begins on a line of the file; raise InputError."""
         try:
             return json.loads(text.decode())
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.path!r} is not UTF-8 (byte {place + error.start}): save it as UTF-8") from error
         except json.JSONDecodeError as error:
             where = f"line {line + error.lineno - 1}, column {error.colno}"
             mend = "write the samples as [{...}, {...}], or each on one line of its own (JSONL)"
             raise InputError(f"{self.path!r}: malformed JSON at {where} ({error.msg}): {mend}") from error
-        except (ValueError, RecursionError) as error:  # numbers with thousands of digits, thousands of nested brackets
+        except (ValueError, RecursionError) as error:  # no UTF-8, numbers of thousands of digits, nested too deeply
             raise InputError(f"{self.path!r}: unreadable JSON from line {line} on ({error}): correct it") from error
 
 

