@@ -19,9 +19,7 @@ from functools import lru_cache
 from data.media.fetch import check_address
 from data.sample import (
     IMAGE_SUFFIXES,
-    IMAGE_TAG,
     TAG_PATTERN,
-    VIDEO_TAG,
     BadMedia,
     InputError,
     Media,
@@ -35,7 +33,7 @@ from data.sample import (
 KEYS = ("id", "video", "image", "conversations")
 IMAGE_OPTIONS = ("resized_width", "resized_height", "min_pixels", "max_pixels")
 VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", *IMAGE_OPTIONS)
-LIKE_A_TAG = re.compile(r"<\s*(?:videos?|images?)\s*>", re.IGNORECASE)
+LIKE_A_TAG = re.compile(r"<\s*(video|image)s?\s*>", re.IGNORECASE)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TYPES = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
 
@@ -57,17 +55,15 @@ def read_sample(entry, data_path: str, place: int, default_id: str, image_folder
             raise InputError(f"{where}: unknown key {key!r}, did you mean {meant!r}?")
     *prompt, (_, answer) = _read_turns(entry.get("conversations"), where)
     of_tag = {}
-    for kind, tag in (("video", VIDEO_TAG), ("image", IMAGE_TAG)):
-        found = _read_media(entry.get(kind), kind, f"{where}: {kind!r}", image_folder)
+    for kind in ("video", "image"):
+        tag, found = f"<{kind}>", _read_media(entry.get(kind), kind, f"{where}: {kind!r}", image_folder)
         tags = sum(text.count(tag) for _, text in prompt)
         if tags == 0:
             first_user = [role for role, _ in prompt].index("user")
             prompt[first_user] = ("user", f"{tag}\n" * len(found) + prompt[first_user][1])
         elif tags != len(found):
-            raise TagMismatch(
-                f"{where}: {tags} {tag} tag(s) in the human turns but {len(found)} in {kind!r}: "
-                "make the numbers equal, or remove all tags"
-            )
+            mismatch = f"{tags} {tag} tag(s) in the human turns but {len(found)} in {kind!r}"
+            raise TagMismatch(f"{where}: {mismatch}: make the numbers equal, or remove all tags")
         of_tag[tag] = iter(found)
     media = tuple(next(of_tag[tag]) for _, text in prompt for tag in TAG_PATTERN.findall(text))
     return Sample(sample_id, media, tuple(prompt), answer, extra)
@@ -164,9 +160,9 @@ def _read_turn(turn, where: str) -> tuple[str, str]:
     speaker, text = turn["from"], turn["value"]
     if speaker not in ROLES:
         raise InputError(f"{where}: unknown 'from' {speaker!r}: use 'human', 'gpt' or 'system'")
-    for tag in LIKE_A_TAG.findall(text):
-        if tag not in (VIDEO_TAG, IMAGE_TAG):
-            raise InputError(f"{where}: {tag} in 'value': write {VIDEO_TAG if 'v' in tag.lower() else IMAGE_TAG}")
+    for tag in LIKE_A_TAG.finditer(text):
+        if tag[0] != (meant := f"<{tag[1].lower()}>"):
+            raise InputError(f"{where}: {tag[0]} in 'value': write {meant}")
     if ROLES[speaker] != "user" and (tag := TAG_PATTERN.search(text)):
         raise InputError(f"{where}: {tag.group()} in a turn from {speaker!r}: move it to a human turn")
     return ROLES[speaker], text

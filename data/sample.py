@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-VIDEO_TAG, IMAGE_TAG = "<video>", "<image>"
-TAG_PATTERN = re.compile(f"{VIDEO_TAG}|{IMAGE_TAG}")
+TAG_PATTERN = re.compile("<video>|<image>")
 
 # Written in a text, these would become placeholders without a video, or begin and end turns.
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")

@@ -135,17 +135,14 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: float) ->
         raise ValueError(
             f"has frames of {width}x{height} pixels: the longer side is more than {MAX_ASPECT_RATIO} times the shorter"
         )
-    new_height = max(SIZE_FACTOR, round(height / SIZE_FACTOR) * SIZE_FACTOR)
-    new_width = max(SIZE_FACTOR, round(width / SIZE_FACTOR) * SIZE_FACTOR)
-    if new_height * new_width > max_pixels:
+    tiles = [max(1, round(side / SIZE_FACTOR)) for side in (height, width)]
+    if math.prod(tiles) * PIXELS_PER_TOKEN > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        new_height = max(SIZE_FACTOR, math.floor(height / shrink / SIZE_FACTOR) * SIZE_FACTOR)
-        new_width = max(SIZE_FACTOR, math.floor(width / shrink / SIZE_FACTOR) * SIZE_FACTOR)
-    elif new_height * new_width < min_pixels:
+        tiles = [max(1, math.floor(side / shrink / SIZE_FACTOR)) for side in (height, width)]
+    elif math.prod(tiles) * PIXELS_PER_TOKEN < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / SIZE_FACTOR) * SIZE_FACTOR
-        new_width = math.ceil(width * grow / SIZE_FACTOR) * SIZE_FACTOR
-    return new_height, new_width
+        tiles = [math.ceil(side * grow / SIZE_FACTOR) for side in (height, width)]
+    return tiles[0] * SIZE_FACTOR, tiles[1] * SIZE_FACTOR
 
 
 def target_size(height: int, width: int, num_frames: int, options: VideoOptions) -> tuple[int, int]:

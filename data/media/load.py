@@ -10,14 +10,7 @@ from typing import NamedTuple
 from data.media.fetch import DEFAULT_CACHE, fetch
 from data.media.frame_cache import FrameCache
 from data.media.frames import VideoOptions, resize_frames, target_size
-from data.media.images import (
-    ImageOptions,
-    frame_files,
-    has_frame_files,
-    image_size,
-    read_frame_files,
-    read_image,
-)  # fmt: skip
+from data.media.images import ImageOptions, frame_files, has_frame_files, image_size, read_frame_files, read_image
 from data.media.patches import PATCH_SIZE, TEMPORAL_PATCH_SIZE, Grid, LoadedMedia, as_patches, patchify, resize
 from data.media.video import first_frame, resized_frames
 from data.sample import Media, is_address, named
