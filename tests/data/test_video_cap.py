@@ -2,7 +2,7 @@ from typing import get_args
 
 import pytest
 
-from data.sample import VIDEO_TAG, InputError, Media, Sample
+from data.sample import InputError, Media, Sample
 from data.video_cap import VideoCap, at_random, cap_videos, choice_of, even, varies
 
 
@@ -99,7 +99,7 @@ def test_tags_and_videos_agree_after_every_cap():
     sample = sample_of(("user", "<video>" * 4), ("assistant", "x"), ("user", "<video>\n" * 3), videos="abcdefg")
     for cap in range(1, 9):
         capped = cap_videos(sample, cap)
-        assert sum(text.count(VIDEO_TAG) for _, text in capped.turns) == len(capped.media) == min(cap, 7)
+        assert sum(text.count("<video>") for _, text in capped.turns) == len(capped.media) == min(cap, 7)
 
 
 @pytest.mark.parametrize("cap", get_args(VideoCap))
