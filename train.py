@@ -16,7 +16,6 @@ Each rank samples the whole groups of its own prompts. Sampling depends only on 
 position in the batch: neither the number of ranks nor what a rank did before changes it.
 """
 
-import dataclasses
 import signal
 import sys
 import time
@@ -61,12 +60,9 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
     params = SamplingParams.of(config, config.num_generations, config.temperature)
     rollouts = []
     for batch in batched(prompts, config.per_device_train_batch_size):
-        on_device = [prompt.to(tokens.device) for prompt in batch]
         if config.freeze_vision_tower and not config.vision_lora:
-            batch = on_device = [encode_media(model, prompt) for prompt in on_device]  # once, for the update too
-        sampled = generate(model, on_device, tokens, params, generators(batch, config.seed, step, tokens.device))
-        pairs = zip(sampled, batch, strict=True)  # pixels wait in the host's memory for the update
-        rollouts += [dataclasses.replace(rollout, prompt=prompt) for rollout, prompt in pairs]
+            batch = [encode_media(model, prompt.to(tokens.device)) for prompt in batch]  # once, for the update too
+        rollouts += generate(model, batch, tokens, params, generators(batch, config.seed, step, tokens.device))
     return rollouts
 
 
@@ -162,7 +158,7 @@ def trial_step(models: Models, optimizer, tokens: SpecialTokens, config: Config,
     rollouts = rollout_phase(models.sampling.sync(models.policy), prompts, tokens.without_eos(), config, step=0)
     update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
     if config.eval_data_path:
-        together = [prompts[0].to(tokens.device)] * config.per_device_eval_batch_size
+        together = prompts[:1] * config.per_device_eval_batch_size
         generate(models.sampling.model, together, tokens.without_eos(), SamplingParams.of(config, 1, temperature=1.0))
 
 

@@ -103,14 +103,16 @@ def generate(
 ) -> list[Rollout]:
     """Sample a group per prompt, each completion to its end or to the length limit; greedily without generators.
 
-    model: unsharded. Nothing here communicates, so ranks may decode different numbers of tokens.
+    model: unsharded. Nothing here communicates, so ranks may decode different numbers of tokens. The rollouts keep the
+    prompts as given: pixels in the host's memory wait there for the update.
     """
     B, G, P = len(prompts), params.num_generations, max(len(prompt.prompt_ids) for prompt in prompts)
     if model.device.type == "cuda":  # one graph for many lengths; of this batch alone, not of what came before
         P = max(MIN_PROMPT_CAPACITY, 1 << (P - 1).bit_length())
     decoder = decoder_for(model, B, G, P, params.max_completion_length)
-    hidden = prefill(model, prompts, decoder.cache).repeat_interleave(G, dim=0)  # (B·G, E)
-    positions = torch.cat([prompt.completion_positions(1)[0] for prompt in prompts]).repeat_interleave(G)  # (B·G,)
+    on_device = [prompt.to(model.device) for prompt in prompts]
+    hidden = prefill(model, on_device, decoder.cache).repeat_interleave(G, dim=0)  # (B·G, E)
+    positions = torch.cat([prompt.completion_positions(1)[0] for prompt in on_device]).repeat_interleave(G)  # (B·G,)
     running = torch.ones(B * G, dtype=torch.bool, device=hidden.device)
     ids, mask, logprobs = [], [], []  # one (B·G,) per token
     head = model.lm_head.weight, params.temperature, tokens.suppress_tokens

@@ -82,7 +82,7 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
     """Answer the prompts of a batch together; a sample without readable videos is left out."""
     began, batch = time.perf_counter(), checked(batch)
     bad_media = [prompt.bad_media for prompt in batch if prompt.bad_media]
-    prompts = [prompt.to(tokens.device) for prompt in batch if not prompt.is_padding]
+    prompts = [prompt for prompt in batch if not prompt.is_padding]
     if not prompts:
         return Round([], bad_media)
     N, config = options.num_samples, options.config
