@@ -3,7 +3,6 @@
 | n | samples | N | answers per sample | K | constant answers |
 """
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -80,13 +79,11 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
     """Answer the prompts of a batch together; a sample without readable videos is left out."""
     began, batch = time.perf_counter(), checked(batch)
     bad_media = [prompt.bad_media for prompt in batch if prompt.bad_media]
-    prompts = [prompt.to(tokens.device) for prompt in batch if not prompt.is_padding]
+    prompts = [prompt for prompt in batch if not prompt.is_padding]
     if not prompts:
         return [], bad_media
     N, config = options.num_samples, options.config
-    params = SamplingParams(N, config.max_completion_length)  # greedy
-    if options.temperature:
-        params = dataclasses.replace(params, temperature=options.temperature, top_p=config.top_p, top_k=config.top_k)
+    params = SamplingParams.of(config, N, options.temperature or 1.0)
     # Steps of training count from 1, so that step 0 draws other numbers than they do.
     draws = generators(prompts, config.seed, 0, tokens.device) if options.temperature else None
     try:

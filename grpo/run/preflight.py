@@ -65,8 +65,8 @@ def trial_step(
     rollouts = rollout_phase(models.sampling.sync(models.policy), prompts, tokens, config, step=0)
     update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
     if config.eval_data_path:
-        together = [prompts[0].to(tokens.device)] * config.per_device_eval_batch_size
-        generate(models.sampling.model, together, tokens, SamplingParams(1, config.max_completion_length))
+        together = prompts[:1] * config.per_device_eval_batch_size
+        generate(models.sampling.model, together, tokens, SamplingParams.of(config, 1, temperature=1.0))
 
 
 def memory_preflight(
