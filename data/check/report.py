@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -60,14 +61,13 @@ def print_report(
             print(line)
 
 
-def forms_of(sample: Sample) -> list[str]:
-    """Return which of the forms a sample has."""
-    has = {
-        KINDS[tuple(sorted({media.kind for media in sample.media}))]: True,
-        "frames in files": any(media.kind == "video" and has_frame_files(media) for media in sample.media),
-        "options of their own": any(media.options for media in sample.media),
-    }
-    return [form for form in FORMS if has.get(form)]
+def forms_of(sample: Sample) -> Iterator[str]:
+    """Yield those of the forms that a sample has."""
+    yield KINDS[tuple(sorted({media.kind for media in sample.media}))]
+    if any(media.kind == "video" and has_frame_files(media) for media in sample.media):
+        yield "frames in files"
+    if any(media.options for media in sample.media):
+        yield "options of their own"
 
 
 def outside_line(truths: np.ndarray, valid_range: list[float]) -> str | None:
