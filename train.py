@@ -54,7 +54,7 @@ from grpo.model.sharding import Models
 from grpo.ranks import abort_rank, any_rank, full_tensor, print_rank0, raise_together, start_processes
 from grpo.rollout import Rollout, SamplingParams, ScoredRollout, generate, generators, rollouts_to_train
 from grpo.run.preflight import with_trial_advantages
-from grpo.run.records import GlobalCounts, StepRecords, TokenSums, gather_records, std_of_step
+from grpo.run.records import StepRecords, TokenSums, gather_records, global_counts, std_of_step
 from grpo.run.scoring import Scorer, score
 from grpo.run.start import start
 from grpo.run.stopping import StopRequest
@@ -101,7 +101,7 @@ def update_phase(
     models: Models, optimizer, scored: list[ScoredRollout], suppress_tokens: Tensor, config: Config
 ) -> dict[str, float]:
     """Update the policy on one batch of rollouts, `num_iterations` times; return the metrics of all ranks."""
-    counts = GlobalCounts.of(scored)  # of all ranks: the denominators
+    num_tokens, num_completions = global_counts(scored)  # of all ranks: the denominators
     sums, is_bad = TokenSums(suppress_tokens.device), False
     size = config.per_device_train_batch_size
     passes = list(batched(rollouts_to_train(scored, size), size))
@@ -121,7 +121,7 @@ def update_phase(
                     kl = kl_estimate(logprobs, reference)
                     token_loss = token_loss + config.beta * kl
                     sums.add("kl", kl, mask)
-                totals = counts.num_tokens, counts.num_completions
+                totals = num_tokens, num_completions
                 weights = completion_weights(config.loss_type, mask.sum(dim=1), *totals, config.max_completion_length)
                 loss = loss + weighted_sum(token_loss, mask, weights)
                 sums.add("entropy", entropy, mask)
@@ -138,7 +138,7 @@ def update_phase(
             is_bad = True  # weights and optimizer stay as they are, in the remaining iterations too
         else:
             optimizer.step()
-    metrics = sums.means(counts.num_tokens, config.num_iterations)
+    metrics = sums.means(num_tokens, config.num_iterations)
     return metrics | {"grad_norm": grad_norm.item(), "run/bad_steps": float(is_bad)}
 
 
