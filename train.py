@@ -42,7 +42,7 @@ from grpo.model.lora import disable_adapters, without_dropout
 from grpo.model.sharding import Models
 from grpo.ranks import abort_rank, any_rank, full_tensor, print_rank0, raise_together, start_processes
 from grpo.rollout import Rollout, SamplingParams, ScoredRollout, generate, generators, rollouts_to_train
-from grpo.run.records import GlobalCounts, StepRecords, TokenSums, gather_records, std_of_step
+from grpo.run.records import StepRecords, TokenSums, gather_records, global_counts, std_of_step
 from grpo.run.scoring import Scorer, score
 from grpo.run.start import start
 from grpo.run.stopping import StopRequest
@@ -85,7 +85,7 @@ def update_phase(
     models: Models, optimizer, scored: list[ScoredRollout], suppress_tokens: Tensor, config: Config
 ) -> dict[str, float]:
     """Update the policy on one batch of rollouts, `num_iterations` times; return the metrics of all ranks."""
-    counts = GlobalCounts.of(scored)  # of all ranks: the denominators
+    num_tokens, num_completions = global_counts(scored)  # of all ranks: the denominators
     sums, is_bad = TokenSums(suppress_tokens.device), False
     size = config.per_device_train_batch_size
     passes = batched(rollouts_to_train(scored, size), size)
@@ -105,7 +105,7 @@ def update_phase(
                     kl = objective.kl_estimate(logprobs, reference)
                     token_loss = token_loss + config.beta * kl
                     sums.add("kl", kl, mask)
-                totals = counts.num_tokens, counts.num_completions, config.max_completion_length
+                totals = num_tokens, num_completions, config.max_completion_length
                 weights = objective.completion_weights(config.loss_type, mask.sum(dim=1), *totals)
                 loss = loss + objective.weighted_sum(token_loss, mask, weights)
                 sums.add("entropy", entropy, mask)
@@ -122,7 +122,7 @@ def update_phase(
             is_bad = True  # weights and optimizer stay as they are, in the remaining iterations too
         else:
             optimizer.step()
-    metrics = sums.means(counts.num_tokens, config.num_iterations)
+    metrics = sums.means(num_tokens, config.num_iterations)
     return metrics | {"grad_norm": grad_norm.item(), "run/bad_steps": float(is_bad)}
 
 

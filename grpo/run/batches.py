@@ -18,11 +18,8 @@ def resolve_batch_sizes(config: Config, world_size: int) -> Config:
 
     Raise InputError that says the arithmetic when the given ones contradict each other.
     """
-    total, device, accumulation = (
-        config.global_batch_size,
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
-    )
+    total, device = config.global_batch_size, config.per_device_train_batch_size
+    accumulation = config.gradient_accumulation_steps
     given = {"--per_device_train_batch_size": device, "--gradient_accumulation_steps": accumulation}
     ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
     factors = [ranks, *(f"{name} {value}" for name, value in given.items() if value is not None)]

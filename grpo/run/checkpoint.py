@@ -58,8 +58,7 @@ def load(folder: Path | None, step: int, model, optimizer, schedule) -> None:
 
     folder: the checkpoint, of any number of ranks; None at step 0. Raises InputError, on all ranks, if it is broken.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch warns that the optimizer has not stepped yet
+    with warnings.catch_warnings(action="ignore"):  # PyTorch warns that the optimizer has not stepped yet
         for _ in range(step):  # replay the scheduler, so that the learning rate is equal to the bit
             schedule.step()
     if folder is None:

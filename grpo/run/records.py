@@ -49,9 +49,8 @@ class StepRecords:
 
 def gather_records(scored: list[ScoredRollout], texts: list[list[str]], scores: Scores) -> StepRecords:
     """Collect the records of all ranks; texts: G completions per rollout of this rank. Collective."""
-    groups = []
-    for b, one in enumerate(scored):
-        rollout, prompt = one.rollout, one.rollout.prompt
+    groups, prompts = [], [one.rollout.prompt for one in scored]
+    for b, (one, prompt) in enumerate(zip(scored, prompts, strict=True)):
         if prompt.is_padding:
             continue
         group = GroupRecord(
@@ -64,32 +63,26 @@ def gather_records(scored: list[ScoredRollout], texts: list[list[str]], scores: 
             numbers=[extract_number(text) for text in texts[b]],
             rewards=scores.rewards[b],
             rewards_by_function={name: values[b] for name, values in scores.by_function.items()},
-            lengths=rollout.completion_mask.sum(dim=1).cpu(),
-            is_stopped=rollout.is_stopped.cpu(),
+            lengths=one.rollout.completion_mask.sum(dim=1).cpu(),
+            is_stopped=one.rollout.is_stopped.cpu(),
             advantages=one.advantages.cpu(),
         )
         groups.append(group)
-    bad_media = [one.rollout.prompt.bad_media for one in scored if one.rollout.prompt.bad_media]
-    shortened = [one.rollout.prompt.shortened for one in scored if one.rollout.prompt.shortened]
+    bad_media = [prompt.bad_media for prompt in prompts if prompt.bad_media]
+    shortened = [prompt.shortened for prompt in prompts if prompt.shortened]
     of_ranks = zip(*all_gather_object((groups, bad_media, shortened)), strict=True)
-    groups, bad_media, shortened = ([one for own in ranks for one in own] for ranks in of_ranks)
+    groups, bad_media, shortened = (sum(lists, []) for lists in of_ranks)
     return StepRecords(sorted(groups, key=lambda group: group.position), bad_media, shortened)
 
 
-@dataclass
-class GlobalCounts:
-    """Counts over all ranks: the denominators of a step."""
+def global_counts(scored: list[ScoredRollout]) -> tuple[int, int]:
+    """Count the trained tokens and completions of all ranks: the denominators of a step, at least 1. Collective.
 
-    num_tokens: int  # trained tokens, the denominator of `dapo`
-    num_completions: int  # trained completions, the denominator of the other loss types
-
-    @classmethod
-    def of(cls, scored: list[ScoredRollout]) -> "GlobalCounts":
-        """Count over those of all ranks, of which these are this rank's; the results are at least 1. Collective."""
-        lengths = torch.cat([one.loss_mask.sum(dim=1) for one in scored])  # of the completions, as trained
-        of_ranks = all_gather_object((int(lengths.sum()), int((lengths > 0).sum())))
-        num_tokens, num_completions = (sum(counts) for counts in zip(*of_ranks, strict=True))
-        return cls(max(1, num_tokens), max(1, num_completions))
+    scored: this rank's. Tokens are the denominator of `dapo`, completions that of the other loss types.
+    """
+    own = torch.cat([one.loss_mask.sum(dim=1) for one in scored]).cpu()  # trained tokens of each completion
+    lengths = torch.cat(all_gather_object(own))
+    return max(1, int(lengths.sum())), max(1, int((lengths > 0).sum()))
 
 
 def std_of_step(rewards: Tensor) -> float:
@@ -130,8 +123,8 @@ def completion_lines(step: int, groups: list[GroupRecord]) -> list[dict]:
     """Describe every completion of a step, for rollouts.jsonl."""
     lines = []
     for group in groups:
-        by_function = {name: values.tolist() for name, values in group.rewards_by_function.items()}
         for i, (text, number) in enumerate(zip(group.texts, group.numbers, strict=True)):
+            rewards = {name: values[i].item() for name, values in group.rewards_by_function.items()}
             lines.append(
                 {
                     "step": step,
@@ -141,7 +134,7 @@ def completion_lines(step: int, groups: list[GroupRecord]) -> list[dict]:
                     "text": text,
                     "number": number,
                     "reward": finite_or_none(group.rewards[i].item()),
-                    "rewards": {name: finite_or_none(values[i]) for name, values in by_function.items()},
+                    "rewards": {name: finite_or_none(reward) for name, reward in rewards.items()},
                     "advantage": finite_or_none(group.advantages[i].item()),
                     "length": int(group.lengths[i]),
                     "is_stopped": bool(group.is_stopped[i]),

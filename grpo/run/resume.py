@@ -132,9 +132,9 @@ def differences_of(old: dict, new: dict) -> list[str]:
             found.append(f"--{name} {now[name]!r} was {was[name]!r}")
     if any(new[name] != old[name] for name in ("num_samples", "data")):
         counts = f"{old['num_samples']}, now {new['num_samples']}"
-        found.append(f"--data_path {' '.join(now['data_path'])!r} was other samples ({counts})")
+        found.append(f"--data_path {' '.join(now['data_path'])!r} had other samples ({counts})")
     edited = [name for name, digest in new["rewards"].items() if old["rewards"].get(name, digest) != digest]
-    found += [f"--reward_funcs: the file of {name} was another" for name in edited]
+    found += [f"--reward_funcs: the file of {name} was another one" for name in edited]
     if None not in (old["eval_data"], new["eval_data"]) and old["eval_data"] != new["eval_data"]:
-        found.append(f"--eval_data_path {' '.join(now['eval_data_path'])!r} was other samples (none are fine)")
+        found.append(f"--eval_data_path {' '.join(now['eval_data_path'])!r} had other samples (none is fine, too)")
     return found

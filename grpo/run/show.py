@@ -12,8 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data.loader import Prompt
 from data.media.patches import PATCH_SIZE, unpatchify
 
-WIDTH, MARGIN, LINE = 1200, 8, 16  # of a contact sheet: its width, borders, and the height of a line, in pixels
-TEXT_SIZE = 12
+WIDTH, MARGIN, LINE, TEXT_SIZE = 1200, 8, 16, 12  # of a contact sheet, in pixels; a line is 16 high
 MAX_FRAMES, MAX_VIDEOS, MAX_COMPLETIONS, MAX_LINES = 16, 60, 16, 3  # shown; a completion has up to 3 lines
 FRAME_SIZES = 48, 224  # pixels: a frame is at least so wide, and at most so high
 
@@ -69,26 +68,25 @@ def contact_sheet(prompt: Prompt, group, step: int) -> np.ndarray:
     if len(group.texts) > MAX_COMPLETIONS:
         tail.append(f"… and {len(group.texts) - MAX_COMPLETIONS} more")
 
-    num_columns = columns_for(len(strips))
-    rows = [strips[i : i + num_columns] for i in range(0, len(strips), num_columns)]
-    row_heights = [LINE + max(strip.height for _, strip in row) for row in rows]
-    height = 3 * MARGIN + LINE * (len(head) + len(tail)) + sum(row_heights)
-    sheet = Image.new("RGB", (WIDTH, height), "white")
-    draw, y = ImageDraw.Draw(sheet), MARGIN
-    for line in head:
-        draw.text((MARGIN, y), line, "black", font)
-        y += LINE
-    for row, row_height in zip(rows, row_heights, strict=True):
+    margin = np.full((MARGIN, WIDTH, 3), 255, np.uint8)
+    parts, num_columns = [margin, text_block(head, font)], columns_for(len(strips))
+    for first in range(0, len(strips), num_columns):
+        row = strips[first : first + num_columns]
+        image = Image.new("RGB", (WIDTH, LINE + max(strip.height for _, strip in row)), "white")
         for i, (label, strip) in enumerate(row):
             x = MARGIN + i * (WIDTH - MARGIN) // num_columns
-            draw.text((x, y), label[: columns // num_columns], "#555555", font)
-            sheet.paste(strip, (x, y + LINE))
-        y += row_height
-    y += MARGIN
-    for line in tail:
-        draw.text((MARGIN, y), line, "black", font)
-        y += LINE
-    return np.asarray(sheet)
+            ImageDraw.Draw(image).text((x, 0), label[: columns // num_columns], "#555555", font)
+            image.paste(strip, (x, LINE))
+        parts.append(np.asarray(image))
+    return np.concatenate([*parts, margin, text_block(tail, font), margin])
+
+
+def text_block(lines: list[str], font) -> np.ndarray:
+    """Draw lines of text below each other: uint8 (height, 1200, 3)."""
+    image = Image.new("RGB", (WIDTH, LINE * len(lines)), "white")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(image).text((MARGIN, i * LINE), line, "black", font)
+    return np.asarray(image)
 
 
 def columns_for(num_videos: int) -> int:
@@ -100,14 +98,9 @@ def video_strips(prompt: Prompt) -> list[tuple[str, Image.Image]]:
     """Draw the frames of each video and image of a prompt side by side, with a line about them."""
     num_columns = columns_for(len(prompt.grid_thw))
     width = (WIDTH - MARGIN) // num_columns - MARGIN
-    strips = []
-    videos = zip(
-        prompt.sample.media,
-        prompt.pixel_values.split(prompt.grid_thw.prod(dim=1).tolist()),
-        prompt.grid_thw.tolist(),
-        strict=True,
-    )
-    for media, pixels, (t, h, w) in list(videos)[:MAX_VIDEOS]:
+    strips, pixels_of = [], prompt.pixel_values.split(prompt.grid_thw.prod(dim=1).tolist())
+    videos = list(zip(prompt.sample.media, pixels_of, prompt.grid_thw.tolist(), strict=True))
+    for media, pixels, (t, h, w) in videos[:MAX_VIDEOS]:
         num_shown = 1 if media.kind == "image" else min(2 * t, MAX_FRAMES, width // FRAME_SIZES[0])
         shown = np.linspace(0, 2 * t - 1, num_shown).round().astype(int)
         frames = unpatchify(pixels, (t, h, w))[shown].permute(0, 2, 3, 1).numpy()  # (frames, H, W, 3)
@@ -116,10 +109,9 @@ def video_strips(prompt: Prompt) -> list[tuple[str, Image.Image]]:
         strip = strip.resize((max(1, int(strip.width * scale)), max(1, int(strip.height * scale))))
         some = "" if num_shown == 2 * t else f"{num_shown} of "
         what = "image" if media.kind == "image" else f"{some}{2 * t} frames"
-        label = f"{what} of {w * PATCH_SIZE}x{h * PATCH_SIZE}: {media.name}"
-        strips.append((one_line(label), strip))
-    if len(prompt.grid_thw) > MAX_VIDEOS:
-        strips.append((f"… and {len(prompt.grid_thw) - MAX_VIDEOS} more", Image.new("RGB", (1, 1), "white")))
+        strips.append((one_line(f"{what} of {w * PATCH_SIZE}x{h * PATCH_SIZE}: {media.name}"), strip))
+    if len(videos) > MAX_VIDEOS:
+        strips.append((f"… and {len(videos) - MAX_VIDEOS} more", Image.new("RGB", (1, 1), "white")))
     return strips
 
 

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -80,9 +81,8 @@ class Clock:
 def summary(figures: dict[str, float]) -> str:
     """Write the main figures of an evaluation in a line; those that are undefined are left out."""
     shown = {"reward": ".3f", "mae": ".2f", "r2": ".2f", "ccc": ".2f", "bias": "+.2f", "parse_rate": ".0%"}
-    return ", ".join(
-        f"{name} {figures[f'eval/{name}']:{form}}" for name, form in shown.items() if f"eval/{name}" in figures
-    )
+    there = {name: figures[f"eval/{name}"] for name in shown if f"eval/{name}" in figures}
+    return ", ".join(f"{name} {value:{shown[name]}}" for name, value in there.items())
 
 
 def charts() -> dict:
@@ -97,17 +97,14 @@ class Tracker:
     """The records of a run in `output_dir`, written by rank 0: flags, TensorBoard's files, completions, the bar."""
 
     def __init__(self, config: Config, total_steps: int, resume: ResumeState, zero_skill_reward: float | None):
-        """Continue where `resume` says; what a resumed run wrote later is removed.
+        """Continue where `resume` says; what a resumed run wrote later is removed. Raises InputError.
 
         zero_skill_reward: the best mean reward of a constant answer to the training samples, drawn beside the reward.
         """
-        self.zero_skill_reward = zero_skill_reward
-        self.config, self.is_main, self.writer = config, dist.get_rank() == 0, None
-        self.output, self.is_full = Path(config.output_dir), False
-        self.counts = Counter(resume.counts)
-        self.start_step = resume.step
+        self.config, self.output, self.is_main = config, Path(config.output_dir), dist.get_rank() == 0
+        self.zero_skill_reward, self.start_step, self.counts = zero_skill_reward, resume.step, Counter(resume.counts)
         self.evaluations, self.best_step = list(resume.evaluations), resume.best_step
-        self.goodness = GOODNESS[config.metric_for_best_model]
+        self.writer, self.is_full = None, False
         # A contact sheet takes a tenth of a second and up to a megabyte: about a hundred per run.
         self.sheet_steps = config.logging_steps * math.ceil(total_steps / (100 * config.logging_steps))
         raise_together(self.begin)
@@ -122,7 +119,7 @@ class Tracker:
         )
 
     def begin(self) -> None:
-        """On rank 0, write the flags and remove later completions; raise InputError if the disk is full."""
+        """On rank 0, write the flags and remove later completions; raise InputError if that fails."""
         if not self.is_main:
             return
         try:
@@ -130,22 +127,16 @@ class Tracker:
             unfinished.write_text(json.dumps(dataclasses.asdict(self.config), indent=2))
             os.replace(unfinished, self.output / "config.json")
             rollout_log.truncate(self.output, self.start_step)
-        except OSError as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"--output_dir {self.config.output_dir!r} cannot be written ({error.strerror}): make room, or name "
-                "another folder"
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{str(self.output / 'rollouts.jsonl')!r}, or one that follows it, is damaged ({first_line(error)}): "
-                "move it away"
+                f"--output_dir {self.config.output_dir!r} cannot be continued ({first_line(error)}): make room, move a "
+                "damaged rollouts.jsonl away, or name another folder"
             ) from error
 
     def log(self, step: int, records: StepRecords, metrics: dict[str, float], clock: Clock, prompt: Prompt) -> None:
         """Count the finished step and keep its completions; at a logging step add to everything in TensorBoard.
 
-        records: of all ranks; prompt: this rank's first. Raises InputError, on all ranks, after too many bad steps in a
-        row.
+        records: of all ranks; prompt: this rank's first. Raises InputError after too many bad steps, on all ranks.
         """
         seconds = sum(clock.seconds.values())
         metrics = rollout_metrics(records.groups) | metrics
@@ -174,22 +165,19 @@ class Tracker:
         counts["skipped_samples"] += len(records.bad_media)
         counts["shortened_prompts"] += len(records.shortened)
         print_rank0(*(f"left out: {line}" for line in records.bad_media), *records.shortened)
-        is_zero_std = metrics.get("frac_reward_zero_std", 0) >= 0.9
+        is_bad, is_zero_std = metrics["run/bad_steps"] > 0, metrics.get("frac_reward_zero_std", 0) >= 0.9
+        counts["bad_steps"] += is_bad
+        counts["bad_in_a_row"] = counts["bad_in_a_row"] + 1 if is_bad else 0
         counts["monotonous_in_a_row"] = counts["monotonous_in_a_row"] + 1 if is_zero_std else 0
+        if is_bad:
+            print_rank0(f"step {step}: the loss or its gradient is not finite: the weights stay as they are")
         if counts["monotonous_in_a_row"] == ZERO_STD_STEPS:
             print_rank0(
                 f"step {step}: for {ZERO_STD_STEPS} steps nearly all groups have had equal rewards, from which "
                 "nothing is learned: look at the completions, and raise --temperature or change the reward"
             )
-        is_bad = metrics["run/bad_steps"] > 0
-        counts["bad_in_a_row"] = counts["bad_in_a_row"] + 1 if is_bad else 0
-        counts["bad_steps"] += is_bad
-        if is_bad:
-            print_rank0(f"step {step}: the loss or its gradient is not finite: the weights stay as they are")
 
-    def add(
-        self, writer: SummaryWriter, step: int, groups: list[GroupRecord], metrics: dict[str, float], prompt: Prompt
-    ) -> None:
+    def add(self, writer: SummaryWriter, step: int, groups: list[GroupRecord], metrics: dict, prompt: Prompt) -> None:
         """Write a step's completions; at a logging step curves, distributions, some completions and frames, too."""
         rollout_log.append(self.output, completion_lines(step, groups))
         if step % self.config.logging_steps:
@@ -215,15 +203,14 @@ class Tracker:
         """Record an evaluation (`grpo.evaluate.heldout.Evaluation`); return True if its model is the best so far."""
         figures = {f"eval/{name}": value for name, value in evaluation.figures.items() if value is not None}
         metric = self.config.metric_for_best_model
+        goodness = GOODNESS[metric]
         earlier = [e[metric] for e in self.evaluations if e["step"] == self.best_step and metric in e]
         self.evaluations.append({"step": step} | figures)
-        if self.is_main:
-            drawn = evaluation.draw()
-            self.write(lambda writer: add_evaluation(writer, step, figures, evaluation.seconds, drawn), step)
+        drawn = figures | {"time/eval": evaluation.seconds}
+        self.write(lambda writer: add_evaluation(writer, step, drawn, evaluation.draw()), step)
         print_rank0(f"step {step}: held-out {summary(figures)}")
-        if step == 0 or metric not in figures:
-            return False
-        return not earlier or self.goodness(figures[metric]) > self.goodness(earlier[0])
+        is_candidate = step > 0 and metric in figures
+        return is_candidate and (not earlier or goodness(figures[metric]) > goodness(earlier[0]))
 
     def state(self) -> dict:
         """Return what a checkpoint keeps of the records."""
@@ -235,7 +222,9 @@ class Tracker:
             return
         folder = self.output / "tensorboard"
         try:
-            try_to_write(folder)
+            folder.mkdir(exist_ok=True)
+            with TemporaryFile(dir=folder) as probe:  # a thread of TensorBoard's would meet the full disk, and end
+                probe.write(bytes(2**16))
             if self.writer is None:
                 self.writer = SummaryWriter(str(folder), purge_step=step)
             add(self.writer)
@@ -244,9 +233,7 @@ class Tracker:
         except OSError as error:
             self.writer = None  # a writer that failed once stays broken; the next one gets a new file
             if not self.is_full:
-                print_rank0(
-                    f"step {step}: curves and completions cannot be written ({error}): they have a gap from here"
-                )
+                print_rank0(f"step {step}: curves and completions cannot be written ({error}), from here on")
             self.is_full = True
 
     def stopped(self, step: int) -> bool:
@@ -262,26 +249,14 @@ class Tracker:
             self.writer.close()
 
 
-def add_evaluation(
-    writer: SummaryWriter, step: int, figures: dict[str, float], seconds: float, drawn: dict[str, bytes]
-) -> None:
+def add_evaluation(writer: SummaryWriter, step: int, figures: dict[str, float], pictures: dict[str, bytes]) -> None:
     """Write the figures of an evaluation that are curves, and its pictures (PNG)."""
-    writer.add_scalar("time/eval", seconds, step)
     for name, value in figures.items():
         if not name.startswith(NOT_DRAWN):
             writer.add_scalar(name, value, step)
-    for name, data in drawn.items():
+    for name, data in pictures.items():
         pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         writer.add_image(f"eval/{name}", pixels, step, dataformats="HWC")
-
-
-def try_to_write(folder: Path) -> None:
-    """Raise OSError if the disk is full; TensorBoard would notice in a thread of its own, and print a page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        (folder / "probe").write_bytes(bytes(2**16))
-    finally:
-        (folder / "probe").unlink(missing_ok=True)
 
 
 def peak_memory_gb() -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from grpo.run.records import GlobalCounts
+from grpo.run.records import global_counts
 from tests.grpo.rewards import named
 from tests.test_train import curves, flags, run_main, weights
 
@@ -55,7 +55,7 @@ def test_groups_of_equal_rewards_do_not_dilute_and_their_update_pass_is_left_out
 
     def see_counts(models, optimizer, scored, *more):
         tokens = [int(one.rollout.completion_mask.sum()) for one in scored if one.loss_mask.any()]
-        counts.append((GlobalCounts.of(scored).num_tokens, sum(tokens)))
+        counts.append((global_counts(scored)[0], sum(tokens)))
         return update_phase(models, optimizer, scored, *more)
 
     monkeypatch.setattr(train, "update_phase", see_counts)

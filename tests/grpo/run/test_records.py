@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from grpo.ranks import start_processes
 from grpo.rollout import ScoredRollout
-from grpo.run.records import GlobalCounts, GroupRecord, completion_lines, distributions, rollout_metrics, std_of_step
+from grpo.run.records import GroupRecord, completion_lines, distributions, global_counts, rollout_metrics, std_of_step
 from tests.conftest import run_ranks
 
 NAN = float("nan")
@@ -48,8 +48,8 @@ def count_on_two_ranks() -> None:
     start_processes()
     rank = dist.get_rank()
     groups = [[masked(2, 3, 0)], [masked(1, 1, 7)]]
-    assert GlobalCounts.of(groups[rank]) == GlobalCounts(num_tokens=14, num_completions=5)
-    assert GlobalCounts.of([masked(0, 0, 0)]) == GlobalCounts(1, 1)
+    assert global_counts(groups[rank]) == (14, 5)
+    assert global_counts([masked(0, 0, 0)]) == (1, 1)
     rewards = torch.tensor([[[0.0, 1.0, NAN]], [[0.5, 0.5, 0.5]]])[rank]  # squares of 0.25 + 0.25, over 4
     assert std_of_step(rewards) == pytest.approx(0.125**0.5) and std_of_step(rewards * NAN) == 0.0
     dist.destroy_process_group()
