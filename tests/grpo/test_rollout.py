@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from grpo.config import Config
 from grpo.decoding import Decoder, decoder_for, prefill
 from grpo.logprobs import completion_logprobs
 from grpo.loss import clipped_loss, clipped_tokens, importance_ratios, weighted_sum
@@ -192,6 +193,11 @@ def keep() -> None:
 
 def test_ranks_keep_what_they_train_and_as_much_more_as_the_other_ranks_have_passes():
     run_ranks(keep, 2)
+
+
+def test_sampling_flags_are_read_in_one_place_with_the_callers_group_and_temperature():
+    config = Config(max_completion_length=7, num_generations=8, temperature=0.7, top_p=0.5, top_k=3)
+    assert SamplingParams.of(config, 4, 0.9) == SamplingParams(4, 7, 0.9, 0.5, 3)
 
 
 def test_top_k_and_top_p_by_hand():
