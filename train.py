@@ -16,10 +16,8 @@ Each rank samples the whole groups of its own prompts. Sampling depends only on 
 position in the batch: neither the number of ranks nor what a rank did before changes it.
 """
 
-import dataclasses
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -32,20 +30,11 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from data.loader import Prompt, checked
+from grpo import loss as objective
 from grpo.config import Config, parse_config
 from grpo.demo import demo
 from grpo.evaluate.heldout import HeldOut
 from grpo.logprobs import encode_media
-from grpo.loss import (
-    clipped_loss,
-    clipped_tokens,
-    completion_weights,
-    group_advantages,
-    importance_ratios,
-    kl_estimate,
-    loss_mask,
-    weighted_sum,
-)
 from grpo.model.load import SpecialTokens
 from grpo.model.lora import disable_adapters, without_dropout
 from grpo.model.sharding import Models
@@ -58,23 +47,19 @@ from grpo.run.stopping import StopRequest
 from grpo.run.tracking import Clock, Tracker
 
 
-def batched(items: list, size: int) -> Iterator[list]:
+def batched(items: list, size: int) -> list[list]:
     """Cut a list into pieces of `size`; `--per_device_train_batch_size` prompts pass through the model at a time."""
-    return (items[i : i + size] for i in range(0, len(items), size))
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: Config, step: int) -> list[Rollout]:
     """Sample a group for every prompt of this rank. model: unsharded, so that ranks do not wait for each other."""
-    params = SamplingParams.of(config)
+    params = SamplingParams.of(config, config.num_generations, config.temperature)
     rollouts = []
     for batch in batched(prompts, config.per_device_train_batch_size):
-        on_device = [prompt.to(tokens.device) for prompt in batch]
         if config.freeze_vision_tower and not config.vision_lora:
-            on_device = [encode_media(model, prompt) for prompt in on_device]  # once, for the update too
-            batch = on_device
-        sampled = generate(model, on_device, tokens, params, generators(batch, config.seed, step, tokens.device))
-        pairs = zip(sampled, batch, strict=True)  # pixels wait in the host's memory for the update
-        rollouts += [dataclasses.replace(rollout, prompt=prompt) for rollout, prompt in pairs]
+            batch = [encode_media(model, prompt.to(tokens.device)) for prompt in batch]  # once, for the update too
+        rollouts += generate(model, batch, tokens, params, generators(batch, config.seed, step, tokens.device))
     return rollouts
 
 
@@ -86,11 +71,11 @@ def reward_phase(
     scores = score(scorer, rollouts, texts, step)
     is_padding = torch.tensor([rollout.prompt.is_padding for rollout in rollouts])
     rewards = scores.rewards.masked_fill(is_padding[:, None], torch.nan)  # (B, G), nan where not scored
-    advantages = group_advantages(rewards, config.scale_rewards, std_of_step(rewards))  # (B, G)
-    scored, device = [], rollouts[0].logprobs.device
+    advantages = objective.group_advantages(rewards, config.scale_rewards, std_of_step(rewards))  # (B, G)
+    scored, device, how = [], rollouts[0].logprobs.device, (config.mask_truncated_completions, config.beta)
     for rollout, own_rewards, own_advantages in zip(rollouts, rewards.to(device), advantages.to(device), strict=True):
-        is_trained = own_rewards, rollout.is_stopped, config.mask_truncated_completions, config.beta
-        scored.append(ScoredRollout(rollout, own_advantages, loss_mask(rollout.completion_mask, *is_trained)))
+        mask = objective.loss_mask(rollout.completion_mask, own_rewards, rollout.is_stopped, *how)
+        scored.append(ScoredRollout(rollout, own_advantages, mask))
     return scored, gather_records(scored, texts, scores)
 
 
@@ -101,7 +86,7 @@ def update_phase(
     counts = GlobalCounts.of(scored)  # of all ranks: the denominators
     sums, is_bad = TokenSums(suppress_tokens.device), False
     size = config.per_device_train_batch_size
-    passes = list(batched(rollouts_to_train(scored, size), size))
+    passes = batched(rollouts_to_train(scored, size), size)
     fixed = []  # per pass: log-probabilities of the old and the reference policy
     for iteration in range(config.num_iterations):
         optimizer.zero_grad()
@@ -112,19 +97,19 @@ def update_phase(
             loss = 0.0
             for one, (logprobs, entropy), (old, reference) in zip(batch, results, fixed[number], strict=True):
                 mask, advantages = one.loss_mask, one.advantages
-                ratio = importance_ratios(logprobs, old, mask, config.importance_sampling_level)
-                token_loss = clipped_loss(ratio, advantages, config.epsilon, config.epsilon_high)
+                ratio = objective.importance_ratios(logprobs, old, mask, config.importance_sampling_level)
+                token_loss = objective.clipped_loss(ratio, advantages, config.epsilon, config.epsilon_high)
                 if config.beta > 0:
-                    kl = kl_estimate(logprobs, reference)
+                    kl = objective.kl_estimate(logprobs, reference)
                     token_loss = token_loss + config.beta * kl
                     sums.add("kl", kl, mask)
-                totals = counts.num_tokens, counts.num_completions
-                weights = completion_weights(config.loss_type, mask.sum(dim=1), *totals, config.max_completion_length)
-                loss = loss + weighted_sum(token_loss, mask, weights)
+                totals = counts.num_tokens, counts.num_completions, config.max_completion_length
+                weights = objective.completion_weights(config.loss_type, mask.sum(dim=1), *totals)
+                loss = loss + objective.weighted_sum(token_loss, mask, weights)
                 sums.add("entropy", entropy, mask)
                 sums.add_difference(one.rollout.logprobs, old, mask)
                 if config.num_iterations > 1:  # in the first update every ratio is 1
-                    low, high = clipped_tokens(ratio, advantages, config.epsilon, config.epsilon_high)
+                    low, high = objective.clipped_tokens(ratio, advantages, config.epsilon, config.epsilon_high)
                     sums.add("clip_ratio/low_mean", low, mask)
                     sums.add("clip_ratio/high_mean", high, mask)
             # FSDP averages the gradients of the ranks, but the step's loss is the sum of their losses.
@@ -143,14 +128,9 @@ def policy_logprobs(
     policy, batch: list[ScoredRollout], suppress_tokens: Tensor, config: Config
 ) -> list[tuple[Tensor, Tensor]]:
     """Return log-probabilities and entropies of the completions, both (G, C) per rollout, in one packed pass."""
-    rollouts = [one.rollout for one in batch]
-    return policy.completion_logprobs(
-        [rollout.prompt.to(suppress_tokens.device) for rollout in rollouts],
-        [rollout.completion_ids for rollout in rollouts],
-        [rollout.completion_mask for rollout in rollouts],
-        config.temperature,
-        suppress_tokens,
-    )
+    prompts = [one.rollout.prompt.to(suppress_tokens.device) for one in batch]
+    ids, masks = zip(*((one.rollout.completion_ids, one.rollout.completion_mask) for one in batch), strict=True)
+    return policy.completion_logprobs(prompts, ids, masks, config.temperature, suppress_tokens)
 
 
 def fixed_logprobs(

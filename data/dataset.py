@@ -1,15 +1,15 @@
 """The samples of JSON and JSONL files (`entry.py` has the format), parsed where they are needed.
 
-Of JSONL only the place of each line is in memory, so that files of many gigabytes cost neither the ranks nor their data
-workers anything. A JSON list is parsed whole once and kept as compact lines, which forked workers share: large files
-should be JSONL. Every mistake is an InputError of one line, before training starts.
+Only the place of each entry is in memory, so that files of many gigabytes cost neither the ranks nor their data workers
+anything. A JSON list is parsed whole once and written, one entry per line, to a temporary file: large files should be
+JSONL. Every mistake is an InputError of one line, before training starts.
 """
 
 import codecs
 import hashlib
 import json
 import os
-import weakref
+import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -25,45 +25,35 @@ class Entries(Sequence):
     def __init__(self, path: str):
         """Find where each entry stands. Raises InputError if the file cannot be read."""
         self.path = path
+        self._starts = array("q")  # where each entry begins, and the end of the last one
+        self._lines = array("q")  # the number of each entry's line
         if os.path.exists(path) and not os.path.isfile(path):
             raise InputError(f"{path!r} is no ordinary file: give JSON or JSONL files of samples, no folder or pipe")
-        self._list = None  # the text of the items of a JSON list
-        self._starts = array("q")  # where each entry begins, in that text or in the file, and the end of the last one
-        self._lines = array("q")  # of JSONL, the number of each entry's line
         try:
-            self._file = os.open(path, os.O_RDONLY)  # kept: a file that takes this one's place later changes nothing
-            weakref.finalize(self, os.close, self._file)
+            self._file = open(path, "rb")  # noqa: SIM115, kept: a file that takes its place later changes nothing
+            self.digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+            self._file.seek(0)
+            start = len(codecs.BOM_UTF8) * (self._file.read(3) == codecs.BOM_UTF8)
+            self._file.seek(start)
+            if next((line for line in self._file if line.strip()), b"").lstrip().startswith(b"["):
+                self._file.seek(start)
+                items, start = self._parse(self._file.read(), line=1), 0
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115
+                self._file.writelines(json.dumps(item).encode() + b"\n" for item in items)
+            self._file.seek(start)
+            for number, line in enumerate(self._file, 1):  # splitlines() splits inside JSON strings, too
+                if line.strip():
+                    self._starts.append(start)
+                    self._lines.append(number)
+                start += len(line)
+            self._starts.append(start)
             self._status = self._read_status()
-            with open(self._file, "rb", closefd=False) as file:
-                self.digest = hashlib.file_digest(file, "sha256").hexdigest()
-                file.seek(0)
-                start = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
-                file.seek(start)
-                is_list = next((line for line in file if line.strip()), b"").lstrip().startswith(b"[")
-                file.seek(start)
-                if is_list:
-                    self._keep_items(self._parse(file.read(), start, line=1))
-                else:
-                    self._find_lines(file, start)
         except OSError as error:
-            raise InputError(f"cannot read {path!r} ({error.strerror}): check the path") from error
-
-    def _keep_items(self, items: list) -> None:
-        lines = [json.dumps(item).encode() for item in items]
-        self._list = b"".join(lines)
-        self._starts.extend(accumulate(map(len, lines), initial=0))
-
-    def _find_lines(self, file, start: int) -> None:
-        for number, line in enumerate(file, 1):  # not splitlines(): it splits at characters inside JSON strings, too
-            if line.strip():
-                self._starts.append(start)
-                self._lines.append(number)
-            start += len(line)
-        self._starts.append(start)
+            raise InputError(f"cannot read {path!r} ({error.strerror})") from error
 
     def _read_status(self) -> tuple[int, int]:
         """Return what differs after every change of the file."""
-        status = os.fstat(self._file)
+        status = os.fstat(self._file.fileno())
         return status.st_size, status.st_mtime_ns
 
     def __len__(self) -> int:
@@ -73,30 +63,24 @@ class Entries(Sequence):
         """Read and parse an entry. Raises InputError, also if the file was changed in the meantime."""
         index = range(len(self))[index]  # raises IndexError, at which an iteration ends
         start, end = self._starts[index : index + 2]
-        if self._list is not None:
-            return json.loads(self._list[start:end])
         try:
             # At a place of its own, since forked workers share the file's position.
-            text, status = os.pread(self._file, end - start, start), self._read_status()
+            text, status = os.pread(self._file.fileno(), end - start, start), self._read_status()
         except OSError as error:
             raise InputError(f"cannot read {self.path!r} any more ({error.strerror})") from error
         if status != self._status:
             raise InputError(f"{self.path!r} was changed while it is in use: restore it, and continue")
-        return self._parse(text.rstrip(), start, self._lines[index])
+        return self._parse(text.rstrip(), self._lines[index])
 
-    def _parse(self, text: bytes, place: int, line: int):
-        """Parse JSON that begins at a byte, on a line, of the file."""
+    def _parse(self, text: bytes, line: int):
+        """Parse JSON that begins on a line of the file; raise InputError."""
         try:
             return json.loads(text.decode())
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.path!r} is not UTF-8 (byte {place + error.start}): save it as UTF-8") from error
         except json.JSONDecodeError as error:
             where = f"line {line + error.lineno - 1}, column {error.colno}"
-            raise InputError(
-                f"{self.path!r}: malformed JSON at {where} ({error.msg}): write the samples as [{{...}}, {{...}}], or "
-                "each on one line of its own (JSONL)"
-            ) from error
-        except (ValueError, RecursionError) as error:  # numbers with thousands of digits, thousands of nested brackets
+            mend = "write the samples as [{...}, {...}], or each on one line of its own (JSONL)"
+            raise InputError(f"{self.path!r}: malformed JSON at {where} ({error.msg}): {mend}") from error
+        except (ValueError, RecursionError) as error:  # no UTF-8, numbers of thousands of digits, nested too deeply
             raise InputError(f"{self.path!r}: unreadable JSON from line {line} on ({error}): correct it") from error
 
 
@@ -106,12 +90,10 @@ class Samples(Sequence):
     A path in them is used as written if there is such a file or folder, else joined to `image_folder`.
     """
 
-    def __init__(self, paths: list[str], image_folder: str = "", prepare: Callable[[Sample], Sample] | None = None):
-        """Find where each sample stands; `each` reads them. Raises InputError if a file is unreadable or has none.
-
-        prepare: applied to every sample that is asked for by its index.
-        """
-        self.files, self.image_folder, self.prepare = [Entries(path) for path in paths], image_folder, prepare
+    def __init__(self, paths: list[str], image_folder: str = ""):
+        """Find where each sample stands; `each` reads them. Raises InputError if a file is unreadable or has none."""
+        self.files, self.image_folder = [Entries(path) for path in paths], image_folder
+        self.prepare: Callable[[Sample], Sample] | None = None  # applied to every sample that is asked for by its index
         for number, file in enumerate(self.files):
             if os.path.realpath(file.path) in map(os.path.realpath, paths[:number]):
                 raise InputError(f"{file.path!r} is given twice: name it once, with a weight if it shall count more")
@@ -132,13 +114,9 @@ class Samples(Sequence):
         index = range(len(self))[index]  # raises IndexError, at which an iteration ends
         if isinstance(index, range):
             return [self[i] for i in index]
-        sample = self.as_written(index)
-        return self.prepare(sample) if self.prepare else sample
-
-    def as_written(self, index: int) -> Sample:
-        """Read a sample that is not prepared. Raises InputError."""
         file, place, default_id = self.where(index)
-        return read_sample(file[place], file.path, place, default_id, self.image_folder)
+        sample = read_sample(file[place], file.path, place, default_id, self.image_folder)
+        return self.prepare(sample) if self.prepare else sample
 
     def where(self, index: int) -> tuple[Entries, int, str]:
         """Return a sample's file, its place in it, and the id that it has if it names none."""
@@ -167,12 +145,11 @@ class Samples(Sequence):
     def refuse_missing(self, missing: dict[str, str]) -> None:
         """Raise InputError if files are missing: path -> the id of the first sample that names it."""
         if missing:
+            paths = " ".join(file.path for file in self.files)
             first = ", ".join(f"{path!r} (sample {sample_id!r})" for path, sample_id in list(missing.items())[:3])
-            raise InputError(
-                f"{' '.join(file.path for file in self.files)!r}: {len(missing)} file(s) missing: {first}"
-                f"{', ...' if len(missing) > 3 else ''}: set --image_folder (now {self.image_folder!r}) to the folder "
-                "that holds them, or correct the paths"
-            )
+            mend = f"set --image_folder (now {self.image_folder!r}) to the folder that holds them, or correct the paths"
+            more = ", ..." * (len(missing) > 3)
+            raise InputError(f"{paths!r}: {len(missing)} file(s) missing: {first}{more}: {mend}")
 
 
 def add_id(ids: dict[str, str], sample_id: str, path: str) -> None:

@@ -14,26 +14,26 @@ one.
 import difflib
 import os
 import re
-import stat
 from functools import lru_cache
 
-from data.media.fetch import FetchError, check_address, is_address, shown
+from data.media.fetch import check_address
 from data.sample import (
     IMAGE_SUFFIXES,
-    IMAGE_TAG,
     TAG_PATTERN,
-    VIDEO_TAG,
+    BadMedia,
     InputError,
     Media,
     Sample,
     TagMismatch,
     check_text,
+    is_address,
+    shown,
 )  # fmt: skip
 
 KEYS = ("id", "video", "image", "conversations")
 IMAGE_OPTIONS = ("resized_width", "resized_height", "min_pixels", "max_pixels")
 VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", *IMAGE_OPTIONS)
-LIKE_A_TAG = re.compile(r"<\s*(?:videos?|images?)\s*>", re.IGNORECASE)
+LIKE_A_TAG = re.compile(r"<\s*(video|image)s?\s*>", re.IGNORECASE)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TYPES = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
 
@@ -49,38 +49,33 @@ def read_sample(entry, data_path: str, place: int, default_id: str, image_folder
     sample_id = str(sample_id)
     where = f"{data_path!r}: sample {sample_id!r}"
 
-    for key in entry:
-        if key not in KEYS and (meant := _meant_key(key)):
+    extra = {key: value for key, value in entry.items() if key not in KEYS}
+    for key in extra:
+        if meant := _meant_key(key):
             raise InputError(f"{where}: unknown key {key!r}, did you mean {meant!r}?")
     *prompt, (_, answer) = _read_turns(entry.get("conversations"), where)
     of_tag = {}
-    for kind, tag in (("video", VIDEO_TAG), ("image", IMAGE_TAG)):
-        found = _read_media(entry.get(kind), kind, f"{where}: {kind!r}", image_folder)
+    for kind in ("video", "image"):
+        tag, found = f"<{kind}>", _read_media(entry.get(kind), kind, f"{where}: {kind!r}", image_folder)
         tags = sum(text.count(tag) for _, text in prompt)
         if tags == 0:
             first_user = [role for role, _ in prompt].index("user")
             prompt[first_user] = ("user", f"{tag}\n" * len(found) + prompt[first_user][1])
         elif tags != len(found):
-            raise TagMismatch(
-                f"{where}: {tags} {tag} tag(s) in the human turns but {len(found)} in {kind!r}: "
-                "make the numbers equal, or remove all tags"
-            )
+            mismatch = f"{tags} {tag} tag(s) in the human turns but {len(found)} in {kind!r}"
+            raise TagMismatch(f"{where}: {mismatch}: make the numbers equal, or remove all tags")
         of_tag[tag] = iter(found)
     media = tuple(next(of_tag[tag]) for _, text in prompt for tag in TAG_PATTERN.findall(text))
-    return Sample(sample_id, media, tuple(prompt), answer, {key: entry[key] for key in entry if key not in KEYS})
+    return Sample(sample_id, media, tuple(prompt), answer, extra)
 
 
 @lru_cache(1000)
 def _meant_key(key: str) -> str | None:
-    """Return which of ours a key looks like, misspelt; None for the user's own.
-
-    Keys of several words, such as 'conversation_id' and 'videoId', resemble one of ours by accident.
-    """
+    """Return which of ours a key looks like, misspelt; None for the user's own."""
+    if re.search(r"[_\d]|[a-z][A-Z]", key):  # of several words, such as 'conversation_id': like ours by accident
+        return None
     word = key.strip().lower()
-    if word == "id":
-        return "id"
-    is_one_word = not re.search(r"[_\d]|[a-z][A-Z]", key)
-    return next(iter(difflib.get_close_matches(word, KEYS[1:], n=1, cutoff=0.8)), None) if is_one_word else None
+    return "id" if word == "id" else next(iter(difflib.get_close_matches(word, KEYS[1:], n=1, cutoff=0.8)), None)
 
 
 def _read_media(written, kind: str, where: str, image_folder: str) -> list[Media]:
@@ -91,21 +86,19 @@ def _read_media(written, kind: str, where: str, image_folder: str) -> list[Media
         raise InputError(f"{where} is {_type_of(written)}: give a path or a list of paths")
     found = []
     for one in written if isinstance(written, list) else [written]:
-        options = ()
-        if isinstance(one, dict):
-            if kind not in one:
-                raise InputError(f"{where} contains an object without {kind!r}: name its file there")
-            options = _read_options({key: one[key] for key in one if key != kind}, kind, where)
-            one = one[kind]
-        if kind == "video" and isinstance(one, list) and one:
-            path = tuple(_read_path(frame, where, image_folder) for frame in one)
+        options = dict(one) if isinstance(one, dict) else {kind: one}
+        if kind not in options:
+            raise InputError(f"{where} contains an object without {kind!r}: name its file there")
+        path = options.pop(kind)
+        if kind == "video" and isinstance(path, list) and path:
+            paths = tuple(_read_path(frame, where, image_folder) for frame in path)
         else:
-            path = _read_path(one, where, image_folder)
-            if kind == "video" and shown(one).lower().endswith(IMAGE_SUFFIXES):
+            paths = _read_path(path, where, image_folder)
+            if kind == "video" and (name := shown(path)).lower().endswith(IMAGE_SUFFIXES):
                 raise InputError(
-                    f"{where} contains {shown(one)!r}: put the frames of a video in a list of their own, [[...]]"
+                    f"{where} contains {name!r}: put the frames of a video in a list of their own, [[...]]"
                 )
-        found.append(Media(kind, path, options))
+        found.append(Media(kind, paths, _read_options(options, kind, where)))
     return found
 
 
@@ -116,17 +109,12 @@ def _read_path(written, where: str, image_folder: str) -> str:
     if is_address(written):
         try:
             check_address(written)
-        except FetchError as error:
+        except BadMedia as error:
             raise InputError(f"{where}: {error}") from error
         return written
     inside = os.path.join(image_folder, written)
-    try:
-        if not os.access(written, os.F_OK):  # without an exception, since most paths are inside
-            return inside
-        mode = os.stat(written).st_mode
-    except (OSError, ValueError):
-        return inside
-    return written if stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and not os.path.isfile(inside)) else inside
+    is_meant = os.path.exists(written) and (os.path.isfile(written) or not os.path.isfile(inside))
+    return written if is_meant else inside
 
 
 def _read_options(written: dict, kind: str, where: str) -> tuple[tuple[str, float], ...]:
@@ -137,11 +125,10 @@ def _read_options(written: dict, kind: str, where: str) -> tuple[tuple[str, floa
             nearest = difflib.get_close_matches(name, known, 1)
             mend = f"did you mean {nearest[0]!r}?" if nearest else f"known ones are {', '.join(known)}"
             raise InputError(f"{where}: unknown option {name!r}: {mend}")
-        is_whole = name not in ("fps", "video_start", "video_end")
-        if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
-            raise InputError(f"{where}: {name!r} is {value!r}: give a {'whole ' * is_whole}number")
-        if not 0 <= value <= 1e9 or (value == 0 and name != "video_start"):
-            raise InputError(f"{where}: {name!r} is {value!r}: give a number above 0, and at most 1e9")
+        types = (int, float) if name in ("fps", "video_start", "video_end") else (int,)
+        if type(value) not in types or not (0 < value <= 1e9 or name == "video_start" and value == 0):
+            whole = "whole " * (float not in types)
+            raise InputError(f"{where}: {name!r} is {value!r}: give a {whole}number above 0, and at most 1e9")
     return tuple(sorted(written.items()))
 
 
@@ -156,6 +143,7 @@ def _read_turns(written, where: str) -> list[tuple[str, str]]:
         raise InputError(f"{where} has an empty answer: fill the last gpt turn")
     try:
         check_text(turns[:-1])
+        turns[-1][1].encode()
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
     return turns
@@ -172,15 +160,11 @@ def _read_turn(turn, where: str) -> tuple[str, str]:
     speaker, text = turn["from"], turn["value"]
     if speaker not in ROLES:
         raise InputError(f"{where}: unknown 'from' {speaker!r}: use 'human', 'gpt' or 'system'")
-    for tag in LIKE_A_TAG.findall(text):
-        if tag not in (VIDEO_TAG, IMAGE_TAG):
-            raise InputError(f"{where}: {tag} in 'value': write {VIDEO_TAG if 'v' in tag.lower() else IMAGE_TAG}")
+    for tag in LIKE_A_TAG.finditer(text):
+        if tag[0] != (meant := f"<{tag[1].lower()}>"):
+            raise InputError(f"{where}: {tag[0]} in 'value': write {meant}")
     if ROLES[speaker] != "user" and (tag := TAG_PATTERN.search(text)):
         raise InputError(f"{where}: {tag.group()} in a turn from {speaker!r}: move it to a human turn")
-    try:
-        text.encode()  # JSON may contain lone surrogates, which a tokenizer cannot encode
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: 'value' contains half a character (a lone surrogate): remove it") from error
     return ROLES[speaker], text
 
 

@@ -23,7 +23,7 @@ from data.epochs import BatchItem
 from data.flags import LoaderFlags, MediaFlags, OnBadMedia, OnLongPrompt
 from data.media.augment import Augmentation
 from data.media.fetch import DEFAULT_CACHE
-from data.media.frame_cache import CacheError, FrameCache
+from data.media.frame_cache import FrameCache
 from data.media.frames import VideoOptions
 from data.media.images import ImageOptions
 from data.media.load import MediaOptions, load_media, media_grid
@@ -68,7 +68,7 @@ class PromptOptions:
     on_bad_media: OnBadMedia = "error"
     max_prompt_length: int = 0  # tokens; 0: any
     on_long_prompt: OnLongPrompt = "error"
-    augmentation: Augmentation | None = None
+    augmentation: Augmentation = Augmentation()
 
 
 def cores_per_rank() -> int:
@@ -90,10 +90,9 @@ def media_options(flags: MediaFlags, threads: int = 1) -> MediaOptions:
 
 def prompt_options(flags: LoaderFlags, is_training: bool = False) -> PromptOptions:
     """Return the flags about how samples become prompts; what differs between epochs does so in training only."""
-    augmentation = None
-    if is_training and (flags.frame_jitter or varies(flags.video_cap)):
-        max_videos = flags.max_videos if varies(flags.video_cap) else 0
-        augmentation = Augmentation(flags.seed, max_videos, flags.frame_jitter)
+    augmentation = Augmentation()
+    if is_training:
+        augmentation = Augmentation(flags.seed, flags.max_videos * varies(flags.video_cap), flags.frame_jitter)
     media = media_options(flags, threads=max(1, cores_per_rank() // max(1, flags.dataloader_num_workers)))
     return PromptOptions(media, flags.on_bad_video, flags.max_prompt_length, flags.on_long_prompt, augmentation)
 
@@ -103,15 +102,14 @@ def resolve_data_flags(flags: MediaFlags) -> None:
     flags.system_prompt = read_system_prompt(flags.system_prompt)  # so that it is kept, wherever its file goes
     media_options(flags)
     if flags.video_cap != "first" and not flags.max_videos:
-        raise InputError(
-            f"--video_cap {flags.video_cap} has no effect with --max_videos 0, which keeps all: give a number"
-        )
-    if isinstance(flags, LoaderFlags) and flags.dataloader_num_workers is None:
+        raise InputError(f"--video_cap {flags.video_cap} has no effect with --max_videos 0, which keeps all")
+    if not isinstance(flags, LoaderFlags):
+        return
+    if flags.dataloader_num_workers is None:
         flags.dataloader_num_workers = min(8, max(1, cores_per_rank() - 1))  # a core is left for the rank itself
-    if isinstance(flags, LoaderFlags) and flags.on_long_prompt != "error" and not flags.max_prompt_length:
-        raise InputError(
-            f"--on_long_prompt {flags.on_long_prompt} has no effect: say with --max_prompt_length what is long"
-        )
+    if flags.on_long_prompt != "error" and not flags.max_prompt_length:
+        choice = f"--on_long_prompt {flags.on_long_prompt}"
+        raise InputError(f"{choice} has no effect: say with --max_prompt_length what is long")
 
 
 class LongPrompt(Exception):
@@ -175,7 +173,7 @@ class PromptDataset(Dataset):
     def sample(self, item: BatchItem, offset: int = 0) -> Sample:
         """Return the sample of an item, or one behind it, as the item's turn sees it."""
         sample = self.samples[(item.index + offset) % len(self.samples)]
-        return self.options.augmentation.of(sample, item.turn) if self.options.augmentation else sample
+        return self.options.augmentation.of(sample, item.turn)
 
     def __getitem__(self, item: BatchItem) -> Prompt | InputError:
         bad_media, options = "", self.options
@@ -193,21 +191,17 @@ class PromptDataset(Dataset):
                 if not is_left_out(choice):
                     return InputError(f"{bad_media}; {mend}")
                 continue
-            except CacheError as error:
-                return InputError(f"{error}: make room, or name another place")
-            except InputError as error:  # the file of samples has changed
+            except InputError as error:  # the file of samples has changed, or a cache cannot be written
                 return error
             except ValueError as error:
                 return InputError(f"sample {sample.id!r}: {error}")
-            is_padding = item.is_padding or bool(bad_media)
-            # Padding repeats a sample of the same step; its bad file is reported there, and not a second time here.
-            bad_media = "" if item.is_padding else bad_media
-            cut, shortened = len(whole.media) - len(sample.media), ""
-            if cut and not is_padding:
-                shortened = f"sample {sample.id!r}: its prompt is too long, and has {cut} videos fewer"
-            return dataclasses.replace(
-                prompt, position=item.position, is_padding=is_padding, bad_media=bad_media, shortened=shortened
-            )
+            prompt.position, prompt.is_padding = item.position, item.is_padding or bool(bad_media)
+            if not item.is_padding:  # which repeats a sample of the same step, where its bad file is reported
+                prompt.bad_media = bad_media
+            cut = len(whole.media) - len(sample.media)
+            if cut and not prompt.is_padding:
+                prompt.shortened = f"sample {sample.id!r}: its prompt is too long, and has {cut} videos fewer"
+            return prompt
         return InputError(f"no sample can be used; the first error: {bad_media}")
 
 
@@ -264,9 +258,8 @@ def worker_failure(error: BaseException | None) -> str | None:
     """
     while error is not None:
         if found := re.search(r"DataLoader worker \(pid.*", " ".join(str(error).split())):
-            return (
-                f"{found.group().rstrip('.')}. If memory ran out, lower --dataloader_num_workers (0: none). If a "
-                "broken video crashed the decoder, python -m data.check names it"
-            )
+            mend = "If memory ran out, lower --dataloader_num_workers (0: none)"
+            crash = "If a broken video crashed the decoder, python -m data.check names it"
+            return f"{found.group().rstrip('.')}. {mend}. {crash}"
         error = error.__cause__ or error.__context__
     return None

@@ -5,12 +5,10 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
-from data.media.fetch import is_address, shown
-
-VIDEO_TAG, IMAGE_TAG = "<video>", "<image>"
-TAG_PATTERN = re.compile(f"{VIDEO_TAG}|{IMAGE_TAG}")
+TAG_PATTERN = re.compile("<video>|<image>")
 
 # Written in a text, these would become placeholders without a video, or begin and end turns.
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -44,10 +42,19 @@ def named(name: str) -> Iterator[None]:
     """Put the name of a file before what is wrong with it: of BadMedia, and of a ValueError, which becomes BadMedia."""
     try:
         yield
-    except TooFewFrames as error:
-        raise TooFewFrames(f"{name} {error}") from error
     except (BadMedia, ValueError) as error:
-        raise BadMedia(f"{name} {error}") from error
+        kind = TooFewFrames if isinstance(error, TooFewFrames) else BadMedia
+        raise kind(f"{name} {error}") from error
+
+
+def is_address(path: str) -> bool:
+    """Say whether a path is an address such as https://…, of whatever scheme."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+
+
+def shown(path: str) -> str:
+    """Return a path as it may be printed: an address without credentials."""
+    return re.sub(r"://[^/]*@", "://", re.split("[?#]", path)[0]) if is_address(path) else path
 
 
 def first_line(error: Exception) -> str:
@@ -76,12 +83,8 @@ class Media:
 
     def missing(self) -> list[str]:
         """Return those of its paths at which there is nothing."""
-        may_be_folder = self.kind == "video" and isinstance(self.path, str)
-        return [
-            path
-            for path in self.files
-            if not (is_address(path) or os.path.isfile(path) or (may_be_folder and os.path.isdir(path)))
-        ]
+        exists = os.path.exists if self.kind == "video" and isinstance(self.path, str) else os.path.isfile
+        return [path for path in self.files if not (is_address(path) or exists(path))]
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,9 @@ class Sample:
 
 
 def check_text(turns: Sequence[tuple[str, str]]) -> None:
-    """Raise ValueError if a text of some turns, (role, text), contains special tokens."""
+    """Raise ValueError if a text of some turns, (role, text), contains special tokens or half a character."""
     for role, text in turns:
+        text.encode()  # JSON may contain lone surrogates, which a tokenizer cannot encode
         if special := SPECIAL_TOKENS.search(text):
             raise ValueError(f"the {role} text contains the special token {special.group()}: remove it")
 
@@ -122,21 +126,16 @@ def keep_media(sample: Sample, is_kept: list[bool]) -> Sample:
 
 def read_system_prompt(value: str) -> str:
     """Return the text of --system_prompt, which is the text itself or the name of its file; raise InputError."""
-    text = value.strip()
-    if os.path.isfile(value):
-        try:
-            with open(value, encoding="utf-8-sig") as file:
-                text = file.read().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--system_prompt {value!r} cannot be read ({first_line(error)}): correct it") from error
-        if not text:
-            raise InputError(f"--system_prompt {value!r} is an empty file: write the prompt into it, or leave it out")
-    elif value.split() == [value] and ("/" in value or value.endswith((".txt", ".md"))):
-        raise InputError(f"--system_prompt {value!r}: there is no such file, and it is no prompt: correct it")
     try:
+        is_file = os.path.isfile(value)
+        text = (Path(value).read_text("utf-8-sig") if is_file else value).strip()
         check_text([("system", text)])
-    except ValueError as error:
-        raise InputError(f"--system_prompt: {error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"--system_prompt cannot be used ({first_line(error)}): correct it") from error
+    if is_file and not text:
+        raise InputError(f"--system_prompt {value!r} is an empty file: write the prompt into it, or leave it out")
+    if not is_file and value.split() == [value] and ("/" in value or value.endswith((".txt", ".md"))):
+        raise InputError(f"--system_prompt {value!r}: there is no such file, and it is no prompt: correct it")
     return text
 
 

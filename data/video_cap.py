@@ -1,16 +1,14 @@
 """Cap the number of videos and images per sample. Edit this file to choose which are kept.
 
-The cap is a memory setting, not a limit of the method: with `max_videos = 0` or a
-large value, samples of 30 and more videos train as well, if memory suffices. The trainer that this one replaces raised
-an IndexError on many videos. Its prompts held more placeholders than videos, since it kept the `<video>` tags in the
-text and also added each video as a media item. Here a tag and its video are kept or dropped together.
+The cap is a memory setting, not a limit of the method: samples of 30 and more videos train as well, if memory
+suffices. A tag and its video are kept or dropped together, so that a prompt has as many placeholders as videos.
 """
 
 import random
 from collections.abc import Callable
 from typing import Literal
 
-from data.sample import InputError, Sample, keep_media
+from data.sample import Sample, keep_media
 
 VideoCap = Literal["first", "even", "random"]
 Choose = Callable[[int, int], set[int]]  # of how many, how many at most -> the places of those that are kept
@@ -52,14 +50,10 @@ def varies(cap: VideoCap) -> bool:
 def cap_videos(sample: Sample, max_videos: int, max_images: int = 0, choose: Choose = first) -> Sample:
     """Keep at most `max_videos` videos and `max_images` images with their tags, drop the rest; 0 means no cap.
 
-    choose: returns which of how many to keep. The newline right after a dropped tag is dropped too, so that no blank
-    line remains. Raises InputError if a cap is negative.
+    The newline right after a dropped tag is dropped too, so that no blank line remains.
     """
     chosen = set()
     for kind, most in (("video", max_videos), ("image", max_images)):
-        if most < 0:
-            raise InputError(f"--max_{kind}s is {most}: give 0 (no cap) or the number of {kind}s to keep")
         places = [place for place, media in enumerate(sample.media) if media.kind == kind]
-        if places:
-            chosen |= {places[i] for i in choose(len(places), most or len(places))}
+        chosen |= {places[i] for i in choose(len(places), most or len(places))}
     return keep_media(sample, [place in chosen for place in range(len(sample.media))])

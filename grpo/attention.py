@@ -6,9 +6,9 @@ A group shares its prompt, and with 30 videos the prompt is nearly all of the wo
     prompt tokens      attend causally to the prompt;
     completion tokens  attend to the prompt and causally to their own completion, never to another one.
 
-That equals G separate rows `[prompt | ci]` (proved in `tests/grpo/test_packed.py`) at about 1/G of the cost. Several
-groups may follow each other in a row. While sampling, the same split lets G completions read one copy of the prompt's
-keys and values (`grpo/decoding.py`).
+That equals G rows `[prompt | ci]` (proved in `tests/grpo/test_packed.py`) at about 1/G of the cost. Several groups may
+follow each other in a row. In sampling, too, G completions read one copy of the prompt's keys and values
+(`grpo/decoding.py`).
 
 | B | prompts | P | prompt tokens | G | completions of a prompt | C | completion tokens |
 | H | query heads | K | key heads | D | head size | L | tokens of a row |
@@ -30,8 +30,8 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 def causal(query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> Tensor:
     """Causal attention; the queries may be those of the last tokens only."""
     is_square = query.shape[2] == key.shape[2]
-    # SDPA's flash kernel recognises this bias and never reads it, but making it allocates host memory for queries x
-    # keys. So for a full prompt is_causal is passed instead.
+    # SDPA's flash kernel never reads this bias, but making it allocates host memory for queries x keys: not for a full
+    # prompt.
     bias = None if is_square else causal_lower_right(query.shape[2], key.shape[2])
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=is_square, enable_gqa=True)
 
@@ -47,11 +47,12 @@ def group_attention(query: Tensor, key: Tensor, value: Tensor, P: int, G: int) -
     def completions(x: Tensor) -> Tensor:
         return x[0, :, -G * C :].unflatten(1, (G, C)).transpose(0, 1)  # (1, heads, … + G·C, D) -> (G, heads, C, D)
 
+    def with_prompt(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :, :P].expand(G, -1, -1, -1), completions(x)], dim=2)  # (G, K, P + C, D)
+
     prompt_out = causal(query[:, :, : -G * C], key[:, :, :P], value[:, :, :P])  # (1, H, N, D)
-    keys = torch.cat([key[:, :, :P].expand(G, -1, -1, -1), completions(key)], dim=2)  # (G, K, P + C, D)
-    values = torch.cat([value[:, :, :P].expand(G, -1, -1, -1), completions(value)], dim=2)
     # Completions shorter than C need no mask: padding comes last, and causal attention never looks ahead.
-    out = causal(completions(query), keys, values)
+    out = causal(completions(query), with_prompt(key), with_prompt(value))  # (G, H, C, D)
     return torch.cat([prompt_out, out.transpose(0, 1).flatten(1, 2)[None]], dim=2)
 
 
@@ -97,14 +98,12 @@ def varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q: T
     """Attention of the vision tower: each segment (a window or a frame) attends to itself.
 
     query, key, value: (1, H, S, D); cu_seq_lens_q: (segments + 1,), cumulative lengths from 0 to S. Segments of equal
-    length share one SDPA call. Frames of a study have equal sizes, so that this is usually one call, where Hugging Face
-    loops over hundreds of windows.
+    length share one SDPA call: usually there is one, where Hugging Face loops over hundreds of windows.
     """
     lengths = distinct_lengths(cu_seq_lens_q)
     if len(lengths) == 1:  # views (segments, H, length, D), no copies
         q, k, v = (x[0].unflatten(1, (-1, lengths[0])).transpose(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return out.transpose(1, 2).flatten(0, 1)[None], None
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)[None], None
     starts, segment_lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
     out = torch.empty_like(query.transpose(1, 2))  # (1, S, H, D)
     for length in lengths:

@@ -3,34 +3,46 @@
 python -m grpo.export --adapter output/run/final --output output/merged
 """
 
-import argparse
 import json
 import os
 import shutil
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
+from data.flags import parse_flags
 from data.prompt import load_tokenizer
 from data.sample import InputError, first_line
 from grpo.model.card import model_card
 from grpo.model.load import ModelFiles, load_model, processor_files
 from grpo.ranks import print_rank0
+from reward.flags import Bounds, flag
+
+NAMED = Bounds(bool, "is missing (python -m grpo.export --help explains the flags)")
+
+
+@dataclass
+class ExportConfig:
+    """The flags."""
+
+    heading = "what"
+    adapter: str = flag("", "folder that training with --lora_enable has written", NAMED)
+    output: str = flag("", "new folder for the merged model", NAMED)
+    model_id: str = flag("", "the base model, if it is no longer where the adapter says")
 
 
 def base_of(adapter: str) -> str:
-    """Return the base model that an adapter folder names; raise InputError if it is not an adapter folder."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not Path(adapter, name).is_file():
-            raise InputError(f"--adapter {adapter!r} is no adapter folder: it has no {name}")
+    """Return the base model that an adapter folder names, if any; raise InputError if it is not an adapter folder."""
     try:
         described = json.loads(Path(adapter, "adapter_config.json").read_text())
-    except ValueError as error:
-        raise InputError(f"--adapter {adapter!r}: its adapter_config.json is no JSON ({first_line(error)})") from error
-    if not isinstance(described, dict) or described.get("peft_type") != "LORA":
+    except (OSError, ValueError) as error:
+        why = f"adapter_config.json cannot be read: {first_line(error)}"
+        raise InputError(f"--adapter {adapter!r} is no adapter folder ({why})") from error
+    if described.get("peft_type") != "LORA":
         raise InputError(f"--adapter {adapter!r} is no LoRA adapter: give one that --lora_enable has trained")
     return described.get("base_model_name_or_path") or ""
 
@@ -49,7 +61,7 @@ def load_merged(adapter: str, model_id: str, dtype="auto"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about keys that do not fit: raised as an error below
             peft_model = PeftModel.from_pretrained(model, adapter)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"--adapter {adapter!r}: its weights cannot be read ({first_line(error)})") from error
     except (RuntimeError, ValueError, TypeError, KeyError) as error:  # other shapes, or no such layers
         raise InputError(f"{misfit} ({first_line(error)}): name its base with --model_id") from error
@@ -65,47 +77,32 @@ def export(adapter: str, output: str, model_id: str = "") -> None:
     """
     if Path(output).exists():
         raise InputError(f"--output {output!r} exists: name a new folder")
-    named = base_of(adapter)
-    model_id = model_id or named
+    model_id = model_id or base_of(adapter)
     if not model_id:
         raise InputError(f"--adapter {adapter!r} does not say its base: name it with --model_id")
-    tokenizer = load_tokenizer(model_id)
-    model = load_merged(adapter, model_id)
-    progress = Path(adapter, "progress.json")  # of the run that saved the adapter
+    tokenizer, model = load_tokenizer(model_id), load_merged(adapter, model_id)
+    unfinished, progress = Path(f"{output}.unfinished"), Path(adapter, "progress.json")  # of the run that saved it
     try:
-        unfinished = Path(f"{output}.unfinished")
         if unfinished.exists():  # left by an export that was killed
             shutil.rmtree(unfinished)
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         ModelFiles(model, tokenizer, processor_files(model_id)).write(unfinished)
         if progress.exists():
-            card = model_card(json.loads(progress.read_text()), is_adapter=False)
-            (unfinished / "README.md").write_text(card)
+            (unfinished / "README.md").write_text(model_card(json.loads(progress.read_text()), is_adapter=False))
         os.rename(unfinished, output)  # the folder gets its name once it is complete
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{str(progress)!r} is damaged ({first_line(error)}): move it away") from error
     except OSError as error:
         raise InputError(f"--output {output!r} cannot be written ({first_line(error)}): name another place") from error
 
 
-def _fail(message: str):
-    raise InputError(f"{message}: python -m grpo.export --help explains the flags")
-
-
 def main(argv: list[str]) -> int:
     """Export; return 2, with one line, for what the user can fix."""
-    parser = argparse.ArgumentParser(prog="python -m grpo.export", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--adapter", required=True, help="folder that training with --lora_enable has written")
-    parser.add_argument("--output", required=True, help="new folder for the merged model")
-    parser.add_argument("--model_id", default="", help="the base model, if it is no longer where the adapter says")
-    parser.error = _fail
     try:
-        arguments = parser.parse_args(argv)
-        export(**vars(arguments))
+        config = parse_flags(ExportConfig, argv, "python -m grpo.export", description=__doc__)
+        export(**vars(config))
     except InputError as error:
         print_rank0(f"grpo.export: error: {error}", file=sys.stderr)
         return 2
-    print(f"the merged model is in {arguments.output}")
+    print(f"the merged model is in {config.output}")
     return 0
 
 

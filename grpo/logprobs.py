@@ -38,8 +38,7 @@ class Logits(torch.autograd.Function):
 def sampling_logprobs(hidden: Tensor, lm_head: Tensor, temperature: float, suppress_tokens: Tensor) -> Tensor:
     """Return the log-probabilities of the distribution that is sampled from; nothing else defines it.
 
-    hidden: (N, E); lm_head: (V, E); suppress_tokens: ids of tokens that never occur in a completion. Returns (N, V),
-    float32.
+    hidden: (N, E); lm_head: (V, E); suppress_tokens: ids that never occur in a completion. Returns (N, V), float32.
     """
     logits = Logits.apply(hidden, lm_head).div_(temperature)  # in place: one (N, V) less
     return torch.log_softmax(logits.index_fill_(1, suppress_tokens, -torch.inf), dim=1)
@@ -87,8 +86,7 @@ def embed(model, token_ids: Tensor, prompts: list[Prompt]) -> Tensor:
 def encode_media(model, prompt: Prompt) -> Prompt:
     """Return the prompt with the vision tower's output, (S, E of the tower), in place of pixels.
 
-    For a frozen tower, which then runs once for sampling and all updates. The merger, which follows the tower and may
-    be trained, still runs in every pass.
+    For a frozen tower, which then runs once. The merger behind it, which may be trained, still runs in every pass.
     """
     # Replace the merger by its own input, four neighbouring patches a row; the tower then restores their order.
     merger = model.model.visual.merger
@@ -106,11 +104,10 @@ def completion_logprobs(
     temperature: float,
     suppress_tokens: Tensor,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Compute the log-probability and the entropy at every completion token of some prompts' groups.
+    """Compute the log-probability and the entropy at every completion token of some prompts' groups, in one row.
 
     completion_ids, completion_mask: per prompt (G, C), each with its own C. Returns per prompt two (G, C), float32, 0
-    where the mask is False; only the log-probabilities carry gradients. All groups are packed into one row, in which
-    each video and each prompt is computed once, whatever G is.
+    where the mask is False; only the log-probabilities carry gradients.
     """
     G = len(completion_ids[0])
     tokens, positions = [], []
@@ -137,9 +134,7 @@ def completion_logprobs(
     chosen = [ids[mask] for ids, mask in zip(completion_ids, completion_mask, strict=True)]  # (tokens,)
     # The logits of a chunk are recomputed in the backward pass, so that (tokens, V) never exists. Not those of the last
     # chunk: the backward pass begins with it, so dropping them would save no memory.
-    *chunks, last = zip(
-        torch.cat(predictors).split(TOKENS_PER_CHUNK), torch.cat(chosen).split(TOKENS_PER_CHUNK), strict=True
-    )
+    *chunks, last = zip(*(torch.cat(rows).split(TOKENS_PER_CHUNK) for rows in (predictors, chosen)), strict=True)
     head = model.lm_head.weight, temperature, suppress_tokens
     results = [checkpoint(_chosen_logprobs, *chunk, *head, use_reentrant=False) for chunk in chunks]
     results.append(_chosen_logprobs(*last, *head))

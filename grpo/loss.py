@@ -8,19 +8,16 @@ For one prompt with completions o_1 … o_G and rewards r_1 … r_G (GRPO: DeepS
               + beta (pi_ref / pi - log(pi_ref / pi) - 1)                                    kl_estimate
     loss    = sum_i weight_i sum_t loss_it                                                   completion_weights
 
-The loss types differ only in `weight_i`; N is the number of trained completions of all ranks in a step:
+The loss types differ only in `weight_i`. Denominators are counted over all ranks, before the first backward pass, so
+that splitting a batch differently changes nothing; N is the number of trained completions:
 
-    dapo     1 / (tokens of all ranks): every token counts alike              (DAPO, arXiv:2503.14476, equation 8)
+    dapo     1 / (all trained tokens): every token counts alike               (DAPO, arXiv:2503.14476, equation 8)
     grpo     1 / (N · tokens of o_i): every completion counts alike           (DeepSeekMath, equation 3)
     dr_grpo  1 / (N · max_completion_length): no bias by length               (Dr. GRPO, arXiv:2503.20783, section 3.2)
 
 Clipping is asymmetric as in DAPO; `importance_sampling_level="sequence"` takes one ratio per completion (GSPO,
-arXiv:2507.18071, equation 7). Denominators are global: counted over all ranks before the first backward pass, so that
-splitting a batch differently changes nothing.
-
-Deviations from the papers: the standard deviation is the unbiased one, as in TRL; GSPO's ratio is weighted per token
-under `dapo` and `dr_grpo`; a completion that is not trained (`loss_mask`) is excluded from the denominators too, so
-that it does not dilute the others.
+arXiv:2507.18071, equation 7). Deviations from the papers: the standard deviation is the unbiased one, as in TRL; GSPO's
+ratio is weighted per token under `dapo` and `dr_grpo`; a completion that is not trained (`loss_mask`) does not count.
 
 | B | prompts | G | completions per prompt | C | completion tokens, padded |
 """
@@ -39,8 +36,7 @@ def group_advantages(rewards: Tensor, scale_rewards: ScaleRewards, batch_std: Te
     """Return each completion's reward relative to its group.
 
     rewards: (B, G), nan where a completion was not scored. scale_rewards: divide by the group's standard deviation, by
-    that of all rewards of the step, `batch_std`, or by nothing. Returns (B, G); exactly 0 where a completion was not
-    scored, and in a group whose rewards are all equal.
+    that of the step (`batch_std`), or by nothing. Returns (B, G); 0 where not scored, and in a group of equal rewards.
     """
     is_scored = ~rewards.isnan()
     centered = rewards - rewards.nanmean(dim=1, keepdim=True)
@@ -70,8 +66,8 @@ def loss_mask(
     """Return which tokens of a group are trained: (G, C).
 
     completion_mask: (G, C); rewards, is_stopped: (G,). Excluded are completions that were not scored (nan); with
-    mask_truncated_completions those that were cut at the length limit (overlong filtering, DAPO, section 3.4); and all
-    of a group of equal rewards, whose gradient is 0 unless they have a KL divergence to lower (beta above 0).
+    mask_truncated_completions those that were cut (overlong filtering, DAPO, section 3.4); and groups of equal rewards,
+    whose gradient is 0 unless they have a KL divergence to lower (beta above 0).
     """
     is_trained = ~rewards.isnan()
     if mask_truncated_completions:
@@ -82,10 +78,7 @@ def loss_mask(
 
 
 def importance_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: ImportanceSamplingLevel) -> Tensor:
-    """Return the ratio of the policy's probability to the old policy's: (G, C), per token or one per completion.
-
-    logprobs, old_logprobs: (G, C); mask: (G, C), True where a token is trained.
-    """
+    """Return the policy's probability over the old policy's, per token or completion; all (G, C), mask: trained."""
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     if level == "sequence":
         log_ratio = (log_ratio.sum(dim=1) / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(log_ratio)

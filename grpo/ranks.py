@@ -31,14 +31,11 @@ def start_processes() -> torch.device:
         torch.cuda.set_device(device)
         # cuDNN's attention makes and keeps a plan for every prompt length. Flash attention takes its place.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     # Long, since ranks wait for the one that samples the longest completions or writes a large model. Nobody waits an
     # hour for a rank that died: connections to it break, and torchrun ends the others.
     timeout = timedelta(hours=1)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout, **alone)
     return device
 
 
@@ -83,9 +80,7 @@ def broadcast_object(value):
 
 def any_rank(flag: bool) -> bool:
     """Return True on every rank if `flag` is True on any; collective."""
-    flags = torch.tensor([int(flag)])
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+    return any(all_gather_object(bool(flag)))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

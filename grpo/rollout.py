@@ -22,18 +22,18 @@ MIN_PROMPT_CAPACITY = 2048  # tokens; their keys and values take a hundredth of 
 
 @dataclass
 class SamplingParams:
-    """How completions are sampled."""
+    """How completions are sampled: the flags of these names."""
 
-    num_generations: int  # completions per prompt (G)
-    max_completion_length: int  # tokens
+    num_generations: int
+    max_completion_length: int
     temperature: float = 1.0
-    top_p: float = 1.0  # 1: all tokens
-    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    top_k: int = 0
 
     @classmethod
-    def of(cls, config) -> "SamplingParams":
-        """Take them from the flags of training."""
-        return cls(config.num_generations, config.max_completion_length, config.temperature, config.top_p, config.top_k)
+    def of(cls, config, num_generations: int, temperature: float) -> "SamplingParams":
+        """Take them from the flags, of training or of an evaluation."""
+        return cls(num_generations, config.max_completion_length, temperature, config.top_p, config.top_k)
 
 
 @dataclass(frozen=True)
@@ -103,23 +103,23 @@ def generate(
 ) -> list[Rollout]:
     """Sample a group per prompt, each completion to its end or to the length limit; greedily without generators.
 
-    model: unsharded. Nothing here communicates, so ranks may decode different numbers of tokens.
+    model: unsharded. Nothing here communicates, so ranks may decode different numbers of tokens. The rollouts keep the
+    prompts as given: pixels in the host's memory wait there for the update.
     """
     B, G, P = len(prompts), params.num_generations, max(len(prompt.prompt_ids) for prompt in prompts)
-    if model.device.type == "cuda":
-        # Rounded up so that one graph serves many lengths. A function of this batch only: results must not depend on
-        # earlier prompts.
+    if model.device.type == "cuda":  # one graph for many lengths; of this batch alone, not of what came before
         P = max(MIN_PROMPT_CAPACITY, 1 << (P - 1).bit_length())
     decoder = decoder_for(model, B, G, P, params.max_completion_length)
-    hidden = prefill(model, prompts, decoder.cache).repeat_interleave(G, dim=0)  # (B·G, E)
-    positions = torch.cat([prompt.completion_positions(1)[0] for prompt in prompts]).repeat_interleave(G)  # (B·G,)
+    on_device = [prompt.to(model.device) for prompt in prompts]
+    hidden = prefill(model, on_device, decoder.cache).repeat_interleave(G, dim=0)  # (B·G, E)
+    positions = torch.cat([prompt.completion_positions(1)[0] for prompt in on_device]).repeat_interleave(G)  # (B·G,)
     running = torch.ones(B * G, dtype=torch.bool, device=hidden.device)
     ids, mask, logprobs = [], [], []  # one (B·G,) per token
+    head = model.lm_head.weight, params.temperature, tokens.suppress_tokens
     while True:
-        distribution = sampling_logprobs(
-            hidden, model.lm_head.weight, params.temperature, tokens.suppress_tokens
-        )  # (B·G, V)
-        distribution = filter_top_k_top_p(distribution, params.top_p, params.top_k)
+        distribution = sampling_logprobs(hidden, *head)  # (B·G, V)
+        if generators is not None:  # greedily it changes nothing
+            distribution = filter_top_k_top_p(distribution, params.top_p, params.top_k)
         ids.append(sample(distribution, generators))
         mask.append(running)
         logprobs.append(distribution.gather(1, ids[-1][:, None])[:, 0])
@@ -128,21 +128,21 @@ def generate(
             break
         hidden = decoder.step(ids[-1], positions)
         positions = positions + 1
-    groups = zip(prompts, *(torch.stack(rows, dim=1).split(G) for rows in (ids, mask, logprobs)), strict=True)
+    ids, mask, logprobs = (torch.stack(rows, dim=1) for rows in (ids, mask, logprobs))  # (B·G, longest C)
+    # Tokens drawn after the end are not part of the completion.
+    ids, logprobs = torch.where(mask, ids, tokens.eos_token_ids[0]), torch.where(mask, logprobs, 0.0)
     rollouts = []
-    for (prompt, ids, mask, logprobs), is_running in zip(groups, running.split(G), strict=True):
-        C = int(mask.sum(dim=1).max())  # other groups may have gone on for longer
-        ids, mask, logprobs = ids[:, :C], mask[:, :C], logprobs[:, :C]
-        # Tokens drawn after the end are not part of the completion.
-        ids, logprobs = torch.where(mask, ids, tokens.eos_token_ids[0]), torch.where(mask, logprobs, 0.0)
-        rollouts.append(Rollout(prompt, ids, mask, logprobs, is_stopped=~is_running))
+    for b, prompt in enumerate(prompts):
+        group = slice(b * G, (b + 1) * G)
+        C = int(mask[group].sum(dim=1).max())  # other groups may have gone on for longer
+        rollouts.append(Rollout(prompt, ids[group, :C], mask[group, :C], logprobs[group, :C], ~running[group]))
     return rollouts
 
 
 def rollouts_to_train(scored: list[ScoredRollout], batch_size: int) -> list[ScoredRollout]:
-    """Leave out rollouts without trained tokens, but for those that keep the passes of all ranks in step; collective.
+    """Leave out rollouts without trained tokens, except where a rank would make fewer passes than others; collective.
 
-    Returns as many as make the same number of passes of `batch_size` on every rank: none if no rank has any to train.
+    Returns none if no rank has any to train.
     """
     trained = [one for one in scored if one.loss_mask.any()]
     untrained = [one for one in scored if not one.loss_mask.any()]

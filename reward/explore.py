@@ -8,32 +8,30 @@ share for policies that answer
 
     truth + bias + spread * normal      rounded to a whole percent, clipped to --valid_range
 
-The share is computed, not drawn: the sum over rewards r of P(reward = r) ^ num_generations, averaged over the truths.
-Rewards are compared as float32, as the trainer does. A function is given truths and answers as "55%", and no other keys
-of the samples: one that judges something else than the number, or a whole step, cannot be drawn.
+It is the sum over rewards r of P(reward = r) ^ num_generations, averaged over the truths. A function is given truths
+and answers as "55%", and no other keys of the samples: one that judges something else or a whole step cannot be drawn.
 
---truths takes a file of samples as train.py does (JSON or JSONL; the last turn holds the answer), a JSON list of
-numbers or answers, or a text with one number or answer a line. Entries without a number are left out. Without the flag,
-the shares are those of the five truths of the picture: a first look, since they depend on the data.
+--truths takes a file of samples as train.py does, a JSON list of numbers or answers, or a text with one a line. Entries
+without a number are left out. Without the flag, the shares are those of the five truths of the picture: a first look,
+since they depend on the data.
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import ndtr
 
 from data.flags import parse_flags
-from data.sample import InputError
+from data.sample import InputError, Sample
 from reward.extract import extract_number
 from reward.flags import Bounds, JudgeFlags, flag
 from reward.functions import RewardError, RewardFunction, load_reward_functions, one_line, score_answers
 
+PROG = "python -m reward.explore"
 PLACES = np.array([0.20, 0.35, 0.50, 0.65, 0.80])  # of the truths that are drawn, in the valid range
 NUM_STEPS = 1000  # of the curves, over the valid range: 0.1 points, if it is 0 to 100
 BIASES, SPREADS = np.array([0, 5, 10, 20]), np.array([1, 3, 6, 12])  # of the policies, in points
@@ -65,27 +63,26 @@ def explore(
     The share is (biases, spreads). Raises RewardError if the reward fails or cannot be drawn.
     """
     curves = [curve(function, truth, args.valid_range) for truth in shown]
-    values = np.unique(np.concatenate([rewards for _, rewards in curves]))
-    if len(values) == 1:
+    value, *others = np.unique(np.concatenate([rewards for _, rewards in curves]))
+    if not others:
         raise RewardError(
-            f"--reward_funcs {function.name}: it gives {'None' if np.isnan(values[0]) else f'{values[0]:g}'} for every "
-            "number, so it judges something else, or a whole step, and cannot be drawn: leave it out"
+            f"--reward_funcs {function.name}: it gives {'None' if np.isnan(value) else f'{value:g}'} for every number, "
+            "so it judges something else, or a whole step, and cannot be drawn: leave it out"
         )
     places = np.linspace(0, len(truths) - 1, min(len(truths), MOST_TRUTHS)).round().astype(int)
     distinct, counts = np.unique(np.sort(truths)[places], return_counts=True)  # (T,)
-    rows = zip(distinct, *policies(distinct, args.valid_range), strict=True)
-    shares = [equal_share(rewards_of(function, truth, a), p, args.num_generations) for truth, a, p in rows]
+    shares = []
+    for truth in distinct:
+        answers, probabilities = policies(truth, args.valid_range)
+        shares.append(equal_share(rewards_of(function, truth, answers), probabilities, args.num_generations))
     return curves, np.average(shares, axis=0, weights=counts)
 
 
 def rewards_of(function: RewardFunction, truth: float, answers: np.ndarray) -> np.ndarray:
-    """Return the rewards of answers (A,) to one truth, as float32; nan where the function has no say."""
+    """Return the rewards of answers (A,) to one truth, float32 as in training; nan where the function has no say."""
     distinct, place = np.unique(answers, return_inverse=True)
     truth, *texts = (np.format_float_positional(number, trim="-") + "%" for number in (truth, *distinct))
-    samples = [
-        SimpleNamespace(id=f"answer {text}, truth {truth}", answer=truth, turns=[("user", "EF?")], extra={})
-        for text in texts
-    ]
+    samples = [Sample(f"answer {text}, truth {truth}", (), (("user", "EF?"),), truth) for text in texts]
     return score_answers([function], samples, texts, []).astype(np.float32)[place]
 
 
@@ -105,15 +102,12 @@ def flat_parts(rewards: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.diff(np.concatenate([[0], same, [0]]))).reshape(-1, 2)
 
 
-def policies(truths: np.ndarray, valid_range: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the policies answer to truths (T,): numbers (T, A), probabilities (T, A, biases, spreads).
-
-    Answers that are clipped to the same number stand there one by one.
-    """
-    whole = truths.round()[:, None] + WHOLE  # (T, A)
-    bounds = np.concatenate([whole - 0.5, whole[:, -1:] + 0.5], axis=1) - truths[:, None]  # (T, A + 1)
-    below = ndtr((bounds[:, :, None, None] - BIASES[:, None]) / SPREADS)  # (T, A + 1, biases, spreads)
-    return whole.clip(*valid_range), np.diff(below, axis=1)
+def policies(truth: float, valid_range: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the policies answer to a truth, (A,), each with its probabilities, (A, biases, spreads)."""
+    whole = np.round(truth) + WHOLE
+    edges = np.append(whole, whole[-1] + 1)[:, None, None] - 0.5 - truth  # of what is rounded to each
+    below = ndtr((edges - BIASES[:, None]) / SPREADS)  # (A + 1, biases, spreads)
+    return whole.clip(*valid_range), np.diff(below, axis=0)
 
 
 def equal_share(rewards: np.ndarray, probabilities: np.ndarray, num_generations: int) -> np.ndarray:
@@ -122,10 +116,8 @@ def equal_share(rewards: np.ndarray, probabilities: np.ndarray, num_generations:
     rewards: (A,) of the possible answers; probabilities: (A, …). As in the trainer, a completion without a say (nan)
     does not count in its group, and a group without any teaches nothing, either.
     """
-    unscored = np.isnan(rewards)
-    none = probabilities[unscored].sum(axis=0)
-    of_value = [probabilities[rewards == value].sum(axis=0) for value in np.unique(rewards[~unscored])]
-    n = num_generations
+    n, none = num_generations, probabilities[np.isnan(rewards)].sum(axis=0)
+    of_value = [probabilities[rewards == value].sum(axis=0) for value in np.unique(rewards[~np.isnan(rewards)])]
     return none**n + sum((none + probability) ** n - none**n for probability in of_value)
 
 
@@ -139,8 +131,8 @@ def table(found: dict, shown: np.ndarray, num_generations: int) -> str:
             lines.append(f"    truth {truth:<12g}{', '.join(flat) or 'nowhere'}")
         lines.append(f"groups of {num_generations} with equal rewards")
         lines.append(" " * 18 + "".join(f"{f'spread {spread}':>11}" for spread in SPREADS))
-        for bias, row in zip(BIASES, equal, strict=True):
-            lines.append(f"    bias {bias:<9}" + "".join(f"{share:>11.0%}" for share in row))
+        rows = zip(BIASES, equal, strict=True)
+        lines += [f"    bias {bias:<9}" + "".join(f"{share:>11.0%}" for share in row) for bias, row in rows]
     return "\n".join(lines)
 
 
@@ -176,7 +168,7 @@ def read_truths(path: str) -> tuple[np.ndarray, int]:
         entries = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
         for number, entry in enumerate(entries, start=1):
             where = f"--truths {path!r}, entry #{number},"
-            if entry != "" and entry != "\r":
+            if entry not in ("", "\r"):
                 found.append(extract_number(answer_of(entry)))
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise RewardError(f"{where} cannot be read ({one_line(error)}): name a file of samples or numbers") from error
@@ -198,20 +190,10 @@ def answer_of(entry) -> str:
     return last["value"]
 
 
-def parse(argv: list[str]) -> ExploreConfig:
-    """Read the flags; raise InputError if one is wrong."""
-    config = parse_flags(ExploreConfig, argv, "python -m reward.explore", description=__doc__)
-    if os.path.isdir(config.output) or not os.access(os.path.dirname(config.output) or ".", os.W_OK):
-        raise InputError(
-            f"--output {config.output!r} cannot be written: name a file in a folder that exists and is yours to write"
-        )
-    return config
-
-
 def main(argv: list[str]) -> int:
     """Print the table and write the picture; return 0, or 2 for what the user can mend, which one line says."""
     try:
-        args = parse(argv)
+        args = parse_flags(ExploreConfig, argv, PROG, description=__doc__)
         functions = load_reward_functions(args.reward_funcs, [], args.reward_kwargs, args.valid_range)
         shown = args.valid_range[0] + np.diff(args.valid_range) * PLACES
         truths, left_out = read_truths(args.truths) if args.truths else (shown, 0)
@@ -224,13 +206,12 @@ def main(argv: list[str]) -> int:
         try:
             figure.savefig(args.output, format="png")
         except OSError as error:
-            raise InputError(
-                f"--output {args.output!r} cannot be written ({error.strerror}): name another place"
-            ) from error
+            reason = f"--output {args.output!r} cannot be written ({error.strerror}): name another place"
+            raise InputError(reason) from error
         print(f"\nthe picture is in {args.output!r}")
         return 0
     except (InputError, RewardError) as error:
-        print(f"{getattr(error, 'details', '')}python -m reward.explore: error: {error}", file=sys.stderr)
+        print(f"{getattr(error, 'details', '')}{PROG}: error: {error}", file=sys.stderr)
         return 2
 
 

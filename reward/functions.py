@@ -56,39 +56,39 @@ def load_reward_functions(
     """Return the functions that the flags name; raise RewardError.
 
     names: of functions in `reward/`, or file.py:function; weights: one each, or none (1 each); kwargs: a JSON object of
-    arguments, each given to the functions that have a parameter of this name; so is valid_range. The attribute `check`
-    of a function, if it has one, is called with its arguments, and raises ValueError where one is wrong.
+    arguments, each given to the functions that have a parameter of this name; so is valid_range. A function may have an
+    attribute `check`, which is called with its arguments, and raises ValueError where one is wrong.
     """
     if not names:
         raise RewardError("--reward_funcs: name at least one reward function")
-    if weights and len(weights) != len(names):
+    weights = weights or [1.0] * len(names)
+    if len(weights) != len(names):
         raise RewardError(
             f"--reward_weights: {len(weights)} weights for {len(names)} reward functions: give one for each, or none"
         )
-    if weights and not (any(weights) and all(abs(weight) <= LARGEST_WEIGHT for weight in weights)):  # nan, too
+    if not (any(weights) and all(abs(weight) <= LARGEST_WEIGHT for weight in weights)):  # nan, too
         given = " ".join(f"{weight:g}" for weight in weights)
         raise RewardError(
             f"--reward_weights {given}: give numbers from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}, not all of them 0"
         )
     options = read_kwargs(kwargs)
-    functions = [load_reward_function(name) for name in names]
-    called = [function.name for function in functions]
-    if twice := [name for name in called if called.count(name) > 1]:
-        raise RewardError(f"--reward_funcs: {twice[0]!r} occurs twice: give functions different names")
-    given = {"valid_range": valid_range} | options
-    for function, weight in zip(functions, weights or [1.0] * len(functions), strict=True):
-        function.weight = weight
-        function.options = {name: given[name] for name in own_parameters(function.call) if name in given}
-        if check := getattr(function.call, "check", None):
-            try:
+    functions = {}
+    for name, weight in zip(names, weights, strict=True):
+        function = load_reward_function(name)
+        if functions.setdefault(function.name, function) is not function:
+            raise RewardError(f"--reward_funcs: {function.name!r} occurs twice: give functions different names")
+        parameters, given = own_parameters(function.call), {"valid_range": valid_range} | options
+        function.weight, function.options = weight, {name: given[name] for name in parameters if name in given}
+        try:
+            if check := getattr(function.call, "check", None):
                 check(**function.options)
-            except ValueError as error:
-                raise RewardError(f"--reward_kwargs: {error}") from error
-    if unknown := [name for name in options if not any(name in function.options for function in functions)]:
+        except ValueError as error:
+            raise RewardError(f"--reward_kwargs: {error}") from error
+    if unknown := options.keys() - set().union(*(function.options for function in functions.values())):
         raise RewardError(
-            f"--reward_kwargs: no reward function has a parameter {unknown[0]!r}: correct the name, or leave it out"
+            f"--reward_kwargs: no reward function has a parameter {min(unknown)!r}: correct the name, or leave it out"
         )
-    return functions
+    return list(functions.values())
 
 
 def read_kwargs(text: str) -> dict:
@@ -115,24 +115,24 @@ def load_reward_function(name: str) -> RewardFunction:
             known = ", ".join(BUILT_IN)
             raise RewardError(f"--reward_funcs {name!r}: there is no such function: take {known}, or file.py:function")
         return RewardFunction(name, BUILT_IN[name])
-    where = f"--reward_funcs {name!r}"
+    where = f"--reward_funcs {name!r}:"
     try:
         source = Path(path).read_bytes()
     except OSError as error:
-        raise RewardError(f"{where}: {path!r} cannot be read ({error.strerror}): correct the path") from error
+        raise RewardError(f"{where} {path!r} cannot be read ({error.strerror}): correct the path") from error
     try:
         module = import_source(path, source)
     except (Exception, SystemExit) as error:
-        message = f"{where}: importing {path!r} failed ({one_line(error)}): correct it"
+        message = f"{where} importing {path!r} failed ({one_line(error)}): correct it"
         raise RewardError(message, traceback.format_exc()) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise RewardError(f"{where}: {path!r} has no function {function_name!r}: correct the name")
+        raise RewardError(f"{where} {path!r} has no function {function_name!r}: correct the name")
     try:
         inspect.signature(function).bind_partial(**dict.fromkeys([*ARGUMENTS, "any key of the samples"]))
     except (TypeError, ValueError) as error:
         raise RewardError(
-            f"{where}: it cannot be called as reward functions are ({error}): define it as "
+            f"{where} it cannot be called as reward functions are ({error}): define it as "
             "f(completions, assistant, **kwargs), with defaults for parameters of its own"
         ) from error
     return RewardFunction(function_name, function, digest=sha256(source).hexdigest())
@@ -140,10 +140,7 @@ def load_reward_function(name: str) -> RewardFunction:
 
 @cache
 def import_source(path: str, source: bytes) -> ModuleType:
-    """Import what a file holds, once for all functions that are taken from it.
-
-    Not by Python's loader, which may take an older version from its cache.
-    """
+    """Import a file, once for all its functions; not by Python's loader, which may take an older version of it."""
     module = ModuleType(f"reward_file_{sha256(source).hexdigest()[:16]}")
     module.__file__ = path
     sys.modules[module.__name__] = module  # some of Python's tools, such as dataclasses, look for it there
@@ -221,12 +218,12 @@ def score_answers(
     sampled: their completion_ids and is_stopped; without, they count as ended, and their bytes stand in the place of
     tokens. Functions of the whole step have no say: there is no step. The rest is that of `call_reward_function`.
     """
-    functions = [function for function in functions if not function.is_whole_step]
     sampled = sampled or {"completion_ids": [list(text.encode()) for text in texts], "is_stopped": [True] * len(texts)}
     numbers = {sample.id: number for number, sample in enumerate(samples)}
     columns = columns_of(samples, texts, keys, **sampled, prompt_index=[numbers[sample.id] for sample in samples])
-    rewards = [call_reward_function(function, columns, None, timeout) for function in functions]
-    return weighted_sum(np.reshape(rewards, (len(functions), len(texts))), [function.weight for function in functions])
+    called = [function for function in functions if not function.is_whole_step]
+    rewards = [call_reward_function(function, columns, None, timeout) for function in called]
+    return weighted_sum(np.reshape(rewards, (len(called), len(texts))), [function.weight for function in called])
 
 
 def call_reward_function(

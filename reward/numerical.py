@@ -13,11 +13,9 @@ at least 0.1. A reward function takes `(completions, assistant, **kwargs)`, as f
 a list of floats.
 """
 
-import fcntl
-import json
-import os
 from collections.abc import Callable
 
+from reward.debug_log import log_rewards
 from reward.extract import extract_number, says_two_numbers
 
 
@@ -42,14 +40,12 @@ def smooth_score(truth: float, prediction: float, error_scale: float = 6.0) -> f
 
 
 def numerical_video_reward(completions, assistant, error_scale: float = 12.0, **kwargs) -> list[float]:
-    """Reward each completion against the true answer beside it, as the original system does.
+    """Reward each completion, from 0 to 1, against the true answer beside it, as the original system does.
 
     completions[i] is `[{"role": "assistant", "content": text}]`,
-    assistant[i] is `{"role": "assistant", "content": answer}`.
+    assistant[i] is `{"role": "assistant", "content": answer}`; kwargs: for the debug log.
     error_scale: the error at which only the 0.1 for any number remains. With a large one every guess is rewarded, a
     constant answer too, and nothing can be learned.
-    kwargs: for the debug log `step`, `sample_id` (one per completion) and `is_training` (only then is it written).
-    Returns rewards from 0 to 1.
     """
 
     def reward(truth: float, prediction: float, _: int) -> float:
@@ -61,12 +57,11 @@ def numerical_video_reward(completions, assistant, error_scale: float = 12.0, **
 def smooth_numerical_reward(
     completions, assistant, error_scale: float = 6.0, valid_range: tuple = (0.0, 100.0), is_stopped=None, **kwargs
 ) -> list[float]:
-    """Reward each completion against the true answer beside it, with a slope at every error.
+    """Reward each completion, from 0 to 1, against the true answer beside it, with a slope at every error.
 
     The arguments are those of `numerical_video_reward`, and: valid_range: numbers outside are no answer, and get 0;
     is_stopped: one per completion, False where it was cut. A completion that was cut, or that says two different
     numbers outside its `<think>` parts, gets 0.1 at the most, so that answers end, and say one thing.
-    Returns rewards from 0 to 1.
     """
 
     def reward(truth: float, prediction: float, i: int) -> float:
@@ -89,42 +84,16 @@ def check_error_scale(error_scale: float = 1.0, **options) -> None:
 numerical_video_reward.check = smooth_numerical_reward.check = check_error_scale  # called before a run begins
 
 
-def reward_numbers(
-    reward_of: Callable[[float, float, int], float], completions, assistant, kwargs: dict
-) -> list[float]:
+def reward_numbers(reward_of: Callable[[float, float, int], float], completions, assistant, kwargs) -> list[float]:
     """Reward the completions by truth, predicted number and index; 0.5 without a true number, 0 without a predicted."""
-    rewards, records = [], []
-    sample_ids = kwargs.get("sample_id") or [None] * len(completions)
-    for i, (completion, answer, sample_id) in enumerate(zip(completions, assistant, sample_ids, strict=True)):
-        truth, text = answer["content"], completion[0]["content"]
-        truth_number, predicted_number = extract_number(truth), extract_number(text)
-        error = None
-        if truth_number is None:
-            reward = 0.5
-        elif predicted_number is None:
-            reward = 0.0
+    rewards = []
+    for i, (completion, answer) in enumerate(zip(completions, assistant, strict=True)):
+        truth, prediction = extract_number(answer["content"]), extract_number(completion[0]["content"])
+        if truth is None:
+            rewards.append(0.5)
+        elif prediction is None:
+            rewards.append(0.0)
         else:
-            error = abs(predicted_number - truth_number)
-            reward = reward_of(truth_number, predicted_number, i)
-        rewards.append(reward)
-        record = {"step": kwargs.get("step"), "sample_id": sample_id, "truth": truth, "text": text}
-        numbers = {"truth_number": truth_number, "predicted_number": predicted_number, "error": error, "reward": reward}
-        records.append(record | numbers)
-    if kwargs.get("is_training", True):
-        append_to_log(records)
+            rewards.append(reward_of(truth, prediction, i))
+    log_rewards(completions, assistant, rewards, **kwargs)
     return rewards
-
-
-def log_path() -> str | None:
-    """Return the file in which rewards are logged, LOG_PATH; None unless DEBUG_MODE=true."""
-    is_on = os.environ.get("DEBUG_MODE", "").lower() == "true"
-    return os.environ.get("LOG_PATH") or "grpo_rewards.log" if is_on else None
-
-
-def append_to_log(records: list[dict]) -> None:
-    """Append one JSON object a line to the log, if there is one; several processes may do so at once."""
-    if path := log_path():
-        lines = "".join(json.dumps(record) + "\n" for record in records).encode()
-        with open(path, "ab", buffering=0) as file:  # unbuffered: one write, so that no line is torn
-            fcntl.flock(file, fcntl.LOCK_EX)  # held until the file is closed; appending alone is not atomic on NFS
-            file.write(lines)

@@ -1,7 +1,6 @@
 """The zero-skill line: what answering always the same, without looking, achieves on some samples.
 
 A reward curve says little without it: where most truths are alike, the best constant answer has a high reward already.
-A reward function of the user's may be slow, or fail on a text that no model would write: then there is no line.
 """
 
 from collections.abc import Sequence
@@ -29,9 +28,9 @@ class ZeroSkill:
 
     def __str__(self) -> str:
         line = f"zero skill: answering always {self.answer:g} has a mean error of {self.mae:.2f}"
-        if self.reward is not None:
-            line += f"; the best mean reward of a constant is {self.reward:.3f}, for {self.rewarded_answer:g}"
-        return line
+        if self.reward is None:
+            return line
+        return f"{line}; the best mean reward of a constant is {self.reward:.3f}, for {self.rewarded_answer:g}"
 
 
 def constants(truths: np.ndarray) -> list[float]:
@@ -49,7 +48,7 @@ def constant_rewards(functions: list[RewardFunction], samples: list, truths: np.
     """Return the rewards of the constant answers at each of n samples, (2 K, n), nan where they are not scored.
 
     truths: (n,); keys: see `score_answers`. Nothing is scored where functions of the whole step have a weight, since
-    there is no step, and where a function fails or takes too long.
+    there is no step, and where one is slow, or fails on a text that no model would write.
     """
     texts, weighted = constant_texts(truths), [function for function in functions if function.weight]
     blocks = [samples[first : first + BLOCK] for first in range(0, len(samples), BLOCK)]

@@ -22,14 +22,13 @@ from data.check.report import print_problems, print_report
 from data.dataset import Samples
 from data.flags import MediaFlags, SampleFlags, parse_flags
 from data.loader import media_options, resolve_data_flags
-from data.media.load import MediaOptions
 from data.media.patches import Grid
 from data.prompt import load_tokenizer
 from data.sample import DuplicateId, InputError, Media, Sample, TagMismatch, with_system_prompt
 from data.video_cap import cap_videos, choice_of, varies
 from reward.extract import extract_number
 from reward.flags import Bounds, WeightedFlags, flag
-from reward.functions import ARGUMENTS, RewardError, RewardFunction, check_keys, keys_of, load_reward_functions
+from reward.functions import ARGUMENTS, RewardError, check_keys, keys_of, load_reward_functions
 
 KEPT = ("no number in the truth", "over --max_videos", "over --max_images")
 PROBLEMS = ("malformed sample", "tags and files differ", "duplicate id", "missing file", "undecodable video")
@@ -66,25 +65,24 @@ def find_problems(
         problems["malformed sample"] = f"key {taken[0]!r}: reward functions are given something else under this name"
     max_videos = 0 if varies(args.video_cap) else args.max_videos  # where it varies, each is used in some epoch
     used = cap_videos(sample, max_videos, args.max_images, choice_of(args.video_cap)).media
-    not_used = {"video": "", "image": ""}
-    for media in dict.fromkeys(sample.media):
-        if isinstance(checked[media], MediaProblem):
-            problem, reason = checked[media]
-            if media not in used:
-                not_used[media.kind] += f"; not used: {reason}"
-            if media in used or problem == "missing file":  # the trainer decodes only what it uses, but all must exist
-                problems.setdefault(problem, reason)
+    bad = {media: checked[media] for media in sample.media if isinstance(checked[media], MediaProblem)}
+    for media, (problem, reason) in bad.items():
+        if media in used or problem == "missing file":  # the trainer decodes only what it uses, but all must exist
+            problems.setdefault(problem, reason)
     if extract_number(sample.answer) is None:
         problems["no number in the truth"] = f"{sample.answer!r}: a numerical reward gives every completion 0.5"
     for kind, most in (("video", args.max_videos), ("image", args.max_images)):
         have = sum(media.kind == kind for media in sample.media)
         if 0 < most < have:
-            problems[f"over --max_{kind}s"] = f"{have} {kind}s, only {most} are used{not_used[kind]}"
+            unused = [reason for media, (_, reason) in bad.items() if media.kind == kind and media not in used]
+            problems[f"over --max_{kind}s"] = "; not used: ".join([f"{have} {kind}s, only {most} are used", *unused])
     return problems
 
 
-def check(args: CheckConfig, options: MediaOptions, functions: list[RewardFunction]) -> int:
+def check(args: CheckConfig) -> int:
     """Check the data set, print the report, write the cleaned file if asked; return the exit code."""
+    options = media_options(args)
+    functions = load_reward_functions(args.reward_funcs, args.reward_weights, args.reward_kwargs, args.valid_range)
     entries = [
         (name, entry, with_system_prompt(sample, args.system_prompt) if isinstance(sample, Sample) else sample)
         for name, entry, sample in Samples(args.data_path, args.image_folder).each()
@@ -109,9 +107,8 @@ def check(args: CheckConfig, options: MediaOptions, functions: list[RewardFuncti
     print_problems(found, KEPT)
     if valid:
         print_report([sample for _, sample in valid], checked, args, tokenizer, functions)
-    num_left_out = len(entries) - len(valid)
-    num_images = sum(one.kind == "image" for one in checked)
-    counted = f"{len(checked) - num_images} videos" + f", {num_images} images" * bool(num_images)
+    num_left_out, num_images = len(entries) - len(valid), sum(one.kind == "image" for one in media)
+    counted = f"{len(media) - num_images} videos" + f", {num_images} images" * bool(num_images)
     print(f"{len(entries)} samples, {counted}: {len(valid)} valid samples, {num_left_out} left out")
     if args.write_clean and valid:
         write_entries([entry for entry, _ in valid], args.write_clean)
@@ -121,16 +118,15 @@ def check(args: CheckConfig, options: MediaOptions, functions: list[RewardFuncti
 
 def write_entries(entries: list[dict], path: str) -> None:
     """Write entries to a new JSON file, or JSONL by its name; raise InputError and leave no file if that fails."""
-    lines = [json.dumps(entry) for entry in entries]
+    start, between, end = ("", "\n", "\n") if path.endswith(".jsonl") else ("[\n", ",\n", "\n]\n")
     with open(path, "x") as file:
         try:
-            file.write("\n".join(lines) + "\n" if path.endswith(".jsonl") else "[\n" + ",\n".join(lines) + "\n]\n")
+            file.write(start + between.join(map(json.dumps, entries)) + end)
             file.flush()
         except OSError as error:
             os.unlink(path)
-            raise InputError(
-                f"--write_clean {path!r} cannot be written ({error.strerror}): name another place"
-            ) from error
+            reason = f"cannot be written ({error.strerror}): name another place"
+            raise InputError(f"--write_clean {path!r} {reason}") from error
 
 
 def parse(argv: list[str]) -> CheckConfig:
@@ -148,27 +144,15 @@ def parse(argv: list[str]) -> CheckConfig:
     return config
 
 
-def load_functions(config: CheckConfig) -> list[RewardFunction]:
-    """Load the reward functions; raise InputError."""
-    try:
-        return load_reward_functions(
-            config.reward_funcs, config.reward_weights, config.reward_kwargs, config.valid_range
-        )
-    except RewardError as error:
-        print(error.details, end="", file=sys.stderr)
-        raise InputError(str(error)) from error
-
-
 def main(argv: list[str]) -> int:
     """Run the check and return the exit code.
 
     0: every sample is valid; 1: some are left out; 2: a flag is wrong or the file unreadable, which one line says.
     """
     try:
-        config = parse(argv)
-        return check(config, media_options(config), load_functions(config))
+        return check(parse(argv))
     except (InputError, OSError, RewardError) as error:
-        print(f"python -m data.check: error: {error}", file=sys.stderr)
+        print(f"{getattr(error, 'details', '')}python -m data.check: error: {error}", file=sys.stderr)
         return 2
 
 

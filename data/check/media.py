@@ -4,11 +4,9 @@ import multiprocessing
 import os
 from typing import NamedTuple
 
-from data.media.fetch import shown
-from data.media.frame_cache import CacheError
 from data.media.load import MediaOptions, load_media
 from data.media.patches import Grid
-from data.sample import BadMedia, InputError, Media, TooFewFrames
+from data.sample import BadMedia, InputError, Media, TooFewFrames, shown
 
 # Forking beside threads is unsafe. A fork server is safe, and fast, since it has imported these modules already.
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -22,11 +20,11 @@ class MediaProblem(NamedTuple):
     reason: str  # one line that names the file
 
 
-def check_media(media: Media, options: MediaOptions) -> Grid | MediaProblem | CacheError:
+def check_media(media: Media, options: MediaOptions) -> Grid | MediaProblem | InputError:
     """Load a video or an image as the trainer would; return its grid, or what is wrong with it or with a cache."""
     try:
         return load_media(media, options).grid_thw
-    except CacheError as error:
+    except InputError as error:
         return error
     except (FileNotFoundError, BadMedia) as error:
         kinds = {FileNotFoundError: "missing file", TooFewFrames: "too few frames"}
@@ -45,20 +43,17 @@ def check_in_own_process(
     process.start()
     sender.close()
     try:
-        if receiver.poll(timeout):
-            result = receiver.recv()
-            if isinstance(result, CacheError):
-                raise InputError(f"{result}: make room, or name another place")
-            return result
-        reason = f"hangs the decoder: no frames within {timeout:g} s"
+        result = receiver.recv() if receiver.poll(timeout) else f"hangs the decoder: no frames within {timeout:g} s"
     except EOFError:
         process.join()
-        reason = f"crashes the decoder (exit code {process.exitcode})"
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
-    return MediaProblem(f"undecodable {media.kind}", f"{shown(media.files[0])!r} {reason}")
+        result = f"crashes the decoder (exit code {process.exitcode})"
+    process.kill()
+    process.join()
+    if isinstance(result, InputError):
+        raise result
+    if isinstance(result, str):
+        return MediaProblem(f"undecodable {media.kind}", f"{shown(media.files[0])!r} {result}")
+    return result
 
 
 def _send_result(sender, function, media: Media, options: MediaOptions) -> None:

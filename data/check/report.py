@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -43,37 +44,30 @@ def print_report(
     functions: list[RewardFunction],
 ) -> None:
     """Print what is known of valid samples: forms, sizes, rare keys, truths, and what a constant answer earns."""
-    print_forms(samples)
+    print(f"\n{'valid samples with':44}{'samples':>8}")
+    forms = [form for sample in samples for form in forms_of(sample)]
+    for form in FORMS:
+        if num := forms.count(form):
+            print(f"{form:44}{num:>8}")
     print_sizes(samples, checked, args, tokenizer)
-    print_rare_keys(samples)
+    keys = keys_of(samples)
+    for key in keys:
+        having = [repr(sample.id) for sample in samples if key in sample.extra]
+        if len(having) < len(samples) / 2:
+            print(f"key {key!r}: only {len(having)} of {len(samples)} samples have it ({first_of(having)})")
     truths = np.array([extract_number(sample.answer) for sample in samples], dtype=float)  # None becomes nan
-    for line in (outside_line(truths, args.valid_range), zero_skill(functions, samples, truths, keys_of(samples))):
+    for line in (outside_line(truths, args.valid_range), zero_skill(functions, samples, truths, keys)):
         if line:
             print(line)
 
 
-def print_forms(samples: list[Sample]) -> None:
-    """Count the samples of each form."""
-    counts = dict.fromkeys(FORMS, 0)
-    for sample in samples:
-        counts[KINDS[tuple(sorted({media.kind for media in sample.media}))]] += 1
-        counts["frames in files"] += any(media.kind == "video" and has_frame_files(media) for media in sample.media)
-        counts["options of their own"] += any(media.options for media in sample.media)
-    print(f"\n{'valid samples with':44}{'samples':>8}")
-    for form, num in counts.items():
-        if num:
-            print(f"{form:44}{num:>8}")
-
-
-def print_rare_keys(samples: list[Sample]) -> None:
-    """List the samples' own keys that fewer than half of them have."""
-    ids = {}
-    for sample in samples:
-        for key in sample.extra:
-            ids.setdefault(key, []).append(repr(sample.id))
-    for key, having in ids.items():
-        if len(having) < len(samples) / 2:
-            print(f"key {key!r}: only {len(having)} of {len(samples)} samples have it ({first_of(having)})")
+def forms_of(sample: Sample) -> Iterator[str]:
+    """Yield those of the forms that a sample has."""
+    yield KINDS[tuple(sorted({media.kind for media in sample.media}))]
+    if any(media.kind == "video" and has_frame_files(media) for media in sample.media):
+        yield "frames in files"
+    if any(media.options for media in sample.media):
+        yield "options of their own"
 
 
 def outside_line(truths: np.ndarray, valid_range: list[float]) -> str | None:
@@ -96,10 +90,8 @@ def prompt_tokens(sample: Sample, grids: list[Grid], tokenizer, model_id: str) -
     try:
         return len(encode_prompt(sample.turns, tokenizer, grid_thw, torch.ones(len(grid_thw)), 1)[0])
     except Exception as error:  # a chat template may raise anything
-        raise InputError(
-            f"--model_id {model_id!r}: its tokenizer cannot encode sample {sample.id!r} ({first_line(error)}): take "
-            "the tokenizer of a Qwen2.5-VL"
-        ) from error
+        reason = f"its tokenizer cannot encode sample {sample.id!r} ({first_line(error)})"
+        raise InputError(f"--model_id {model_id!r}: {reason}: take the tokenizer of a Qwen2.5-VL") from error
 
 
 def print_sizes(

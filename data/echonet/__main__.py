@@ -9,7 +9,6 @@ Written are train.json, val.json and test.json. A video that is listed and missi
 import argparse
 import csv
 import json
-import math
 import os
 import shlex
 import statistics
@@ -17,7 +16,6 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from data.sample import InputError
 
@@ -26,107 +24,91 @@ QUESTION = "<video>\nWhat is the ejection fraction in this video?"
 ANSWER = "The ejection fraction is {:.1f}%."
 
 
-class Video(NamedTuple):
-    """A row of FileList.csv."""
-
-    name: str  # without .avi
-    ejection_fraction: float  # percent
-    split: str  # one of SPLITS
-
-
-def read_list(root: str) -> list[Video]:
-    """Read and check FileList.csv; raise InputError."""
-    path = str(Path(root, "FileList.csv"))
+def read_list(path: Path) -> dict[str, tuple[str, float]]:
+    """Read FileList.csv: a video's name without .avi -> its split, and its EF in percent. Raises InputError."""
+    videos = {}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
             for column in ("FileName", "EF", "Split"):
-                if column not in columns:
-                    others = ", ".join(map(repr, columns)) or "an empty first line"
-                    raise InputError(f"{path!r} has no column {column!r}, only {others}: name it in the first line")
-            videos = [read_row(row, f"{path!r}, line {reader.line_num}") for row in reader]
+                if column not in (reader.fieldnames or []):
+                    raise InputError(f"{str(path)!r} has no column {column!r}, only {reader.fieldnames}: name it")
+            for row in reader:
+                where = f"{str(path)!r}, line {reader.line_num}"
+                name, *found = read_row(row, where)
+                if name in videos:
+                    raise InputError(f"{where}: the FileName {name!r} occurs twice: remove one of its rows")
+                videos[name] = found
     except OSError as error:
-        raise InputError(f"cannot read {path!r} ({error.strerror}): give the folder that holds it as --root") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path!r} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    except csv.Error as error:
-        raise InputError(f"{path!r} is not a CSV file ({error})") from error
-    seen = set()
-    for video in videos:
-        if video.name in seen:
-            raise InputError(f"{path!r}: the FileName {video.name!r} occurs twice: remove one of its rows")
-        seen.add(video.name)
+        reason = f"({error.strerror}): give the folder that holds it as --root"
+        raise InputError(f"cannot read {str(path)!r} {reason}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{str(path)!r} is not a CSV file in UTF-8 ({error})") from error
     return videos
 
 
-def read_row(row: dict, where: str) -> Video:
-    """Check a row; every error message begins with `where`."""
-    name = (row["FileName"] or "").removesuffix(".avi")
+def read_row(row: dict, where: str) -> tuple[str, str, float]:
+    """Return a video's name, split and EF; every error message begins with `where`."""
+    name, split = (row["FileName"] or "").removesuffix(".avi"), (row["Split"] or "").lower()
     if not name or "\\" in name or Path(name).name != name:
         raise InputError(f"{where}: the FileName {row['FileName']!r} is no name of a file in Videos/: correct it")
     try:
         ejection_fraction = float(row["EF"] or "")
     except ValueError:
-        ejection_fraction = math.nan
+        ejection_fraction = -1.0
     if not 0 <= ejection_fraction <= 100:  # false for nan, too
         raise InputError(f"{where}: the EF {row['EF']!r} of {name!r} is no number between 0 and 100: correct it")
-    split = (row["Split"] or "").lower()
     if split not in SPLITS:
         raise InputError(f"{where}: the Split {row['Split']!r} of {name!r} is none of TRAIN, VAL, TEST: correct it")
-    return Video(name, ejection_fraction, split)
+    return name, split, ejection_fraction
 
 
-def sample_of(video: Video) -> dict:
+def sample_of(name: str, ejection_fraction: float) -> dict:
     """Describe a video as a sample of one video, one question and its answer."""
-    turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER.format(video.ejection_fraction)}]
-    return {"id": video.name, "video": [f"{video.name}.avi"], "conversations": turns}
+    turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER.format(ejection_fraction)}]
+    return {"id": name, "video": [f"{name}.avi"], "conversations": turns}
 
 
-def write_all(contents: dict[str, list[dict]], output: str) -> None:
-    """Write files, name -> samples, into a folder, all or none; raise InputError."""
-    moved = []
+def write_all(contents: dict[Path, list[dict]], output: str) -> None:
+    """Write files, path -> samples, when the last one is whole; raise InputError."""
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
         # A folder of their own, so that no file of the user has one of the temporary names.
         with tempfile.TemporaryDirectory(prefix=".echonet-", dir=output) as unfinished:
-            for name, samples in contents.items():
-                Path(unfinished, name).write_text(json.dumps(samples, indent=1) + "\n")
-            for name in contents:
-                os.replace(Path(unfinished, name), Path(output, name))
-                moved.append(Path(output, name))
+            for path, samples in contents.items():
+                Path(unfinished, path.name).write_text(json.dumps(samples, indent=1) + "\n")
+            for path in contents:
+                os.replace(Path(unfinished, path.name), path)
     except OSError as error:
-        for path in moved:
-            path.unlink()
         reason = f"cannot be written ({error.strerror}): make room, or name another folder"
         raise InputError(f"--output {output!r} {reason}") from error
 
 
 def convert(root: str, output: str) -> None:
     """Write the samples of each split, and print what was found; raise InputError."""
-    videos, folder = read_list(root), Path(root, "Videos")
+    videos, folder = read_list(Path(root, "FileList.csv")), Path(root, "Videos")
     # os.path, since Path.is_file raises where a name is too long.
-    there = {video.name for video in videos if os.path.isfile(folder / f"{video.name}.avi")}
-    if not there:
+    missing = dict.fromkeys(name for name in videos if not os.path.isfile(folder / f"{name}.avi"))
+    if len(missing) == len(videos):
         raise InputError(f"none of the {len(videos)} listed videos is in {str(folder)!r}: give its parent as --root")
-    by_split = {split: [video for video in videos if video.split == split] for split in SPLITS}
-    found = {split: [video for video in listed if video.name in there] for split, listed in by_split.items()}
-    for path in (Path(output, f"{split}.json") for split in SPLITS):  # an old one of an empty split would mislead, too
+    found = {split: {} for split in SPLITS}  # name -> EF
+    for name, (split, ejection_fraction) in videos.items():
+        if name not in missing:
+            found[split][name] = ejection_fraction
+    paths = {split: Path(output, f"{split}.json") for split in SPLITS}
+    for path in paths.values():  # an old one of an empty split would mislead, too
         if os.path.lexists(path):
             raise InputError(f"{str(path)!r} exists: name another folder as --output")
-    paths = {split: Path(output, f"{split}.json") for split in SPLITS if found[split]}
-    write_all({path.name: [sample_of(video) for video in found[split]] for split, path in paths.items()}, output)
-    for video in videos:
-        if video.name not in there:
-            print(f"missing: {str(folder / f'{video.name}.avi')!r}")
+    paths = {split: path for split, path in paths.items() if found[split]}
+    write_all({path: [sample_of(*video) for video in found[split].items()] for split, path in paths.items()}, output)
+    for name in missing:
+        print(f"missing: {str(folder / f'{name}.avi')!r}")
     print(f"{'split':8}{'samples':>8}{'missing':>9}{'least EF':>10}{'mean':>7}{'most':>7}")
-    for split, listed in by_split.items():
-        numbers = [video.ejection_fraction for video in found[split]]
-        sizes = f"{split:8}{len(numbers):8}{len(listed) - len(numbers):9}"
+    for split in SPLITS:
+        numbers, figures = found[split].values(), "   no file is written"
         if numbers:
-            print(f"{sizes}{min(numbers):10.1f}{statistics.mean(numbers):7.1f}{max(numbers):7.1f}")
-        else:
-            print(f"{sizes}   no file is written")
+            figures = f"{min(numbers):10.1f}{statistics.mean(numbers):7.1f}{max(numbers):7.1f}"
+        print(f"{split:8}{len(numbers):8}{sum(videos[name][0] == split for name in missing):9}{figures}")
     if "train" in paths:
         data = f"--data_path {shlex.quote(str(paths['train']))}"
         held_out = f" --eval_data_path {shlex.quote(str(paths['val']))}" if "val" in paths else ""
@@ -141,7 +123,7 @@ def _fail(message: str):
 def main(argv: list[str]) -> int:
     """Convert; return 2, with one line, for what the user can fix."""
     style = partial(argparse.RawDescriptionHelpFormatter, width=120)
-    parser = argparse.ArgumentParser(prog="python -m data.echonet", description=__doc__, formatter_class=style)
+    parser = argparse.ArgumentParser("python -m data.echonet", description=__doc__, formatter_class=style)
     parser.allow_abbrev, parser.error = False, _fail
     parser.add_argument("--root", required=True, help="folder of the data set, with FileList.csv and Videos/")
     parser.add_argument("--output", required=True, help="folder for train.json, val.json and test.json")

@@ -15,7 +15,7 @@ from data.video_cap import at_random, cap_videos
 class Augmentation:
     """How the samples of a training run are varied."""
 
-    seed: int
+    seed: int = 0
     max_videos: int = 0  # that are seen of a sample, others in each turn; 0: all
     frame_jitter: bool = False  # move the frames of a video, all by the same share of a step: at most half of one
 

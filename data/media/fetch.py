@@ -17,7 +17,8 @@ from http.client import HTTPException
 from pathlib import Path
 from ssl import SSLError
 
-SCHEMES = ("http", "https")
+from data.sample import BadMedia, InputError, named, shown
+
 DEFAULT_CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "multi-video-grpo")
 MAX_BYTES = 4 * 2**30
 SECONDS_WITHOUT_DATA, SECONDS_IN_ALL = 30.0, 1800.0
@@ -25,42 +26,23 @@ PAUSES = (1.0, 4.0, 15.0)  # seconds before each further try
 CHUNK = 2**20
 
 
-class FetchError(Exception):
-    """An address whose file cannot be had; the message is one line without credentials."""
-
-
-def is_address(path: str) -> bool:
-    """Say whether a path is an address such as https://…, of whatever scheme."""
-    return "://" in path and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
-
-
 def check_address(address: str) -> None:
-    """Raise FetchError for an address that is never fetched."""
-    try:
+    """Raise BadMedia for an address that is never fetched."""
+    with named(repr(shown(address))):
         parts = urllib.parse.urlsplit(address)
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise FetchError(f"{shown(address)!r} is not an address ({error})") from error
-    if parts.scheme.lower() not in SCHEMES:
-        raise FetchError(f"{shown(address)!r}: only http and https addresses are fetched")
-    if not host or not address.isprintable() or " " in address:
-        raise FetchError(f"{shown(address)!r} is not an address: write https://host/path, with %20 for a space")
-
-
-def shown(address: str) -> str:
-    """Return an address as it may be printed; a path stays as it is."""
-    if not is_address(address):
-        return address
-    address = re.sub(r"[?#].*", "", address, flags=re.DOTALL)
-    return re.sub(r"://[^/]*@", "://", address)
+        if parts.scheme.lower() not in ("http", "https"):
+            raise ValueError("is refused: only http and https addresses are fetched")
+        if not parts.hostname or parts.port == 0 or not address.isprintable() or " " in address:
+            raise ValueError("is not an address: write https://host/path, with %20 for a space")
 
 
 def fetch(
     address: str, cache: str = DEFAULT_CACHE, pauses: tuple[float, ...] = PAUSES, max_bytes: int = MAX_BYTES
 ) -> str:
-    """Return the path of the file at an address, which is fetched unless it is in the cache. Raises FetchError.
+    """Return the path of the file at an address, which is fetched unless it is in the cache. Raises BadMedia.
 
-    pauses: seconds to wait before each further try, where another one may help.
+    pauses: seconds to wait before each further try, where another one may help. Raises InputError if the cache cannot
+    be written.
     """
     check_address(address)
     ending = re.sub(r"[^A-Za-z0-9._-]", "_", shown(address).rsplit("/", 1)[-1])[-60:]
@@ -75,12 +57,12 @@ def fetch(
                 fetch_into(path, address, pauses, max_bytes)
             Path(lock.name).unlink(missing_ok=True)
     except OSError as error:
-        raise FetchError(f"--media_cache {cache!r} cannot be written ({error.strerror}): name another place") from error
+        raise InputError(f"--media_cache {cache!r} cannot be written ({error.strerror}): name another place") from error
     return str(path)
 
 
 def fetch_into(path: Path, address: str, pauses: tuple[float, ...], max_bytes: int) -> None:
-    """Fetch an address, with further tries where they may help, and give the whole file its name. Raises FetchError."""
+    """Fetch an address, with further tries where they may help, and give the whole file its name. Raises BadMedia."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     for pause in (*pauses, None):
         try:
@@ -95,20 +77,20 @@ def fetch_into(path: Path, address: str, pauses: tuple[float, ...], max_bytes: i
         finally:
             unfinished.unlink(missing_ok=True)
         if pause is None or not may_help:
-            raise FetchError(f"{shown(address)!r} cannot be fetched: {' '.join(reason.split())}")
+            raise BadMedia(f"{shown(address)!r} cannot be fetched: {' '.join(reason.split())}")
         time.sleep(pause)
 
 
 class OnlyHttp(urllib.request.HTTPRedirectHandler):
     """Follow redirects to other http(s) addresses only."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # noqa: D102, the names are urllib's
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # the names are urllib's
         check_address(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def download(address: str, path: Path, max_bytes: int) -> None:
-    """Write what an address holds to a file; raise FetchError where another try cannot help, else urllib's errors."""
+    """Write what an address holds to a file; raise BadMedia where another try cannot help, else urllib's errors."""
     parts = urllib.parse.urlsplit(address)
     plain = parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1], fragment="").geturl()
     request = urllib.request.Request(plain, headers={"User-Agent": "multi-video-grpo"})
@@ -121,16 +103,16 @@ def download(address: str, path: Path, max_bytes: int) -> None:
     with opener.open(request, timeout=SECONDS_WITHOUT_DATA) as response, open(path, "wb") as file:
         announced = int(response.headers.get("Content-Length") or -1)
         if announced > max_bytes:
-            raise FetchError(f"{shown(address)!r} has {announced:,} bytes, more than {max_bytes:,}")
+            raise BadMedia(f"{shown(address)!r} has {announced:,} bytes, more than {max_bytes:,}")
         while chunk := response.read1(CHUNK):
             file.write(chunk)
             if file.tell() > max_bytes:
-                raise FetchError(f"{shown(address)!r} has more than {max_bytes:,} bytes")
+                raise BadMedia(f"{shown(address)!r} has more than {max_bytes:,} bytes")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not complete after {SECONDS_IN_ALL:g} seconds")
         if announced >= 0 and file.tell() != announced:
             raise EOFError(f"the connection broke after {file.tell():,} of {announced:,} bytes")
         if file.tell() == 0:
-            raise FetchError(f"{shown(address)!r} is an empty file")
+            raise BadMedia(f"{shown(address)!r} is an empty file")
         file.flush()
         os.fsync(file.fileno())

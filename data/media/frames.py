@@ -5,7 +5,6 @@ https://github.com/QwenLM/Qwen2.5-VL, qwen-vl-utils/src/qwen_vl_utils/vision_pro
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import InitVar, dataclass, replace
 
 import torch
@@ -23,30 +22,23 @@ FRAME_COUNTS, SIZES = ("fps", "nframes"), ("resized_width", "resized_height")  #
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """Which frames of a video to read, and the size to resize them to.
+    """Which frames of a video to read, and the size to resize them to; ValueError if they contradict each other.
 
-    fps: frames to read per second of video; 2.0 if nframes is not given either.
-    nframes: frames to read from every video, rounded to an even number.
-    resized_width, resized_height: pixels, rounded to multiples of 28 (64 x 64 becomes 56 x 56).
-    min_pixels, max_pixels: bounds of width x height where no size is given; the aspect ratio is kept. As in
-    qwen-vl-utils, max_pixels is at most 768·28·28, and less where more than 300 frames are read.
-    min_frames, max_frames: bounds of the number of frames where fps decides; a video's own, as what follows.
-    video_start, video_end: seconds; frames are read from this part only.
-    jitter: how far the frames are moved, in steps between them, from -0.5 to 0.5.
-    Raises ValueError if the options contradict each other.
+    The first six are flags, too. Without resized_* the aspect ratio is kept; as in qwen-vl-utils, max_pixels is then at
+    most 768·28·28, and less where more than 300 frames are read.
     """
 
-    fps: float | None = None
-    nframes: int | None = None
-    resized_width: int | None = None
+    fps: float | None = None  # frames to read per second of video; 2.0 if nframes is not given either
+    nframes: int | None = None  # frames to read, rounded to an even number
+    resized_width: int | None = None  # pixels, rounded to a multiple of 28 (64 x 64 becomes 56 x 56)
     resized_height: int | None = None
-    min_pixels: int = 128 * PIXELS_PER_TOKEN
+    min_pixels: int = 128 * PIXELS_PER_TOKEN  # bounds of width x height
     max_pixels: int = 768 * PIXELS_PER_TOKEN
-    min_frames: int = MIN_FRAMES
+    min_frames: int = MIN_FRAMES  # bounds of the number of frames where fps decides
     max_frames: int = MAX_FRAMES
-    video_start: float = 0.0
+    video_start: float = 0.0  # seconds; frames are read from this part only
     video_end: float | None = None
-    jitter: float = 0.0
+    jitter: float = 0.0  # how far the frames are moved, in steps between them, from -0.5 to 0.5
 
     is_own: InitVar[bool] = False  # of one video: errors then name options without the dashes of flags
 
@@ -56,37 +48,34 @@ class VideoOptions:
         return replace(self, **{name: None for names in replaced for name in names} | own, is_own=bool(own))
 
     def __post_init__(self, is_own: bool) -> None:
-        for problem in self._problems("" if is_own else "--", "" if is_own else "--video_"):
-            raise ValueError(f"has options of its own that cannot be: {problem}" if is_own else problem)
-
-    def _problems(self, count: str, size: str) -> Iterator[str]:
-        """Yield what is wrong; count and size stand before the names of options about frames and pixels."""
-        width, height, least, most = self.resized_width, self.resized_height, self.min_pixels, self.max_pixels
-        if self.fps is not None and self.nframes is not None:
-            yield f"give {count}fps or {count}nframes, not both"
-        if (width is None) != (height is None):
-            yield f"give {size}resized_width and {size}resized_height together"
+        count, size = ("", "") if is_own else ("--", "--video_")  # before the names of flags
         for name in (*FRAME_COUNTS, *SIZES, "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                yield f"{count if name in FRAME_COUNTS else size}{name} must be positive, got {value}"
-        if self.nframes is not None and self.nframes < 2:
-            yield f"{count}nframes must be at least 2, got {self.nframes}"
-        if self.min_frames > self.max_frames or self.max_frames < 2:
-            yield f"max_frames {self.max_frames} must be at least 2 and min_frames {self.min_frames}"
-        if self.video_end is not None and not self.video_start < self.video_end:
-            yield f"video_end {self.video_end:g} must be after video_start {self.video_start:g}"
-        if width is not None:
-            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-                yield (
-                    f"{size}resized_width {width} and {size}resized_height {height}: the longer side must be at most "
-                    f"{MAX_ASPECT_RATIO} times the shorter one"
-                )
-            return  # the bounds of the pixels then say nothing
-        if least > most:
-            yield f"{size}min_pixels {least} is more than {size}max_pixels {most}"
-        if most > (limit := max(MAX_FRAME_PIXELS, int(least * 1.05))):
-            yield f"{size}max_pixels {most} is above the limit of qwen-vl-utils: give {limit}"
+                raise ValueError(f"{count if name in FRAME_COUNTS else size}{name} must be positive, got {value}")
+        width, height, least, most = self.resized_width, self.resized_height, self.min_pixels, self.max_pixels
+        limit = max(MAX_FRAME_PIXELS, int(least * 1.05))
+        is_sized = width is not None and height is not None  # the bounds of the pixels then say nothing
+        problems = {
+            f"give {count}fps or {count}nframes, not both": self.fps is not None and self.nframes is not None,
+            f"give {size}resized_width and {size}resized_height together": (width is None) != (height is None),
+            f"{count}nframes must be at least 2, got {self.nframes}": self.nframes is not None and self.nframes < 2,
+            f"max_frames {self.max_frames} must be at least 2 and min_frames {self.min_frames}": (
+                self.max_frames < max(2, self.min_frames)
+            ),
+            f"video_end {self.video_end} must be after video_start {self.video_start}": (
+                self.video_end is not None and not self.video_start < self.video_end
+            ),
+            f"{size}resized_width {width} and {size}resized_height {height}: the longer side must be at most "
+            f"{MAX_ASPECT_RATIO} times the shorter one": (
+                is_sized and max(width, height) > MAX_ASPECT_RATIO * min(width, height)
+            ),
+            f"{size}min_pixels {least} is more than {size}max_pixels {most}": not is_sized and least > most,
+            f"{size}max_pixels {most} is above the limit of qwen-vl-utils: give {limit}": not is_sized and most > limit,
+        }
+        for problem, is_there in problems.items():
+            if is_there:
+                raise ValueError(problem)
 
 
 def choose_frames(total_frames: int, video_fps: float, options: VideoOptions) -> tuple[list[int], float]:
@@ -146,17 +135,14 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: float) ->
         raise ValueError(
             f"has frames of {width}x{height} pixels: the longer side is more than {MAX_ASPECT_RATIO} times the shorter"
         )
-    new_height = max(SIZE_FACTOR, round(height / SIZE_FACTOR) * SIZE_FACTOR)
-    new_width = max(SIZE_FACTOR, round(width / SIZE_FACTOR) * SIZE_FACTOR)
-    if new_height * new_width > max_pixels:
+    tiles = [max(1, round(side / SIZE_FACTOR)) for side in (height, width)]
+    if math.prod(tiles) * PIXELS_PER_TOKEN > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        new_height = max(SIZE_FACTOR, math.floor(height / shrink / SIZE_FACTOR) * SIZE_FACTOR)
-        new_width = max(SIZE_FACTOR, math.floor(width / shrink / SIZE_FACTOR) * SIZE_FACTOR)
-    elif new_height * new_width < min_pixels:
+        tiles = [max(1, math.floor(side / shrink / SIZE_FACTOR)) for side in (height, width)]
+    elif math.prod(tiles) * PIXELS_PER_TOKEN < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / SIZE_FACTOR) * SIZE_FACTOR
-        new_width = math.ceil(width * grow / SIZE_FACTOR) * SIZE_FACTOR
-    return new_height, new_width
+        tiles = [math.ceil(side * grow / SIZE_FACTOR) for side in (height, width)]
+    return tiles[0] * SIZE_FACTOR, tiles[1] * SIZE_FACTOR
 
 
 def target_size(height: int, width: int, num_frames: int, options: VideoOptions) -> tuple[int, int]:

@@ -8,7 +8,6 @@ T frames, H x W pixels.
 
 import os
 import re
-import struct
 import warnings
 from dataclasses import dataclass, replace
 
@@ -53,29 +52,24 @@ def read_image(path: str) -> torch.Tensor:
             with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
                 image = Image.open(path)
             with image:
-                check_image(image)
+                if min(image.size) < 2:
+                    raise BadMedia(f"has {image.width}x{image.height} pixels: a side must have at least 2")
+                if image.mode in DEEP_MODES:
+                    raise BadMedia(f"has more than 8 bits per pixel (mode {image.mode}): save it with 8")
                 image = ImageOps.exif_transpose(image)
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
                 pixels = np.array(image.convert("RGB"))  # (H, W, 3)
+        except BadMedia:
+            raise
         except Image.UnidentifiedImageError as error:
             raise BadMedia("is not an image that Pillow can open") from error
-        # Of a broken file, decoders raise anything.
-        except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error) as error:
-            raise BadMedia(f"is damaged: its pixels cannot be decoded ({error})") from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise BadMedia(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller") from error
+        except Exception as error:  # of a broken file, decoders raise anything
+            raise BadMedia(f"is damaged: its pixels cannot be decoded ({error})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def check_image(image: Image.Image) -> None:
-    """Raise BadMedia, before any pixel is decoded, for an image that cannot be used."""
-    width, height = image.size
-    if min(width, height) < 2:
-        raise BadMedia(f"has {width}x{height} pixels: a side must have at least 2")
-    if image.mode in DEEP_MODES:
-        raise BadMedia(f"has more than 8 bits per pixel (mode {image.mode}): save it with 8")
 
 
 def image_size(path: str, image: torch.Tensor, media: Media, options: ImageOptions) -> tuple[int, int]:
@@ -104,10 +98,10 @@ def frame_files(media: Media, options: VideoOptions) -> tuple[list[str], float]:
     with named(repr(media.path) if is_folder else f"the list of {len(paths)} frames from {paths[0]!r} on"):
         if is_folder:
             try:
-                names = [name for name in os.listdir(media.path) if name.lower().endswith(IMAGE_SUFFIXES)]
+                names = sorted(os.listdir(media.path), key=natural_order)
             except OSError as error:
                 raise BadMedia(f"cannot be read ({error.strerror})") from error
-            paths = [os.path.join(media.path, name) for name in sorted(names, key=natural_order)]
+            paths = [os.path.join(media.path, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
         if len(paths) < 2:
             raise TooFewFrames(f"has {len(paths)} frame{'s' * (len(paths) != 1)} ({', '.join(IMAGE_SUFFIXES)})")
         if options.nframes is None and options.fps is None:

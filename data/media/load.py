@@ -7,20 +7,13 @@ frames.
 from dataclasses import replace
 from typing import NamedTuple
 
-from data.media.fetch import DEFAULT_CACHE, FetchError, fetch, is_address
+from data.media.fetch import DEFAULT_CACHE, fetch
 from data.media.frame_cache import FrameCache
 from data.media.frames import VideoOptions, resize_frames, target_size
-from data.media.images import (
-    ImageOptions,
-    frame_files,
-    has_frame_files,
-    image_size,
-    read_frame_files,
-    read_image,
-)  # fmt: skip
+from data.media.images import ImageOptions, frame_files, has_frame_files, image_size, read_frame_files, read_image
 from data.media.patches import PATCH_SIZE, TEMPORAL_PATCH_SIZE, Grid, LoadedMedia, as_patches, patchify, resize
 from data.media.video import first_frame, resized_frames
-from data.sample import BadMedia, Media, named
+from data.sample import Media, is_address, named
 
 
 class MediaOptions(NamedTuple):
@@ -70,7 +63,7 @@ def own_video_options(media: Media, options: VideoOptions) -> VideoOptions:
     own = dict(media.options)
     if has_frame_files(media):
         own.pop("fps", None)
-    with named(repr(media.files[0])):
+    with named(f"{media.files[0]!r} has options of its own that cannot be:"):
         return options.with_own(own)
 
 
@@ -78,8 +71,5 @@ def fetched(media: Media, cache: str) -> Media:
     """Return a video or an image with files in place of addresses. Raises BadMedia."""
     if not any(map(is_address, media.files)):
         return media
-    try:
-        files = tuple(fetch(path, cache) if is_address(path) else path for path in media.files)
-    except FetchError as error:
-        raise BadMedia(str(error)) from error
+    files = tuple(fetch(path, cache) if is_address(path) else path for path in media.files)
     return replace(media, path=files[0] if isinstance(media.path, str) else files)

@@ -19,6 +19,7 @@ SIZE_FACTOR = PATCH_SIZE * MERGE_SIZE  # height and width are multiples of 28 pi
 PIXELS_PER_TOKEN = SIZE_FACTOR**2
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
 
 
 class Grid(NamedTuple):
@@ -52,9 +53,7 @@ def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, Grid]:
     """
     num_frames, channels, height, width = frames.shape
     t, h, w = num_frames // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE
-    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD).view(3, 1, 1)
-    pixels = (frames.float() / 255).sub_(mean).div_(std)  # (T, 3, H, W)
+    pixels = (frames.float() / 255).sub_(MEAN).div_(STD)  # (T, 3, H, W)
     patches = pixels.reshape(
         *(t, TEMPORAL_PATCH_SIZE, channels),
         *(h // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE),
@@ -73,9 +72,7 @@ def unpatchify(pixel_values: torch.Tensor, grid_thw: tuple[int, int, int]) -> to
     )  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
     pixels = patches.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)  # (t, 2, 3, h/2, 2, 14, w/2, 2, 14)
     pixels = pixels.reshape(t * TEMPORAL_PATCH_SIZE, 3, h * PATCH_SIZE, w * PATCH_SIZE)
-    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD).view(3, 1, 1)
-    return ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return ((pixels * STD + MEAN) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class LoadedMedia(NamedTuple):

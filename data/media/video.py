@@ -2,7 +2,6 @@
 
 import math
 import os
-from typing import NamedTuple
 
 import numpy as np
 import torch  # before decord: on some machines decord's bundled libraries clash with torch's if they are loaded first
@@ -13,16 +12,8 @@ from data.media.mp4_check import check_mp4
 from data.sample import BadMedia, named
 
 
-class OpenVideo(NamedTuple):
-    """A video file that is ready to be decoded."""
-
-    reader: VideoReader
-    indices: list[int]  # of the frames to read, ascending
-    sampled_fps: float  # how many of them are in a second of video
-
-
-def open_video(path: str, options: VideoOptions) -> OpenVideo:
-    """Open a video file and choose its frames.
+def open_video(path: str, options: VideoOptions) -> tuple[VideoReader, list[int], float]:
+    """Open a video file; return also which frames to read, ascending, and how many of them are in a second of it.
 
     Raises FileNotFoundError if there is no such file, BadMedia if it is not a readable video, TooFewFrames if it is
     too short.
@@ -48,7 +39,7 @@ def open_video(path: str, options: VideoOptions) -> OpenVideo:
         # A video trimmed without re-encoding still stores frames from before its beginning, with negative times. decord
         # counts them but never returns them. Files without times (AVI) have -3e17 for each: those frames do exist.
         total_frames = len(times) - int(((times < 0) & (times > -1e9)).sum())
-        return OpenVideo(reader, *choose_frames(total_frames, video_fps, options))
+        return reader, *choose_frames(total_frames, video_fps, options)
 
 
 def without_row_padding(frame: np.ndarray) -> np.ndarray:

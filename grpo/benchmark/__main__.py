@@ -1,9 +1,8 @@
 """`python -m grpo.benchmark`: what a step costs on this machine, without data or weights.
 
-Builds a Qwen2.5-VL with random weights and a prompt with random pixels, and times the trainer's own rollout and update.
-In turn with them it times the baseline, in which nothing is shared (`repeated_rows.py`): each of the G completions is a
-row with its own copy of the prompt and its videos, sampled by Hugging Face's `generate`, in the same precision and
-sharding. All completions have `--completion_length` tokens. Under torchrun every rank has one prompt, as in training.
+Builds a Qwen2.5-VL with random weights and a prompt with random pixels, and times the trainer's own rollout and update,
+in turn with a baseline in the same precision and sharding, in which nothing is shared (`repeated_rows.py`). All
+completions have `--completion_length` tokens. Under torchrun every rank has one prompt, as in training.
 """
 
 import ctypes
@@ -24,7 +23,7 @@ import transformers
 
 from data.flags import parse_flags
 from data.loader import Prompt
-from data.media.patches import MERGE_SIZE, PATCH_SIZE, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
+from data.media.patches import MERGE_SIZE, PATCH_SIZE, PATCH_VALUES, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
 from data.prompt import mrope_positions
 from data.sample import InputError, Sample
 from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update
@@ -41,9 +40,9 @@ from grpo.run.tracking import peak_memory_gb
 from reward.flags import Bounds, flag
 from train import rollout_phase, update_phase
 
-VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN = 1, 2, 3, 4  # token ids of the random model
-IDS = {"video_token_id": VIDEO_TOKEN, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
-IDS |= {"image_token_id": IMAGE_TOKEN, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+IDS = {"video_token_id": 1, "vision_start_token_id": 2, "vision_end_token_id": 3, "image_token_id": 4}
+VISION_TOKENS = list(IDS.values())
+IDS |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb")
 AT_LEAST_1 = Bounds(lambda n: n >= 1, "must be at least 1")
 AT_LEAST_2 = Bounds(lambda n: n >= 2, "must be at least 2")
@@ -72,13 +71,14 @@ class Options:
 def random_prompt(options: Options) -> Prompt:
     """Make a prompt with random pixels."""
     side = max(1, round(options.resolution / SIZE_FACTOR)) * SIZE_FACTOR // PATCH_SIZE
-    t = options.frames // TEMPORAL_PATCH_SIZE
+    t, video_token = options.frames // TEMPORAL_PATCH_SIZE, IDS["video_token_id"]
     grid = torch.tensor([[t, side, side]] * options.num_videos)
     seconds = torch.ones(options.num_videos)
-    video = [VISION_START, *[VIDEO_TOKEN] * (t * side * side // MERGE_SIZE**2), VISION_END]
+    placeholders = [video_token] * (t * side * side // MERGE_SIZE**2)
+    video = [IDS["vision_start_token_id"], *placeholders, IDS["vision_end_token_id"]]
     ids = torch.tensor([5] * 20 + video * options.num_videos + [6] * 20)
-    positions = mrope_positions(ids == VIDEO_TOKEN, grid, seconds, TOKENS_PER_SECOND)
-    pixels = torch.randn(int(grid.prod(dim=1).sum()), 1176)
+    positions = mrope_positions(ids == video_token, grid, seconds, TOKENS_PER_SECOND)
+    pixels = torch.randn(int(grid.prod(dim=1).sum()), PATCH_VALUES)
     return Prompt(Sample("random", (), (), ""), ids, positions, pixels, grid, seconds)
 
 
@@ -94,7 +94,7 @@ def reset_peak_memory() -> None:
             file.write("5")  # reset the peak of resident memory: man 5 proc
 
 
-def seconds(function, *arguments) -> tuple[float, object]:
+def timed(function, *arguments) -> tuple[float, object]:
     """Time a call on all ranks together; return the seconds and the result."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
@@ -105,8 +105,8 @@ def seconds(function, *arguments) -> tuple[float, object]:
     return time.perf_counter() - began, result
 
 
-def measure(rollout, update) -> dict[str, float]:
-    """Measure a step of two phases; the second takes the result of the first.
+def measure(rollout, update) -> tuple[float, ...]:
+    """Return the figures of a step of two phases; the second takes the result of the first.
 
     It runs twice, for its peak memory and then for its times: allocating returned memory again takes time that
     training, one step after the other, does not spend.
@@ -114,19 +114,19 @@ def measure(rollout, update) -> dict[str, float]:
     reset_peak_memory()
     update(rollout())
     peak = peak_memory_gb()
-    in_rollout, rollouts = seconds(rollout)
-    in_update, _ = seconds(update, rollouts)
-    return dict(zip(FIGURES, (in_rollout, in_update, in_rollout + in_update, peak), strict=True))
+    in_rollout, rollouts = timed(rollout)
+    in_update, _ = timed(update, rollouts)
+    return in_rollout, in_update, in_rollout + in_update, peak
 
 
-def medians(runs: list[dict[str, float]]) -> dict[str, float] | None:
+def medians(runs: list[tuple[float, ...]]) -> dict[str, float] | None:
     """Return the median of each figure over some runs; None without runs."""
-    return {name: statistics.median(run[name] for run in runs) for name in FIGURES} if runs else None
+    return {name: statistics.median(run[i] for run in runs) for i, name in enumerate(FIGURES)} if runs else None
 
 
 def best_of(function, times: int = 5) -> float:
     """Return the least seconds of a few calls."""
-    return min(seconds(function)[0] for _ in range(times))
+    return min(timed(function)[0] for _ in range(times))
 
 
 def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_seconds: float, update_seconds: float):
@@ -178,10 +178,8 @@ def run(options: Options, device: torch.device) -> dict:
     policy, sampling_model = models.policy, models.sampling.model
     optimizer, _ = make_optimizer(policy, config, total_steps=1)
     init_optimizer_state(optimizer)  # else the peak memory of the first step would lack it
-    tokens = SpecialTokens(
-        eos_token_ids=torch.tensor([-1], device=device),  # not a token, so every completion has its full length
-        suppress_tokens=torch.tensor([VIDEO_TOKEN, VISION_START, VISION_END, IMAGE_TOKEN], device=device),
-    )
+    suppressed = torch.tensor(VISION_TOKENS, device=device)
+    tokens = SpecialTokens(torch.tensor([-1], device=device), suppressed)  # no token ends a completion
     prompt, advantages = random_prompt(options), torch.linspace(-1, 1, G, device=device)
 
     def rollout(length: int = C):
@@ -189,13 +187,13 @@ def run(options: Options, device: torch.device) -> dict:
         return rollout_phase(models.sampling.sync(policy), [prompt], tokens, settings, step=1)
 
     def update(rollouts):
-        return update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
+        return update_phase(models, optimizer, with_trial_advantages(rollouts), suppressed, config)
 
     def baseline_rollout():
-        return repeated_rollout(sampling_model, prompt.to(device), G, C, tokens.suppress_tokens)
+        return repeated_rollout(sampling_model, prompt.to(device), G, C, suppressed)
 
     def baseline_update(ids):
-        repeated_update(policy, optimizer, prompt.to(device), ids, advantages, tokens.suppress_tokens)
+        repeated_update(policy, optimizer, prompt.to(device), ids, advantages, suppressed)
 
     ours, theirs = [], []
     for _ in range(options.runs):  # in turn, so that a machine that becomes slower slows both down
@@ -211,21 +209,18 @@ def run(options: Options, device: torch.device) -> dict:
 
     prefill_seconds = best_of(lambda: rollout(1))
     figures = medians(ours) | {"baseline": medians(theirs), "baseline_out_of_memory": False}
-    figures |= {"prefill_seconds": prefill_seconds}
+    figures["prefill_seconds"] = prefill_seconds
     decode_seconds = (figures["rollout_seconds"] - prefill_seconds) / (C - 1)
     return figures | shares_of_the_machine(sampling_model, prompt, options, decode_seconds, figures["update_seconds"])
 
 
 def run_what_fits(options: Options, device: torch.device) -> dict:
-    """Measure; if the baseline runs out of memory, measure without it; raise InputError if ours does.
-
-    With several ranks, one that runs out of memory cannot tell the others and ends the benchmark.
-    """
+    """Measure; if the baseline runs out of memory, measure without it; raise InputError if ours does."""
     try:
         return run(options, device)
     except torch.OutOfMemoryError as error:
         line = "out of memory: lower a figure, or add --gradient_checkpointing true"
-        if dist.get_world_size() > 1:
+        if dist.get_world_size() > 1:  # this rank cannot tell the others
             line += " or --baseline False" if options.baseline else ""
             abort_rank(f"python -m grpo.benchmark: error: rank {dist.get_rank()}: {line}")
         if not options.baseline:
@@ -253,18 +248,12 @@ def table(figures: dict) -> str:
     )
 
 
-def parse(argv: list[str]) -> Options:
-    """Read the flags; raise InputError for unknown flags and impossible values."""
-    options = parse_flags(Options, argv, "python -m grpo.benchmark")
-    if options.json and not os.access(Path(options.json).absolute().parent, os.W_OK):
-        raise InputError(f"--json {options.json!r} cannot be written: name a file in a folder that is yours")
-    return options
-
-
 def main(argv: list[str]) -> int:
     """Run; print a table and write the JSON file on rank 0; return 2, after one line, for what the user can fix."""
     try:
-        options = parse(argv)
+        options = parse_flags(Options, argv, "python -m grpo.benchmark")
+        if options.json and not os.access(Path(options.json).absolute().parent, os.W_OK):
+            raise InputError(f"--json {options.json!r} cannot be written: name a file in a folder that is yours")
         device = start_processes()
         figures = run_what_fits(options, device)
     except InputError as error:

@@ -26,18 +26,28 @@ from grpo.demo.compare_runs import BEFORE, NUM_TEST, Run, do, prepare, record_of
 from grpo.demo.compare_table import RESULTS, write_results
 from grpo.demo.demo import NUM_TRAIN
 from grpo.loss import ScaleRewards
-from reward.flags import flag
+from reward.flags import POSITIVE, Bounds, flag
 
 REWARDS = {
-    "original": ["--reward_funcs", "numerical_video_reward"],
-    "smooth": ["--reward_funcs", "smooth_numerical_reward"],
-    "smooth + 0.5 concordance": [
-        *["--reward_funcs", "smooth_numerical_reward", "concordance_reward", "--reward_weights", "1", "0.5"]
-    ],
+    "original": ["numerical_video_reward"],
+    "smooth": ["smooth_numerical_reward"],
+    "smooth + 0.5 concordance": ["smooth_numerical_reward", "concordance_reward", "--reward_weights", "1", "0.5"],
 }
-SCALES = ScaleRewards.__args__
+GRPO_ROWS = {
+    f"GRPO, {name}, {scale}": ["--reward_funcs", *flags, "--scale_rewards", scale]
+    for name, flags in REWARDS.items()
+    for scale in ScaleRewards.__args__
+}
+SCALE = DEMO_DEFAULTS.get("scale_rewards", Config.scale_rewards)
+DEMOS_FLAGS = ["--reward_funcs", *DEMO_DEFAULTS["reward_funcs"], "--scale_rewards", SCALE]
+(OWN,) = (row for row, flags in GRPO_ROWS.items() if flags == DEMOS_FLAGS)  # the row of the demo's own settings
 EARLY, SAME_TIME, CONVERGED = "supervised, stopped early", "supervised, same time", "supervised, converged"
 EARLY_STEPS = 100  # of supervised training that stops before it knows the training answers by heart
+
+
+def are_tasks(tasks: list[str]) -> bool:
+    """Say whether these are tasks of the demo, each named once."""
+    return len(set(tasks)) == len(tasks) and set(tasks) <= set(DemoTask.__args__)
 
 
 @dataclass
@@ -46,46 +56,33 @@ class CompareConfig:
 
     heading = "runs"
     output_dir: str = flag("output/compare", "folder for the models of all runs")
-    tasks: list[str] = flag(["easy", "hard"], "tasks of the demo")
-    seeds: list[int] = flag([0, 1, 2], "seeds on which all rows are compared")
+    tasks: list[str] = flag(["easy", "hard"], "tasks of the demo", Bounds(are_tasks, "name easy, hard, or both"))
+    seeds: list[int] = flag([0, 1, 2], "seeds on which all rows are compared", Bounds(bool, "name a seed"))
     new_seeds: list[int] = flag([10, 11, 12], "seeds for the demo's own settings and supervised training alone")
-    steps: int = flag(DEMO_DEFAULTS["max_steps"], "steps of GRPO")
-    supervised_steps: int = flag(600, "steps of supervised training until it has converged")
-    jobs: int = flag(os.cpu_count(), "runs side by side, each on one core")
+    steps: int = flag(DEMO_DEFAULTS["max_steps"], "steps of GRPO", POSITIVE)
+    supervised_steps: int = flag(600, "steps of supervised training until it has converged", POSITIVE)
+    jobs: int = flag(os.cpu_count(), "runs side by side, each on one core", POSITIVE)
 
 
 def grpo_runs(config: CompareConfig) -> list[Run]:
     """List the runs of GRPO: every row on the seeds, the demo's own settings on the new ones."""
-    rows = {
-        f"GRPO, {name}, {scale}": [*flags, "--scale_rewards", scale]
-        for name, flags in REWARDS.items()
-        for scale in SCALES
-    }
-    runs = [
-        Run(t, s, row, flags, config.steps) for t in config.tasks for s in config.seeds for row, flags in rows.items()
-    ]
-    own = own_row()
-    return runs + [Run(t, s, own, rows[own], config.steps) for t in config.tasks for s in config.new_seeds]
-
-
-def own_row() -> str:
-    """Name the row of the demo's own settings."""
-    (name,) = (name for name, flags in REWARDS.items() if flags[1:] == DEMO_DEFAULTS["reward_funcs"])
-    return f"GRPO, {name}, {DEMO_DEFAULTS.get('scale_rewards', Config.scale_rewards)}"
+    kinds = [(s, row) for s in config.seeds for row in GRPO_ROWS] + [(s, OWN) for s in config.new_seeds]
+    return [Run(task, seed, row, GRPO_ROWS[row], config.steps) for task in config.tasks for seed, row in kinds]
 
 
 def all_runs(config: CompareConfig) -> list[Run]:
     """List all runs, in the order of the table."""
     places = [(task, seed) for task in config.tasks for seed in [*config.seeds, *config.new_seeds]]
+    before = [Run(*place, BEFORE, []) for place in places]
     early = [Run(*place, EARLY, [], EARLY_STEPS) for place in places]
     converged = [Run(*place, CONVERGED, [], config.supervised_steps) for place in places]
     grpo = grpo_runs(config)
-    own = {(run.task, run.seed): run for run in grpo if run.row == own_row()}
+    own = {(run.task, run.seed): run for run in grpo if run.row == OWN}
     same_time = [
         Run(*place, SAME_TIME, [], steps_in_the_time_of(record_of(own[place]), record_of(run)))
         for place, run in zip(places, converged, strict=True)
     ]
-    return [*(Run(*place, BEFORE, []) for place in places), *grpo, *early, *same_time, *converged]
+    return [*before, *grpo, *early, *same_time, *converged]
 
 
 def steps_in_the_time_of(own: dict | None, converged: dict | None) -> int | None:
@@ -97,7 +94,7 @@ def steps_in_the_time_of(own: dict | None, converged: dict | None) -> int | None
 
 def compare(config: CompareConfig) -> None:
     """Do all runs that are not done, those of the demo's own settings first."""
-    runs = all_runs(config)
+    runs, first = all_runs(config), (BEFORE, OWN, CONVERGED)
     with ThreadPoolExecutor(config.jobs) as pool, tqdm(total=len(runs), unit="run") as bar:
 
         def do_all(some: list[Run]) -> None:
@@ -107,11 +104,8 @@ def compare(config: CompareConfig) -> None:
         places = dict.fromkeys((run.task, run.seed) for run in runs if not record_of(run))
         list(pool.map(lambda place: prepare(*place, config.output_dir), places))
         # By place: supervised training is timed beside the GRPO whose time it gets. No machine is always equally fast.
-        first = [run for run in runs if run.row in (BEFORE, own_row(), CONVERGED)]
-        do_all(sorted(first, key=lambda run: (run.task, run.seed)))
-        do_all([run for run in all_runs(config) if run.row == SAME_TIME])
-        others = [run for run in runs if run.row == EARLY or run.flags and run.row != own_row()]
-        do_all(sorted(others, key=lambda run: run.flags))
+        do_all(sorted((run for run in runs if run.row in first), key=lambda run: (run.task, run.seed)))
+        do_all(sorted((run for run in all_runs(config) if run.row not in first), key=lambda run: run.row))
 
 
 def write(config: CompareConfig, argv: list[str]) -> None:
@@ -119,7 +113,7 @@ def write(config: CompareConfig, argv: list[str]) -> None:
     conditions = [
         f"GRPO: {config.steps} steps of the demo's settings; its rows are reward, then `--scale_rewards`. Supervised:",
         f"cross-entropy on the true answers, from the same warm start: for {EARLY_STEPS} steps; for as much CPU time",
-        f"as the demo's own settings ({own_row()}) took, whose time to load and decode counts, too; for",
+        f"as the demo's own settings ({OWN}) took, whose time to load and decode counts, too; for",
         f"{config.supervised_steps} steps, after which it knows the training answers by heart.",
         "",
         f"{NUM_TRAIN} hearts to train on, greedy answers on {NUM_TEST} others; errors in points; mean ± standard",
@@ -132,12 +126,6 @@ def main(argv: list[str]) -> int:
     """Compare; return 2, after one line, for what the user can fix."""
     try:
         config = parse_flags(CompareConfig, argv, "python -m grpo.demo.compare")
-        if len(set(config.tasks)) < len(config.tasks):
-            raise InputError("--tasks: name each once")
-        if unknown := set(config.tasks) - set(DemoTask.__args__):
-            raise InputError(f"--tasks {sorted(unknown)[0]!r}: take {' or '.join(DemoTask.__args__)}")
-        if min(config.steps, config.supervised_steps, config.jobs) < 1 or not config.seeds:
-            raise InputError("--steps, --supervised_steps and --jobs must be at least 1, and --seeds name a seed")
         if len({*config.seeds, *config.new_seeds}) < len(config.seeds) + len(config.new_seeds):
             raise InputError("--seeds and --new_seeds must be different seeds")
         compare(config)

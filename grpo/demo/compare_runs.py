@@ -3,7 +3,6 @@
 A run that is done is a line of `reward/results.jsonl`, with what decides its result, and is not done again.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -14,10 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.flags import parse_flags
 from data.sample import InputError
-from grpo.config import DEMO_DEFAULTS, Config, DemoTask
-from grpo.demo.demo import NUM_CARELESS, NUM_TRAIN, WARM_START_STEPS, as_flags
+from grpo.config import DEMO_DEFAULTS, DemoTask
+from grpo.demo.demo import NUM_CARELESS, NUM_TRAIN, WARM_START_STEPS, as_words
 from grpo.demo.supervised import BATCH, SupervisedConfig
 
 ROOT = Path(__file__).parents[2]
@@ -59,10 +57,9 @@ class Run:
 def call(arguments: list[str], log: Path) -> float:
     """Run a command on one core; return the CPU seconds it took. Raises InputError if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    command, one_core = [sys.executable, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "a") as file:
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=one_core, stdout=file, stderr=file)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -93,30 +90,30 @@ def settings_of(run: Run) -> dict:
     return settings | {"steps": run.steps}
 
 
-def read_records() -> dict[tuple, dict]:
-    """Return the records of all runs that were ever done, by task, seed and row."""
+def check_settings(settings: dict, run: Run, path: Path, fix: str) -> None:
+    """Raise InputError if a run was made with other settings than it would have now."""
+    if settings != settings_of(run):
+        what = f"{run.task}, seed {run.seed}, {run.row}"
+        raise InputError(f"{str(path)!r}: {what} was made with other settings: {fix}")
+
+
+def record_of(run: Run) -> dict | None:
+    """Return the record of a run, None if it is not done; raise InputError if it was done in another way."""
+    if run.steps is None or not RECORDS.exists():
+        return None
     with RECORDING:
-        lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
-    records = {}
+        lines = RECORDS.read_text().splitlines()
+    found = None
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except ValueError as error:
             raise InputError(f"{str(RECORDS)!r}: line {number} is damaged ({error}): remove it") from error
-        records[record["task"], record["seed"], record["row"]] = record
-    return records
-
-
-def record_of(run: Run) -> dict | None:
-    """Return the record of a run, None if it is not done; raise InputError if it was done in another way."""
-    if run.steps is None:
-        return None
-    record = read_records().get((run.task, run.seed, run.row))
-    if record and record["settings"] != settings_of(run):
-        raise InputError(
-            f"{str(RECORDS)!r}: {run.task}, seed {run.seed}, {run.row} was made with other settings: remove its line"
-        )
-    return record
+        if (record["task"], record["seed"], record["row"]) == (run.task, run.seed, run.row):
+            found = record
+    if found:
+        check_settings(found["settings"], run, RECORDS, "remove its line")
+    return found
 
 
 def do(run: Run, output_dir: str) -> None:
@@ -125,13 +122,12 @@ def do(run: Run, output_dir: str) -> None:
         return
     folder = run.folder(output_dir)
     start, log, report = folder.with_name("start"), folder.with_name(f"{folder.name}.log"), folder / "eval"
-    check_settings(run, folder)
     model, seconds = train(run, start, folder, log)
     if not (report / "metrics.json").exists():
-        flags = [part for name in DATA_FLAGS for part in (f"--{name}", str(DEMO_DEFAULTS[name]))]
-        flags += ["--model_id", str(model), "--data_path", str(start / "data" / "test.json")]
-        flags += ["--image_folder", str(start / "data" / "videos"), "--frame_cache", str(start / "frames")]
-        call(["-m", "grpo.evaluate", *flags, "--output_dir", str(report)], log)
+        flags = {"model_id": model, "data_path": start / "data" / "test.json", "output_dir": report}
+        flags |= {"image_folder": start / "data" / "videos", "frame_cache": start / "frames"}
+        flags |= {name: DEMO_DEFAULTS[name] for name in DATA_FLAGS}
+        call(["-m", "grpo.evaluate", *as_words(flags)], log)
     metrics = json.loads((report / "metrics.json").read_text())
     record = {"task": run.task, "seed": run.seed, "row": run.row, "settings": settings_of(run)}
     record |= {"date": time.strftime("%Y-%m-%d"), "steps": run.steps, "cpu_seconds": seconds}
@@ -140,48 +136,28 @@ def do(run: Run, output_dir: str) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def check_settings(run: Run, folder: Path) -> None:
-    """Note how a run is made, or raise InputError if what is there was made in another way."""
-    settings, path = settings_of(run), folder / "run.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise InputError(f"{str(folder)!r} was made with other settings: name a new --output_dir")
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings))
-
-
 def train(run: Run, start: Path, folder: Path, log: Path) -> tuple[Path, float]:
     """Train the model of a run, unless that is done; return its folder and the CPU seconds that it took."""
     if not run.steps:
         return start / "warm_start", 0.0
-    output, data = folder / "run", start / "data"
+    output, done = folder / "run", folder / "seconds.json"
+    flags = {"model_id": start / "warm_start", "data_path": start / "data" / "train.json", "seed": run.seed}
+    flags |= {"image_folder": start / "data" / "videos", "output_dir": output}
     if run.flags:
-        config = dataclasses.replace(
-            parse_flags(Config, [], "", DEMO_DEFAULTS),
-            model_id=str(start / "warm_start"),
-            data_path=[str(data / "train.json")],
-            image_folder=str(data / "videos"),
-            frame_cache=str(start / "frames"),
-            output_dir=str(output),
-            seed=run.seed,
-            max_steps=run.steps,
-            eval_steps=0,
-            eval_on_start=False,
-            logging_steps=10,  # nobody watches
-            dataloader_num_workers=0,  # one process: one core
-        )
-        command, model = ["train.py", *as_flags(config), *run.flags], output / "final"
+        flags = DEMO_DEFAULTS | flags | {"frame_cache": start / "frames", "max_steps": run.steps}
+        flags |= {"eval_steps": 0, "eval_on_start": False, "logging_steps": 10}  # nobody watches
+        flags |= {"dataloader_num_workers": 0}  # one process: one core
+        command, model = ["train.py", *as_words(flags), *run.flags], output / "final"
     else:
-        command, model = ["-m", "grpo.demo.supervised", "--model_id", str(start / "warm_start")], output
-        command += ["--data_path", str(data / "train.json"), "--image_folder", str(data / "videos")]
-        command += ["--output_dir", str(output), "--steps", str(run.steps), "--seed", str(run.seed)]
-    path = folder / "seconds.json"
-    if not path.exists():
+        command, model = ["-m", "grpo.demo.supervised", *as_words(flags | {"steps": run.steps})], output
+    if not done.exists():
         shutil.rmtree(output, ignore_errors=True)  # an interrupted run begins anew: its time is that of the whole
         seconds = call(command, log)
         if not (model / "config.json").exists():  # a signal ends train.py in order
             raise InputError(f"{' '.join(command[:3])} … was interrupted: {log}")
         if not run.flags:  # of training alone, without the time to load and decode
             seconds = json.loads((output / "seconds.json").read_text())["cpu_seconds"]
-        path.write_text(json.dumps({"cpu_seconds": seconds}))
-    return model, json.loads(path.read_text())["cpu_seconds"]
+        done.write_text(json.dumps({"cpu_seconds": seconds, "settings": settings_of(run)}))
+    trained = json.loads(done.read_text())
+    check_settings(trained["settings"], run, folder, "name a new --output_dir")
+    return model, trained["cpu_seconds"]

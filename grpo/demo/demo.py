@@ -60,10 +60,9 @@ def build_model(tokenizer, seed: int, hidden_size: int, layers: int) -> Qwen2_5_
 
 def make_start(folder: Path, task: DemoTask, seed: int) -> None:
     """Draw all hearts into `folder`/data, train a new model on the careless answers, and save it as `warm_start`."""
-    data = folder / "data"
-    careless = write_samples(data, "careless", NUM_CARELESS, seed, task, is_careless=True)
-    write_samples(data, "train", NUM_TRAIN, seed, task)
-    write_samples(data, "heldout", NUM_HELDOUT, seed, task)
+    careless = write_samples(folder / "data", "careless", NUM_CARELESS, seed, task, is_careless=True)
+    write_samples(folder / "data", "train", NUM_TRAIN, seed, task)
+    write_samples(folder / "data", "heldout", NUM_HELDOUT, seed, task)
     tokenizer = build_tokenizer([QUESTION, ANSWER.format(0), CHAT_WORDS])
     model = build_model(tokenizer, seed, HIDDEN_SIZE, LAYERS)
     fit(model, load_prompts(careless, tokenizer), tokenizer, SupervisedConfig(steps=WARM_START_STEPS, seed=seed))
@@ -79,7 +78,7 @@ def prepare(config: Config) -> Config:
     check_scorer(raise_together(load_scorer, config, []), config)  # a mistake is known before anything is made
     config = broadcast_object(raise_together(choose_folder, config))
     output = Path(config.output_dir)
-    data, model_folder = output / "data", output / "warm_start"
+    data = output / "data"
     if dist.get_rank() == 0 and not has_begun(output):
         num_hearts = NUM_CARELESS + NUM_TRAIN + NUM_HELDOUT
         print(f"Drawing {num_hearts} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
@@ -88,14 +87,15 @@ def prepare(config: Config) -> Config:
     config = dataclasses.replace(
         config,
         demo=False,
-        model_id=str(model_folder),
+        model_id=str(output / "warm_start"),
         data_path=[str(data / "train.json")],
         eval_data_path=[str(data / "heldout.json")],
         image_folder=str(data / "videos"),
     )
     if dist.get_rank() == 0:
-        again = dataclasses.replace(config, output_dir="output/again", demo_task=Config.demo_task)
-        command = ["python", "train.py", *as_flags(again)]
+        again = vars(dataclasses.replace(config, output_dir="output/again", demo_task=Config.demo_task))
+        flags = {f.name: again[f.name] for f in dataclasses.fields(Config) if again[f.name] != default_of(f)}
+        command = ["python", "train.py", *as_words(flags)]
         print(f"The same run by hand:\n  {shlex.join(command)}\nIts curves:\n  tensorboard --logdir {output}")
     return config
 
@@ -113,23 +113,20 @@ def choose_folder(config: Config) -> Config | None:
         folders += [Path(f"{config.output_dir}-{n}") for n in range(2, 1000)]
     begun = [folder for folder in folders if has_begun(folder)]
     candidates = begun[-1:] if wanted != "none" else []
-    candidates = candidates or [folder for folder in folders if is_free(folder)]
-    if not candidates:
-        fix = "name a new folder" + (", or continue with --resume_from_checkpoint auto" if begun else "")
-        raise InputError(f"--output_dir {config.output_dir!r} exists: {fix}")
-    for folder in candidates:
+    fix = "name a new folder" + (", or continue with --resume_from_checkpoint auto" if begun else "")
+    refused = InputError(f"--output_dir {config.output_dir!r} exists: {fix}")
+    for folder in candidates or [folder for folder in folders if is_free(folder)]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock_folder(str(folder))
-            break
+            return dataclasses.replace(config, output_dir=str(folder))
         except OSError as error:
             raise InputError(
                 f"--output_dir {str(folder)!r} cannot be made ({error.strerror}): name another place"
             ) from error
-        except InputError:  # locked by a demo that is still preparing
-            if folder == candidates[-1]:
-                raise
-    return dataclasses.replace(config, output_dir=str(folder))
+        except InputError as error:  # locked by a demo that is still preparing
+            refused = error
+    raise refused
 
 
 def is_free(output: Path) -> bool:
@@ -142,14 +139,12 @@ def has_begun(output: Path) -> bool:
     return (output / "config.json").exists()
 
 
-def as_flags(config: Config) -> list[str]:
-    """Return the flags that differ from their defaults, as they are typed."""
-    flags = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != default_of(field):
-            flags += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
+def as_words(flags: dict) -> list[str]:
+    """Return flags as they are typed, a word each."""
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def report(config: Config, began: float) -> None:
@@ -160,9 +155,8 @@ def report(config: Config, began: float) -> None:
     """
     output, options, rows = Path(config.output_dir), AnswerOptions(config, load_scorer(config, [])), {}
     how = load_tokenizer(config.model_id), TOKENS_PER_SECOND, prompt_options(config)
-    train, heldout = (
-        PromptDataset(survey(paths, config, []).samples, *how) for paths in (config.data_path, config.eval_data_path)
-    )
+    files = config.data_path, config.eval_data_path
+    train, heldout = (PromptDataset(survey(paths, config, []).samples, *how) for paths in files)
     truths = truths_of(list(heldout.samples), options)
     for when, folder in {"before": config.model_id, "after": str(output / "final")}.items():
         model = load_model(folder).eval()
@@ -179,14 +173,8 @@ def report(config: Config, began: float) -> None:
     dist.barrier()
 
 
-TITLES = {
-    "reward": "reward",
-    "mae": "error",
-    "line_mae": "after the best line",
-    "bias": "bias",
-    "pearson": "correlation",
-    "clipped_ratio": "share cut",
-}
+TITLES = {"reward": "reward", "mae": "error", "line_mae": "after the best line", "bias": "bias"}
+TITLES |= {"pearson": "correlation", "clipped_ratio": "share cut"}
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -201,21 +189,19 @@ def table(rows: dict[str, dict]) -> str:
 
 def answer_all(model, dataset: PromptDataset, options: AnswerOptions) -> list[Prediction]:
     """Answer all samples of a data set greedily, in their order; collective."""
-    found = {p.id: p for done in answer(model, dataset, options) for p in done.predictions}
+    found = {p.id: p for predictions, _ in answer(model, dataset, options) for p in predictions}
     return [found[sample.id] for sample in dataset.samples]
 
 
 def error_of_line(fitted: list[Prediction], judged: list[Prediction]) -> float | None:
     """Fit truth = a + b · answer on some predictions; return the line's mean error on others, None if there is none."""
-    x, y = pairs_of(fitted)
-    if len(np.unique(x)) < 2:
+
+    def pairs(predictions: list[Prediction]) -> np.ndarray:
+        found = [(p.numbers[0], p.truth_number) for p in predictions if p.numbers[0] is not None]
+        return np.array(found, dtype=float).reshape(-1, 2).T  # answers, truths
+
+    (x, y), (judged_x, judged_y) = pairs(fitted), pairs(judged)
+    if len(np.unique(x)) < 2 or not len(judged_x):
         return None
     line = np.polynomial.Polynomial.fit(x, y, 1)
-    x, y = pairs_of(judged)
-    return float(np.abs(line(x) - y).mean()) if len(x) else None
-
-
-def pairs_of(predictions: list[Prediction]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers that were answered, and the true ones, of the predictions with a number."""
-    pairs = [(p.numbers[0], p.truth_number) for p in predictions if p.numbers[0] is not None]
-    return tuple(np.array(pairs, dtype=float).reshape(-1, 2).T)
+    return float(np.abs(line(judged_x) - judged_y).mean())

@@ -17,15 +17,15 @@ TICKS_PER_FRAME = 512
 JPEG_QUALITY = 90
 
 
+def u32(*numbers: int) -> bytes:
+    """Return numbers as 32 bits each."""
+    return struct.pack(f">{len(numbers)}I", *numbers)
+
+
 def box(kind: bytes, *payload: bytes) -> bytes:
     """Return one box: its size, its four-letter kind, its payload."""
     body = b"".join(payload)
-    return struct.pack(">I4s", 8 + len(body), kind) + body
-
-
-def full_box(kind: bytes, flags: int, *payload: bytes) -> bytes:
-    """Return a box of version 0 with flags."""
-    return box(kind, struct.pack(">I", flags), *payload)
+    return u32(8 + len(body)) + kind + body
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:
@@ -45,47 +45,29 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int) -> None:
         raise ValueError(f"frames must be (T, H, W, 3) uint8 with T >= 1, got {frames.shape} {frames.dtype}")
     jpegs = [encode_jpeg(frame) for frame in frames]
     num_frames, height, width, _ = frames.shape
-    timescale = fps * TICKS_PER_FRAME
     ticks, milliseconds = num_frames * TICKS_PER_FRAME, num_frames * 1000 // fps
 
-    ftyp = box(b"ftyp", b"isom", struct.pack(">I", 512), b"isomiso2mp41")
-    mdat = box(b"mdat", *jpegs)
+    ftyp = box(b"ftyp", b"isom", u32(512), b"isomiso2mp41")
     first_frame_offset = len(ftyp) + 8  # behind the header of mdat
-
-    sample_entry = box(
-        b"jpeg",
-        b"\0" * 6 + struct.pack(">H", 1) + b"\0" * 16,
-        struct.pack(">HHIIIH", width, height, 0x480000, 0x480000, 0, 1),  # 72 dpi, one frame per sample
-        b"\0" * 32 + struct.pack(">Hh", 24, -1),  # no compressor name, 24 bits, no colour table
-    )
+    size = struct.pack(">HHIIIH", width, height, 0x480000, 0x480000, 0, 1)  # 72 dpi, one frame per sample
+    no_name = b"\0" * 32 + struct.pack(">Hh", 24, -1)  # of the compressor; 24 bits, no colour table
+    sample_entry = box(b"jpeg", b"\0" * 6 + struct.pack(">H", 1) + b"\0" * 16, size, no_name)
+    # Where a payload begins with u32, its first number is the version, 0, and flags.
     stbl = box(
         b"stbl",
-        full_box(b"stsd", 0, struct.pack(">I", 1), sample_entry),
-        full_box(b"stts", 0, struct.pack(">III", 1, num_frames, TICKS_PER_FRAME)),
-        full_box(b"stsc", 0, struct.pack(">IIII", 1, 1, num_frames, 1)),  # all frames in one chunk
-        full_box(b"stsz", 0, struct.pack(f">II{num_frames}I", 0, num_frames, *map(len, jpegs))),
-        full_box(b"stco", 0, struct.pack(">II", 1, first_frame_offset)),
+        box(b"stsd", u32(0, 1), sample_entry),
+        box(b"stts", u32(0, 1, num_frames, TICKS_PER_FRAME)),
+        box(b"stsc", u32(0, 1, 1, num_frames, 1)),  # all frames in one chunk
+        box(b"stsz", u32(0, 0, num_frames, *map(len, jpegs))),
+        box(b"stco", u32(0, 1, first_frame_offset)),
     )
-    dinf = box(b"dinf", full_box(b"dref", 0, struct.pack(">I", 1), full_box(b"url ", 1)))  # 1: data in this file
-    minf = box(b"minf", full_box(b"vmhd", 1, b"\0" * 8), dinf, stbl)
-    mdia = box(
-        b"mdia",
-        full_box(b"mdhd", 0, struct.pack(">IIIIHH", 0, 0, timescale, ticks, 0x55C4, 0)),  # language "und"
-        full_box(b"hdlr", 0, struct.pack(">I4s", 0, b"vide"), b"\0" * 12 + b"V\0"),
-        minf,
-    )
-    tkhd = full_box(
-        b"tkhd",
-        3,  # enabled, in the movie
-        struct.pack(">IIIII", 0, 0, 1, 0, milliseconds) + b"\0" * 16,
-        UNITY_MATRIX,
-        struct.pack(">II", width << 16, height << 16),
-    )
-    mvhd = full_box(
-        b"mvhd",
-        0,
-        struct.pack(">IIIIIH", 0, 0, 1000, milliseconds, 0x10000, 0x100) + b"\0" * 10,  # rate 1.0, volume 1.0
-        UNITY_MATRIX,
-        b"\0" * 24 + struct.pack(">I", 2),  # next track id
-    )
-    Path(path).write_bytes(ftyp + mdat + box(b"moov", mvhd, box(b"trak", tkhd, mdia)))
+    dinf = box(b"dinf", box(b"dref", u32(0, 1), box(b"url ", u32(1))))  # 1: data in this file
+    minf = box(b"minf", box(b"vmhd", u32(1), b"\0" * 8), dinf, stbl)
+    mdhd = box(b"mdhd", u32(0, 0, 0, fps * TICKS_PER_FRAME, ticks), struct.pack(">HH", 0x55C4, 0))  # language "und"
+    mdia = box(b"mdia", mdhd, box(b"hdlr", u32(0, 0), b"vide", b"\0" * 12 + b"V\0"), minf)
+    shown = u32(3, 0, 0, 1, 0, milliseconds)  # 3: enabled, in the movie
+    tkhd = box(b"tkhd", shown, b"\0" * 16, UNITY_MATRIX, u32(width << 16, height << 16))
+    rate, next_track = struct.pack(">IH", 0x10000, 0x100), u32(2)  # rate 1.0, volume 1.0
+    times = u32(0, 0, 0, 1000, milliseconds)
+    mvhd = box(b"mvhd", times, rate, b"\0" * 10, UNITY_MATRIX, b"\0" * 24, next_track)
+    Path(path).write_bytes(ftyp + box(b"mdat", *jpegs) + box(b"moov", mvhd, box(b"trak", tkhd, mdia)))

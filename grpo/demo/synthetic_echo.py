@@ -11,8 +11,8 @@ Two tasks:
     hard   1 to 30 clips, mostly few, of which most are noisy and show less of the motion than there is;
            ejection fractions as in a clinic: most from 50 to 70, few below 35
 
-The careless answers of the warm start are those of someone whom size and rate mislead: large hearts are overestimated,
-fast ones underestimated. No constant and no straight line through such answers repairs them.
+The careless answers of the warm start overestimate large hearts and underestimate fast ones, which no constant and no
+straight line through them repairs.
 """
 
 import json
@@ -29,8 +29,7 @@ ANSWER = "The ejection fraction is {}%."
 SIZE = 56  # pixels, square
 NUM_FRAMES = 8
 FPS = 8
-# How many points a careless reader is off, at the most, by the size of a heart and by its rate; the standard deviation
-# of what remains.
+# Points that a careless reader is off, at most, by a heart's size and rate; the standard deviation of what remains.
 ERROR_OF_SIZE, ERROR_OF_RATE, LABEL_NOISE = 14.0, 10.0, 2.0
 
 
@@ -116,16 +115,9 @@ def write_samples(
             videos.append(f"{name}_{number:04d}_{clip}.mp4")
             write_mp4(folder / "videos" / videos[-1], draw_clip(heart, clarity, rng), FPS)
         label = heart.careless_label(rng) if is_careless else heart.ejection_fraction
-        samples.append(
-            {
-                "id": f"{name}_{number:04d}",
-                "video": videos,
-                "conversations": [
-                    {"from": "human", "value": "<video>\n" * len(videos) + QUESTION},
-                    {"from": "gpt", "value": ANSWER.format(label)},
-                ],
-            }
-        )
+        turns = [{"from": "human", "value": "<video>\n" * len(videos) + QUESTION}]
+        turns += [{"from": "gpt", "value": ANSWER.format(label)}]
+        samples.append({"id": f"{name}_{number:04d}", "video": videos, "conversations": turns})
     path = folder / f"{name}.json"
     path.write_text(json.dumps(samples, indent=1))
     return path

@@ -31,7 +31,7 @@ from data.prompt import load_tokenizer
 from data.sample import InputError, first_line
 from grpo.config import HeldOutFlags, SamplingFlags, Seed
 from grpo.evaluate.answer import AnswerOptions, Prediction, answer
-from grpo.evaluate.predictions import Predictions
+from grpo.evaluate.predictions import append_predictions, open_predictions
 from grpo.evaluate.report import report
 from grpo.export import base_of, load_merged
 from grpo.model.layers import pack_weights
@@ -78,16 +78,14 @@ class EvaluateConfig(WhatFlags, AnswerFlags, RewardFlags, HeldOutFlags, LoaderFl
 
 def parse(argv: list[str]) -> EvaluateConfig:
     """Read the flags, with those of a run as defaults; raise InputError."""
-    config = parse_flags(EvaluateConfig, argv, PROG)
-    if config.run:
-        given = parse_flags(EvaluateConfig, argv, PROG, {"reward_funcs": None})  # None: they are not given
-        config = parse_flags(EvaluateConfig, argv, PROG, defaults_of_run(given))
+    given = parse_flags(EvaluateConfig, argv, PROG, {"reward_funcs": None})  # None: they are not given
+    config = parse_flags(EvaluateConfig, argv, PROG, defaults_of_run(given) if given.run else {})
     if config.adapter and not config.model_id:
         config.model_id = base_of(config.adapter)
     for name in ("model_id", "data_path", "output_dir"):
         if getattr(config, name) in ("", [], [""]):
-            hint = "" if config.run else ", or a whole run with --run"
-            raise InputError(f"--{name} is missing: name it{hint}")
+            hint = "since the run has none" if config.run else "or a whole run with --run"
+            raise InputError(f"--{name} is missing: name it, {hint}")
     resolve_data_flags(config)
     if config.num_samples > 1 and not config.temperature:
         raise InputError(
@@ -110,19 +108,15 @@ def defaults_of_run(given: EvaluateConfig) -> dict:
         if not run["lora_enable"]:
             defaults["model_id"] = final
         elif not given.model_id:
-            defaults["adapter"] = given.adapter or final
-    except OSError as error:
+            defaults["adapter"] = final
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
-            f"--run {given.run!r} is no folder of a run: {path} cannot be read ({error.strerror})"
+            f"--run {given.run!r} is no folder of a run: {path} cannot be read ({first_line(error)})"
         ) from error
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"--run {given.run!r}: {path} is damaged ({first_line(error)})") from error
     if not (given.model_id or given.adapter or os.path.isdir(final)):
         raise InputError(
             f"--run {given.run!r} has no final/ yet: name a checkpoint-N in it with --model_id or --adapter"
         )
-    if not (given.data_path or defaults["data_path"]):
-        raise InputError(f"--run {given.run!r} had no --eval_data_path: name the samples with --data_path")
     return defaults
 
 
@@ -133,7 +127,7 @@ def decisive_flags(config: EvaluateConfig) -> dict:
 
 
 def load_for_sampling(config: EvaluateConfig, device: torch.device):
-    """Load the model, with the adapter merged into it, in the precision in which training samples."""
+    """Load the model, an adapter merged into it, in the precision in which training samples."""
     if config.adapter:
         model = load_merged(config.adapter, config.model_id, compute_dtype(device))
     elif os.path.isfile(os.path.join(config.model_id, "adapter_config.json")):
@@ -162,32 +156,27 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     print_rank0(*messages)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)
-    options = AnswerOptions(config, scorer, config.num_samples, config.temperature)
     settings = decisive_flags(config)
     settings["rewards"] = [[f.name, f.weight, f.options, f.digest] for f in scorer.functions]
     settings |= {"samples": found.fingerprint, "weights": digest_of(model)}
-    samples = found.samples
-    predictions = raise_together(Predictions, config.output_dir, settings, samples)
-    done = broadcast_object(set(predictions.done))  # ids
-    tokens_per_second = model.config.vision_config.tokens_per_second
+    done = raise_together(open_predictions, config.output_dir, settings)
+    skipped, is_first = broadcast_object(set(done)), dist.get_rank() == 0  # ids
+    options = AnswerOptions(config, scorer, config.num_samples, config.temperature)
+    samples, tokens_per_second = found.samples, model.config.vision_config.tokens_per_second
     dataset = PromptDataset(samples, tokenizer, tokens_per_second, prompt_options(config))
-    if done:
-        print_rank0(f"{len(done)} of {len(samples)} samples are answered already")
-    bar = tqdm(
-        total=len(samples),
-        initial=len(done),
-        unit="sample",
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # between drawings: a log file keeps each of them
-        disable=dist.get_rank() != 0,
-    )
+    if skipped:
+        print_rank0(f"{len(skipped)} of {len(samples)} samples are answered already")
+    seconds = 0.1 if sys.stderr.isatty() else 10  # between drawings: a log file keeps each of them
+    bar = tqdm(total=len(samples), initial=len(done), unit="sample", mininterval=seconds, disable=not is_first)
     with bar:
-        for answered in answer(model, dataset, options, done):
-            raise_together(predictions.append, answered.predictions)
-            print_rank0(*(f"left out: {line}" for line in answered.bad_media))
-            bar.update(len(answered.predictions))
-            bar.set_postfix_str(f"mean error {running_error(predictions.done):.2f}", refresh=False)
-    if dist.get_rank() == 0:  # the others have nothing to wait for
-        report(config, settings, samples, predictions.done, options)
+        for predictions, bad_media in answer(model, dataset, options, skipped):
+            raise_together(append_predictions, config.output_dir, predictions)
+            done |= {prediction.id: prediction for prediction in predictions}
+            print_rank0(*(f"left out: {line}" for line in bad_media))
+            bar.update(len(predictions))
+            bar.set_postfix_str(f"mean error {running_error(done):.2f}", refresh=False)
+    if is_first:  # the others have nothing to wait for
+        report(config, settings, samples, done, options)
 
 
 def running_error(done: dict[str, Prediction]) -> float:

@@ -3,10 +3,10 @@
 | n | samples | N | answers per sample | K | constant answers |
 """
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch.distributed as dist
@@ -49,16 +49,12 @@ class AnswerOptions:
     temperature: float = 0.0  # 0: greedy
 
 
-@dataclass
-class Round:
-    """What all ranks have answered since the last round."""
-
-    predictions: list[Prediction]
-    bad_media: list[str]  # why samples were left out
+# What was answered, and a line for each sample that was left out, with the reason.
+Round = tuple[list[Prediction], list[str]]
 
 
 def answer(model, dataset: PromptDataset, options: AnswerOptions, done: Set[str] = frozenset()) -> Iterator[Round]:
-    """Answer the samples of a data set, and yield what is done after each round of batches; collective.
+    """Answer the samples of a data set, and yield what all ranks have done after each round of batches; collective.
 
     model: unsharded. Batches are the same for any number of ranks, and sampling depends only on the seed and the place
     of the sample, so that the answers are the same, too. Samples that are `done` already, by id, are left out of their
@@ -75,21 +71,19 @@ def answer(model, dataset: PromptDataset, options: AnswerOptions, done: Set[str]
     prompts = load_ahead(dataset, own, options.config.dataloader_num_workers)
     for _ in range(0, len(batches), world_size):
         own_round = raise_together(answer_batch, model, dataset.tokenizer, tokens, next(prompts, []), options)
-        rounds = all_gather_object(own_round)
-        yield Round([p for r in rounds for p in r.predictions], [line for r in rounds for line in r.bad_media])
+        predictions, bad_media = zip(*all_gather_object(own_round), strict=True)
+        yield list(chain(*predictions)), list(chain(*bad_media))
 
 
 def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: AnswerOptions) -> Round:
     """Answer the prompts of a batch together; a sample without readable videos is left out."""
     began, batch = time.perf_counter(), checked(batch)
     bad_media = [prompt.bad_media for prompt in batch if prompt.bad_media]
-    prompts = [prompt.to(tokens.device) for prompt in batch if not prompt.is_padding]
+    prompts = [prompt for prompt in batch if not prompt.is_padding]
     if not prompts:
-        return Round([], bad_media)
+        return [], bad_media
     N, config = options.num_samples, options.config
-    params = SamplingParams(N, config.max_completion_length)  # greedy
-    if options.temperature:
-        params = dataclasses.replace(params, temperature=options.temperature, top_p=config.top_p, top_k=config.top_k)
+    params = SamplingParams.of(config, N, options.temperature or 1.0)
     # Steps of training count from 1, so that step 0 draws other numbers than they do.
     draws = generators(prompts, config.seed, 0, tokens.device) if options.temperature else None
     try:
@@ -102,33 +96,30 @@ def answer_batch(model, tokenizer, tokens: SpecialTokens, batch: list, options: 
             f"memory ran out while {len(prompts)} prompts of up to {longest} tokens were answered together: lower "
             "--per_device_eval_batch_size, --max_videos or the size of the frames"
         ) from error
-    texts = [text for r in rollouts for text in tokenizer.batch_decode(r.completion_ids, skip_special_tokens=True)]
+    texts = [tokenizer.batch_decode(r.completion_ids, skip_special_tokens=True) for r in rollouts]  # N each
     samples = [prompt.sample for prompt in prompts for _ in range(N)]
-    scored = score_texts(options.scorer, samples, texts, sampled_columns(rollouts))
-    rewards = [finite_or_none(reward) for reward in scored.tolist()]
+    rewards = score_texts(options.scorer, samples, list(chain(*texts)), sampled_columns(rollouts)).reshape(-1, N)
     seconds = round((time.perf_counter() - began) / len(prompts), 4)
-    predictions = []
-    for b, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True)):
-        answers = texts[b * N :][:N]
-        predictions.append(
-            Prediction(
-                id=prompt.sample.id,
-                truth=prompt.sample.answer,
-                truth_number=extract_number(prompt.sample.answer),
-                answers=answers,
-                numbers=[extract_number(text) for text in answers],
-                rewards=rewards[b * N :][:N],
-                is_stopped=rollout.is_stopped.tolist(),
-                seconds=seconds,
-            )
+    predictions = [
+        Prediction(
+            id=prompt.sample.id,
+            truth=prompt.sample.answer,
+            truth_number=extract_number(prompt.sample.answer),
+            answers=answers,
+            numbers=[extract_number(text) for text in answers],
+            rewards=[finite_or_none(reward) for reward in own_rewards.tolist()],
+            is_stopped=rollout.is_stopped.tolist(),
+            seconds=seconds,
         )
-    return Round(predictions, bad_media)
+        for prompt, rollout, answers, own_rewards in zip(prompts, rollouts, texts, rewards, strict=True)
+    ]
+    return predictions, bad_media
 
 
 def truths_of(samples: Sequence[Sample], options: AnswerOptions) -> Truths:
     """Collect what the answers to these n samples, all with a number, are compared with."""
-    numbers = np.array([extract_number(sample.answer) for sample in samples])
-    return Truths(numbers, constant_rewards(options.scorer.functions, samples, numbers, options.scorer.keys))
+    numbers, scorer = np.array([extract_number(sample.answer) for sample in samples]), options.scorer
+    return Truths(numbers, constant_rewards(scorer.functions, samples, numbers, scorer.keys))
 
 
 def answers_of(predictions: list[Prediction]) -> Answers:

@@ -8,9 +8,8 @@ from functools import partial
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.dataset import Samples
 from data.loader import PromptDataset
-from data.sample import InputError, Sample
+from data.sample import InputError
 from grpo.config import Config
 from grpo.evaluate.answer import AnswerOptions, answer, answers_of, truths_of
 from grpo.evaluate.metrics import figures
@@ -30,21 +29,14 @@ class Evaluation:
     seconds: float
 
 
-def samples_with_number(samples: Samples) -> list[Sample]:
-    """Read those samples whose truth has a number; raise InputError if their file has changed."""
-    return [sample for sample in samples if extract_number(sample.answer) is not None]
-
-
 class HeldOut:
     """Held-out samples, and how they are answered: greedily."""
 
     def __init__(self, dataset: PromptDataset, scorer: Scorer, config: Config):
         """Decode nothing yet, but score the best constant answer. Collective; raises InputError."""
-        self.config, self.dataset = config, dataset
-        self.options = AnswerOptions(config, scorer)
-        with_number = raise_together(samples_with_number, dataset.samples)
-        self.truths = raise_together(truths_of, with_number, self.options)
-        self.ids = [sample.id for sample in with_number]
+        self.config, self.dataset, self.options = config, dataset, AnswerOptions(config, scorer)
+        known = raise_together(lambda: [one for one in dataset.samples if extract_number(one.answer) is not None])
+        self.ids, self.truths = [sample.id for sample in known], raise_together(truths_of, known, self.options)
 
     def evaluate_policy(
         self, model, step: int, tracker: Tracker, save: Callable[..., bool], is_stopped: Callable[[], bool]
@@ -69,20 +61,20 @@ class HeldOut:
 
         model: unsharded. is_stopped: asked after each round of batches; collective.
         """
-        began, config, predictions = time.perf_counter(), self.config, {}
+        began, config, done = time.perf_counter(), self.config, {}
         is_hidden = None if dist.get_rank() == 0 else True  # None: hidden unless on a terminal
         with tqdm(total=len(self.dataset.samples), desc="evaluating", leave=False, disable=is_hidden) as bar:
-            for done in answer(model, self.dataset, self.options):
+            for predictions, bad_media in answer(model, self.dataset, self.options):
                 if is_stopped():
                     return None
-                predictions |= {prediction.id: prediction for prediction in done.predictions}
-                print_rank0(*(f"left out of the evaluation: {line}" for line in done.bad_media))
-                bar.update(len(done.predictions))
-        answered = [i for i, sample_id in enumerate(self.ids) if sample_id in predictions]
+                done |= {prediction.id: prediction for prediction in predictions}
+                print_rank0(*(f"left out of the evaluation: {line}" for line in bad_media))
+                bar.update(len(predictions))
+        answered = [i for i, sample_id in enumerate(self.ids) if sample_id in done]
         if not answered:
             raise InputError(f"--eval_data_path {' '.join(config.eval_data_path)!r}: no sample has readable videos")
         truths = self.truths.subset(answered)
-        answers = answers_of([predictions[self.ids[i]] for i in answered])
+        answers = answers_of([done[self.ids[i]] for i in answered])
         # Of rank 0, since all ranks must agree on which model is the best, to the last digit.
         found = broadcast_object(figures(truths, answers, config.valid_range, config.cuts))
         draw = partial(pictures, truths.numbers, answers, found, config.valid_range, config.cuts, "held-out")

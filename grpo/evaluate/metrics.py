@@ -32,11 +32,6 @@ class Truths:
     # (K, n): of each of K constant answers (`reward.zero_skill`) at each sample, nan where it is not scored
     constant_rewards: np.ndarray
 
-    @property
-    def best_constant(self) -> float:
-        """The constant answer with the least mean absolute error."""
-        return float(np.median(self.numbers))
-
     def subset(self, indices: list[int]) -> "Truths":
         """Keep some of the samples."""
         return Truths(self.numbers[indices], np.ascontiguousarray(self.constant_rewards[:, indices]))
@@ -59,8 +54,8 @@ class Answers:
 
 def median_answers(answers: Answers, valid_range: list[float]) -> np.ndarray:
     """Return the median of each sample's valid numbers, (n, 1); nan where it has none."""
-    numbers = answers.valid_numbers(valid_range)
-    return np.array([[np.median(row[~np.isnan(row)]) if (~np.isnan(row)).any() else np.nan] for row in numbers])
+    numbers = np.ma.masked_invalid(answers.valid_numbers(valid_range))
+    return np.ma.median(numbers, axis=1, keepdims=True).filled(np.nan)
 
 
 def best_answers(truths: np.ndarray, answers: Answers, valid_range: list[float]) -> Answers:
@@ -72,12 +67,7 @@ def best_answers(truths: np.ndarray, answers: Answers, valid_range: list[float])
 
 
 def figures(
-    truths: Truths,
-    answers: Answers,
-    valid_range: list[float],
-    cuts: list[float],
-    num_resamples: int = 0,
-    seed: int = 0,
+    truths: Truths, answers: Answers, valid_range: list[float], cuts: list[float], num_resamples: int = 0
 ) -> dict[str, dict[str, float | None]]:
     """Return every figure as {"value", "low", "high"}: the bounds hold 95 % of the figure's values over resamples.
 
@@ -87,15 +77,13 @@ def figures(
     """
     cuts = [cut for cut in cuts if 0 < (truths.numbers < cut).sum() < len(truths.numbers)]
     n, N = answers.numbers.shape
-    resamples = np.random.default_rng(seed).integers(n, size=(n, num_resamples))
+    resamples = np.random.default_rng(0).integers(n, size=(n, num_resamples))
     size = max(1, BLOCK // (n * N))
     indices = [np.arange(n)[:, None], *(resamples[:, i : i + size] for i in range(0, num_resamples, size))]
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # about what is undefined
         values, *blocks = [_figures_of(index, truths, answers, valid_range, cuts) for index in indices]
     result = {name: {"value": float(value[0]) if math.isfinite(value[0]) else None} for name, value in values.items()}
-    if not num_resamples:
-        return result
-    for name in result:
+    for name in result if num_resamples else ():
         spread = np.concatenate([block[name] for block in blocks])
         spread = spread[np.isfinite(spread)] if name not in COUNTS else spread[:0]
         low, high = np.quantile(spread, [0.025, 0.975]).tolist() if len(spread) else (None, None)
@@ -115,7 +103,7 @@ def _figures_of(
     valid = answers.valid_numbers(valid_range)
     is_parsed = ~np.isnan(answers.numbers)
     chosen = truths.numbers[index]  # (n, R)
-    predicted = pick(np.where(np.isnan(valid), truths.best_constant, valid))
+    predicted = pick(np.where(np.isnan(valid), np.median(truths.numbers), valid))
     result = {
         "n": np.full(R, n),
         "parse_rate": pick(is_parsed).mean(axis=0),
@@ -164,8 +152,8 @@ def errors(truths: np.ndarray, predicted: np.ndarray, cuts: list[float]) -> dict
 def area_under_curve(is_positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Return the area under each column's ROC curve, (n, R) -> (R,); nan if a class is empty.
 
-    From the positives' ranks (Mann and Whitney), for all columns at once: scikit-learn's roc_auc_score, which gives the
-    same, takes a second for a thousand columns.
+    From the positives' ranks (Mann and Whitney): scikit-learn's roc_auc_score, which gives the same, takes a second
+    for a thousand columns.
     """
     positives = is_positive.sum(axis=0)
     ranks = np.where(is_positive, rankdata(scores, axis=0), 0).sum(axis=0)

@@ -13,11 +13,9 @@ from sklearn.metrics import roc_curve
 
 from grpo.evaluate.metrics import Answers
 
-SIZE = (5.0, 4.2)  # inches
-DPI = 110
 INK, PALE = "#1f4e79", "#8a8a8a"
+POINTS = dict(s=14, color=INK, alpha=0.5, linewidth=0)  # through which others show
 LINE_STYLES = ["-", "--", ":", "-."]
-UNIT = "points"
 
 
 def pictures(
@@ -35,47 +33,40 @@ def pictures(
     title = f"{plain(name)}: {count}{missing}"
     filled = x, np.where(is_valid, y, np.median(truths))
     x, y = x[is_valid], y[is_valid]
-    figure_of = {
+    drawn = {
         "scatter": scatter(x, y, figures, cuts, title),
         "bland_altman": bland_altman(x, y, figures, title),
         "errors": error_histogram(x, y, figures, title),
     }
     if any(f"auc_{cut:g}" in figures for cut in cuts):
-        figure_of["roc"] = roc(*filled, figures, cuts, title)
-    return {key: png(figure) for key, figure in figure_of.items()}
+        drawn["roc"] = roc(*filled, figures, cuts, title)
+    return {key: png(figure) for key, figure in drawn.items()}
 
 
 def scatter(x: np.ndarray, y: np.ndarray, figures: dict, cuts: list[float], title: str) -> Figure:
     """Draw predictions (points,) over truths with the identity line, the cuts, and the main figures."""
-    figure, axes = new_axes(title, f"true value ({UNIT})", f"predicted value ({UNIT})")
-    low, high = limits(x, y)
+    figure, axes = new_axes(title, "true value (points)", "predicted value (points)")
+    values = np.concatenate([x, y]) if len(x) else np.array([0.0, 100.0])
+    margin = 0.05 * np.ptp(values) or 1.0
+    low, high = values.min() - margin, values.max() + margin
     axes.plot([low, high], [low, high], color="black", linewidth=1)
     for cut in cuts:
         if low < cut < high:
             axes.axvline(cut, color=PALE, linewidth=0.8, linestyle=":")
             axes.axhline(cut, color=PALE, linewidth=0.8, linestyle=":")
-    points(axes, x, y)
+    axes.scatter(x, y, **POINTS)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-    note(
-        axes,
-        [
-            f"MAE {shown(figures, 'mae')}   (best constant {shown(figures, 'zero_skill_mae')})",
-            f"RMSE {shown(figures, 'rmse')}",
-            f"R² {shown(figures, 'r2')}   r {shown(figures, 'pearson')}",
-            f"CCC {shown(figures, 'ccc')}",
-            f"sd ratio {shown(figures, 'sd_ratio')}",
-        ],
-    )
+    text = "MAE {mae}   (best constant {zero_skill_mae})\nRMSE {rmse}\nR² {r2}   r {pearson}\nCCC {ccc}"
+    note(axes, figures, text + "\nsd ratio {sd_ratio}")
     return figure
 
 
 def bland_altman(x: np.ndarray, y: np.ndarray, figures: dict, title: str) -> Figure:
     """Draw differences over means, with the bias and the 95 % limits of agreement as numbers."""
-    figure, axes = new_axes(title, f"mean of true and predicted ({UNIT})", f"predicted - true ({UNIT})")
-    points(axes, (x + y) / 2, y - x)
+    figure, axes = new_axes(title, "mean of true and predicted (points)", "predicted - true (points)")
+    axes.scatter((x + y) / 2, y - x, **POINTS)
     axes.axhline(0, color=PALE, linewidth=0.8, linestyle=":")
-    lines = (("bias", "-", "bias"), ("limit_high", "--", "+1.96 sd"), ("limit_low", "--", "-1.96 sd"))
-    for key, style, label in lines:
+    for key, style, label in (("bias", "-", "bias"), ("limit_high", "--", "+1.96 sd"), ("limit_low", "--", "-1.96 sd")):
         value = figures[key]["value"]
         if value is not None:
             axes.axhline(value, color="black", linewidth=1, linestyle=style)
@@ -87,22 +78,15 @@ def bland_altman(x: np.ndarray, y: np.ndarray, figures: dict, title: str) -> Fig
 
 def error_histogram(x: np.ndarray, y: np.ndarray, figures: dict, title: str) -> Figure:
     """Draw how often each error occurs."""
-    figure, axes = new_axes(title, f"predicted - true ({UNIT})", "answers")
+    figure, axes = new_axes(title, "predicted - true (points)", "answers")
     errors = y - x
     if len(errors):
-        width = max(1.0, np.ceil((errors.max() - errors.min()) / 40))  # whole points, so that no bar catches two values
+        width = max(1.0, np.ceil(np.ptp(errors) / 40))  # whole points, so that no bar catches two values
         first, last = np.floor(errors.min() / width), np.ceil(errors.max() / width)
         axes.hist(errors, bins=(np.arange(first, last + 2) - 0.5) * width, color=INK, edgecolor="white", linewidth=0.5)
     axes.axvline(0, color="black", linewidth=1)
-    note(
-        axes,
-        [
-            f"mean |error| {shown(figures, 'mae')}",
-            f"median |error| {shown(figures, 'median_error')}",
-            f"bias {shown(figures, 'bias')}",
-            f"within 5: {shown(figures, 'within_5', '.0%')}",
-        ],
-    )
+    within = shown(figures["within_5"], ".0%")
+    note(axes, figures, f"mean |error| {{mae}}\nmedian |error| {{median_error}}\nbias {{bias}}\nwithin 5: {within}")
     return figure
 
 
@@ -112,9 +96,10 @@ def roc(x: np.ndarray, y: np.ndarray, figures: dict, cuts: list[float], title: s
     axes.plot([0, 1], [0, 1], color=PALE, linewidth=0.8, linestyle=":")
     for i, cut in enumerate(cut for cut in cuts if 0 < (x < cut).sum() < len(x)):
         false_positives, true_positives, _ = roc_curve(x < cut, -y)
-        label = f"below {cut:g}: AUC {shown(figures, f'auc_{cut:g}')}, accuracy {shown(figures, f'accuracy_{cut:g}')}"
-        grey = str(0.15 + 0.2 * (i % 4))
-        axes.plot(false_positives, true_positives, LINE_STYLES[i % 4], color=grey, linewidth=1.8, label=label)
+        area, accuracy = shown(figures[f"auc_{cut:g}"]), shown(figures[f"accuracy_{cut:g}"])
+        look = dict(color=str(0.15 + 0.2 * (i % 4)), linestyle=LINE_STYLES[i % 4], linewidth=1.8)
+        label = f"below {cut:g}: AUC {area}, accuracy {accuracy}"
+        axes.plot(false_positives, true_positives, label=label, **look)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.legend(loc="lower right", fontsize=9, frameon=False)
     return figure
@@ -122,37 +107,23 @@ def roc(x: np.ndarray, y: np.ndarray, figures: dict, cuts: list[float], title: s
 
 def new_axes(title: str, xlabel: str, ylabel: str):
     """Make a figure with labelled axes. Figure without pyplot: no windows, no state that grows."""
-    figure = Figure(figsize=SIZE, dpi=DPI)
-    axes = figure.add_axes((0.13, 0.13, 0.83, 0.78))
+    figure = Figure(figsize=(5.0, 4.2), dpi=110)
+    axes = figure.add_axes((0.13, 0.13, 0.83, 0.78), xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def points(axes, x: np.ndarray, y: np.ndarray) -> None:
-    """Draw points through which others show."""
-    axes.scatter(x, y, s=14, color=INK, alpha=0.5, linewidth=0)
-
-
-def limits(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Return the same range for both axes, with a margin."""
-    values = np.concatenate([x, y]) if len(x) else np.array([0.0, 100.0])
-    margin = 0.05 * (values.max() - values.min()) or 1.0
-    return values.min() - margin, values.max() + margin
-
-
-def shown(figures: dict, name: str, form: str = ".2f") -> str:
-    """Write a figure as text; "undefined" if it has no value."""
-    value = figures[name]["value"]
-    return "undefined" if value is None else format(value, form)
-
-
-def note(axes, lines: list[str]) -> None:
-    """Write lines into the upper left corner."""
+def note(axes, figures: dict, text: str) -> None:
+    """Write lines, with figures whose names they have in braces, into the upper left corner."""
+    text = text.format_map({name: shown(figure) for name, figure in figures.items()})
     box = dict(facecolor="white", alpha=0.75, edgecolor="none", pad=2)
-    axes.text(0.02, 0.98, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=9, bbox=box)
+    axes.text(0.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=9, bbox=box)
+
+
+def shown(figure: dict, form: str = ".2f") -> str:
+    """Write a figure as text; "undefined" if it has no value."""
+    return "undefined" if figure["value"] is None else format(figure["value"], form)
 
 
 def plain(text: str) -> str:

@@ -30,51 +30,38 @@ def report(
     truths, answers = truths_of(used, options), answers_of([done[sample.id] for sample in used])
     ways = {"greedy" if not config.temperature else "single": answers}
     if config.num_samples > 1:
-        medians = median_answers(answers, config.valid_range)
-        ways[f"median of {config.num_samples}"] = Answers(
-            medians, score_numbers(medians, used, options), answers.is_stopped.all(axis=1, keepdims=True)
-        )
+        medians = median_answers(answers, config.valid_range)  # (n, 1)
+        texts = ["" if np.isnan(number) else f"{number:g}%" for number in medians[:, 0]]
+        rewards = score_texts(options.scorer, used, texts)[:, None]
+        are_stopped = answers.is_stopped.all(axis=1, keepdims=True)
+        ways[f"median of {config.num_samples}"] = Answers(medians, rewards, are_stopped)
         ways[f"best of {config.num_samples}"] = best_answers(truths.numbers, answers, config.valid_range)
     found = {way: figures(truths, given, config.valid_range, config.cuts, NUM_RESAMPLES) for way, given in ways.items()}
     main, *others = found
+    left_out, without_number = len(samples) - len(answered), len(answered) - len(used)
     metrics = {
         "model_id": config.model_id,
         "adapter": config.adapter,
         "data_path": config.data_path,
         "settings": settings,
         "samples": len(samples),
-        "samples_left_out": len(samples) - len(answered),
-        "samples_without_true_number": len(answered) - len(used),
+        "samples_left_out": left_out,
+        "samples_without_true_number": without_number,
         "answers": main,
         **found[main],
         **{way.replace(" ", "_"): found[way] for way in others},
     }
-    title = ", ".join(Path(path).name for path in config.data_path)
+    title, output = ", ".join(Path(path).name for path in config.data_path), Path(config.output_dir)
+    write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     drawn = pictures(truths.numbers, answers, found[main], config.valid_range, config.cuts, title)
-    output = Path(config.output_dir)
-    try:
-        write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-        for name, data in drawn.items():
-            write_whole(output / f"{name}.png", data)
-    except OSError as error:
-        raise InputError(
-            f"--output_dir {config.output_dir!r} cannot be written ({error.strerror}): make room; the same command "
-            "continues"
-        ) from error
+    for name, data in drawn.items():
+        write_whole(output / f"{name}.png", data)
     print("\n" + table(found))
-    for name, what in (
-        ("samples_left_out", "left out, for their videos"),
-        ("samples_without_true_number", "not in the figures, since their truth has no number"),
-    ):
-        if metrics[name]:
-            print(f"{metrics[name]} samples {what}")
+    if left_out:
+        print(f"{left_out} samples left out, for their videos")
+    if without_number:
+        print(f"{without_number} samples not in the figures, since their truth has no number")
     print(f"written to {output}")
-
-
-def score_numbers(numbers: np.ndarray, samples: list[Sample], options: AnswerOptions) -> np.ndarray:
-    """Return the reward of answering each sample with a number, (n, 1) -> (n, 1); nan is an empty answer."""
-    texts = ["" if np.isnan(number) else f"{number:g}%" for number in numbers[:, 0]]
-    return score_texts(options.scorer, samples, texts)[:, None]
 
 
 LABELS = {
@@ -99,8 +86,6 @@ LABELS = {
     "zero_skill_mae": "... its mean absolute error",
     "zero_skill_reward": "reward of the best constant",
 }
-
-
 OF_CUTS = {"auc": "AUC", "accuracy": "accuracy", "mae": "mean absolute error"}
 
 

@@ -54,13 +54,13 @@ def model_card(progress: dict, is_adapter: bool) -> str:
 
     progress: the contents of a saved model's progress.json. is_adapter: the folder holds adapters only.
     """
-    flags, base, evaluation = progress["flags"], progress["flags"]["model_id"], ""
+    base, evaluation = progress["flags"]["model_id"], ""
     if progress["evaluations"]:
         last = progress["evaluations"][-1]
         rows = "".join(f"| {label} | {last[name]:.3f} |\n" for name, label in FIGURES.items() if name in last)
         evaluation = f"\n## Held-out samples, after step {last['step']}\n\n| greedy answers | |\n|---|---|\n{rows}"
     shown = {
-        "flags": json.dumps(flags, indent=2),
+        "flags": json.dumps(progress["flags"], indent=2),
         "base": json.dumps(base),  # JSON is YAML
         "base_as_code": "".join(c for c in base if c.isprintable() and c != "`"),
         "library": "peft" if is_adapter else "transformers",

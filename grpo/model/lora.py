@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from data.sample import InputError
 from grpo.config import Config
-from grpo.model.optimizer import component_of
 from grpo.ranks import full_tensor
 
 
@@ -31,20 +30,16 @@ def layers_to_adapt(model, config: Config) -> list[str]:
 
     They are those of the language model and, with --vision_lora, of the vision tower; never lm_head or the merger.
     """
-    excluded = re.findall(r"[^][()\s,'\"]+", config.lora_namespan_exclude)  # "['a', 'b']" and "a, b" alike
+    given = config.lora_namespan_exclude
+    excluded = re.findall(r"[^][()\s,'\"]+", given)  # "['a', 'b']" and "a, b" alike
     for word in excluded:
         if not any(word in name for name, _ in model.named_modules()):
             raise InputError(f"--lora_namespan_exclude: no module of the model has {word!r} in its name: correct it")
     within = ("model.language_model.", "model.visual.blocks.") if config.vision_lora else "model.language_model."
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(within) and not any(word in name for word in excluded)
-    ]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name in linear if name.startswith(within) and not any(word in name for word in excluded)]
     if not names:
-        raise InputError(
-            f"--lora_namespan_exclude {config.lora_namespan_exclude!r} leaves no layer for an adapter: name fewer"
-        )
+        raise InputError(f"--lora_namespan_exclude {given!r} leaves no layer for an adapter: name fewer")
     return names
 
 
@@ -64,7 +59,7 @@ def peft_config(config: Config, layers: list[str], **more) -> LoraConfig:
 def add_adapters(model, config: Config) -> None:
     """Add an adapter with B = 0, at first without effect, to each of `layers_to_adapt`, in place.
 
-    A layer's own weights move to `base_layer` below its old name. peft freezes everything else, so call `freeze` after.
+    A layer's own weights move to its `base_layer`. peft freezes everything else, so call `freeze` after.
     """
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # each rank keeps its shard of A, so all must draw the same A
@@ -141,16 +136,12 @@ def gather_adapter(model, config: Config) -> Adapter:
     Modules of the vision tower and the merger that are trained beside the adapters are saved in full in the same
     folder, as peft's `modules_to_save`.
     """
-    weights, full_modules = {}, {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            peft_name = "base_model.model." + name.replace(".default.", ".")
-            weights[peft_name] = full_tensor(parameter).cpu().contiguous()
-            if not component_of(name).startswith("adapters"):
-                # such as model.visual.blocks.0 or model.visual.merger; peft cannot save a list such as visual.blocks
-                module = re.match(r"model\.visual\.(blocks\.\d+|\w+)", name).group()
-                full_modules[module] = True
-    described = peft_config(
-        config, list(lora_layers(model)), modules_to_save=list(full_modules) or None, inference_mode=True
-    )
-    return Adapter(described, weights)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {
+        "base_model.model." + name.replace(".default.", "."): full_tensor(parameter).cpu().contiguous()
+        for name, parameter in trained.items()
+    }
+    # Such as model.visual.blocks.0 or model.visual.merger; peft cannot save a list such as visual.blocks.
+    in_full = [re.match(r"model\.visual\.(blocks\.\d+|\w+)", name).group() for name in trained if ".lora_" not in name]
+    layers, modules_to_save = list(lora_layers(model)), list(dict.fromkeys(in_full)) or None
+    return Adapter(peft_config(config, layers, modules_to_save=modules_to_save, inference_mode=True), weights)

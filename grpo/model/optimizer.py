@@ -1,6 +1,7 @@
 """The optimizer, and the components of the model: each is frozen, or trained at a learning rate of its own."""
 
 import math
+from collections import Counter
 
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
@@ -51,8 +52,7 @@ def parameter_groups(model, config: Config) -> list[dict]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             component, is_matrix = component_of(name), parameter.ndim >= 2
-            decay = config.weight_decay if is_matrix else 0.0
-            group = {"params": [], "lr": rates[component], "weight_decay": decay}
+            group = {"params": [], "lr": rates[component], "weight_decay": config.weight_decay if is_matrix else 0.0}
             groups.setdefault((component, is_matrix), group)["params"].append(parameter)
     return list(groups.values())
 
@@ -69,10 +69,9 @@ def make_optimizer(model, config: Config, total_steps: int):
 
 @torch.no_grad()
 def init_optimizer_state(optimizer) -> None:
-    """Allocate AdamW's states, two more copies of what is trained, by a step with zero gradients.
+    """Allocate AdamW's states, two more copies of what is trained, which the first step's peak memory would lack.
 
-    AdamW allocates them in its first step, after the backward pass, so that the peak memory of a first step lacks them.
-    The learning rate or the weight decay must be 0, so that the weights do not change.
+    By a step with zero gradients; the learning rate or the weight decay must be 0, so that the weights do not change.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -83,9 +82,9 @@ def init_optimizer_state(optimizer) -> None:
 
 def components_table(model, config: Config) -> str:
     """Return a table of the components: parameters, trained or not, learning rate."""
-    sizes = {}
+    sizes = Counter()
     for name, parameter in model.named_parameters():
-        sizes[component_of(name)] = sizes.get(component_of(name), 0) + parameter.numel()
+        sizes[component_of(name)] += parameter.numel()
     lines = [f"{'component':30} {'parameters':>15}   trained   learning rate"]
     rates = learning_rates(config)
     for component, size in sizes.items():

@@ -66,8 +66,7 @@ class SamplingModel:
 
     def __init__(self, policy):
         """Copy the modules, without weights until the first sync. Call it before adapters and sharding."""
-        self.model = copy.deepcopy(policy).eval()
-        self.is_allocated = False
+        self.model = copy.deepcopy(policy).eval().to("meta")
 
     def allocate(self, policy) -> None:
         """Allocate the weights on the device of the policy, in compute precision."""
@@ -81,10 +80,9 @@ class SamplingModel:
     @torch.no_grad()
     def sync(self, policy):
         """Copy the policy's current weights into `model` and return it; collective."""
-        is_first = not self.is_allocated
+        is_first = self.model.device.type == "meta"
         if is_first:
             self.allocate(policy)
-            self.is_allocated = True
         adapted = lora_layers(policy)
         weights = dict(self.model.named_parameters())
         for name, sharded in policy.named_parameters():
@@ -108,13 +106,13 @@ class SamplingModel:
 @torch.no_grad()
 def load_sharded_weights(model, loaded, device: torch.device) -> None:
     """Fill the sharded `model`, in place, with the weights and buffers of rank 0's `loaded`; collective."""
+    weights = {} if loaded is None else dict(loaded.named_parameters())
     buffers = {} if loaded is None else {name: buffer.cpu() for name, buffer in loaded.named_buffers()}
     buffers = broadcast_object(buffers)
     model.to_empty(device=device)
     model.tie_weights()
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
-    weights = {} if loaded is None else dict(loaded.named_parameters())
     for name, sharded in model.named_parameters():
         weight = torch.empty(sharded.shape, device=device) if loaded is None else weights[name].to(device)
         if isinstance(model, FSDPModule):
@@ -136,9 +134,8 @@ def build_models(loaded, config: Config, device: torch.device) -> Models:
 
     loaded: the unsharded model on rank 0, None on the others. Collective.
     """
-    described, generation = broadcast_object(
-        None if loaded is None else (loaded.config.to_dict(), loaded.generation_config)
-    )
+    described = (loaded.config.to_dict(), loaded.generation_config) if loaded is not None else None
+    described, generation = broadcast_object(described)
     with torch.device("meta"):  # shapes only, no memory
         policy = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(described))
     use_our_layers(policy)

@@ -16,6 +16,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,17 +34,13 @@ from grpo.model.lora import Adapter
 from grpo.ranks import print_rank0, raise_together
 
 STATE, PROGRESS = "trainer_state", "progress.json"
+INDEX = f"{STATE}/.metadata"  # written last: a folder that has it is a whole checkpoint
 
 
 def checkpoints(output: Path) -> dict[int, Path]:
     """Find the complete checkpoints of a run, by step."""
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output.glob("checkpoint-*")}
-    return {int(match[1]): path for path, match in found.items() if match and is_complete(path)}
-
-
-def is_complete(folder: Path) -> bool:
-    """Tell whether a folder is a whole checkpoint: the index is written last."""
-    return (folder / STATE / ".metadata").exists()
+    return {int(match[1]): path for path, match in found.items() if match and (path / INDEX).exists()}
 
 
 def trainer_state(model, optimizer) -> dict[str, Tensor]:
@@ -75,23 +72,13 @@ def load(folder: Path | None, step: int, model, optimizer, schedule) -> None:
                 like = parameter.detach() if size == parameter.shape else torch.empty(size, device=parameter.device)
                 optimizer.state[parameter][key.rpartition(".")[2]] = torch.zeros_like(like)
         dcp.load(trainer_state(model, optimizer), checkpoint_id=folder / STATE)
-    except (
-        Exception,
-        CheckpointException,
-    ) as error:  # a damaged file can fail in any way that unpickling can
+    except (Exception, CheckpointException) as error:  # a damaged file can fail in any way that unpickling can
         raise InputError(
             f"{str(folder)!r} cannot be read ({reason(error)}): move it away, and resume from the one before"
         ) from error
 
 
-def save(
-    config: Config,
-    name: str,
-    files: ModelFiles,
-    state: dict,
-    progress: dict,
-    is_needed: bool,
-) -> bool:
+def save(config: Config, name: str, files: ModelFiles, state: dict, progress: dict, is_needed: bool) -> bool:
     """Write a checkpoint, or with an empty `state` the final or best model, under `output_dir`; collective.
 
     files: written by rank 0. If writing fails, earlier folders stay as they are, and all ranks raise InputError or, if
@@ -102,8 +89,8 @@ def save(
     try:
         raise_together(attempt, folder, write_model, unfinished, files, progress)
         if state:
-            raise_together(attempt, folder, check_shared, unfinished)
-            raise_together(attempt, folder, write_state, unfinished, state)
+            raise_together(check_shared, unfinished)
+            raise_together(attempt, folder, partial(dcp.save, state, checkpoint_id=unfinished / STATE))
         raise_together(attempt, folder, publish, unfinished, folder, config.save_total_limit)
     except InputError as error:
         if dist.get_rank() == 0:
@@ -119,8 +106,6 @@ def attempt(folder: Path, write: Callable[..., None], *arguments) -> None:
     """Call a function that writes; if it fails, raise InputError about `folder`, which says why."""
     try:
         write(*arguments)
-    except InputError:
-        raise
     # For a full disk, libraries raise OSError, SafetensorError and plain Exception.
     except (Exception, CheckpointException) as error:
         if worker_failure(error):  # PyTorch raises it wherever the main thread is
@@ -142,10 +127,7 @@ def tidy(output: Path) -> None:
         if re.fullmatch(r"(final|best)\.removed", path.name) and not path.with_suffix("").exists():
             os.rename(path, path.with_suffix(""))  # killed before the new one had the name
         elif re.fullmatch(r"(checkpoint-\d+|final|best)\.(unfinished|removed)", path.name):
-            if path.is_symlink():
-                path.unlink()
-            else:
-                shutil.rmtree(path)
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def write_model(unfinished: Path, files: ModelFiles, progress: dict) -> None:
@@ -164,20 +146,15 @@ def check_shared(folder: Path) -> None:
         raise InputError(f"{str(folder.parent)!r} is not the same folder on all nodes: name a shared --output_dir")
 
 
-def write_state(unfinished: Path, state: dict) -> None:
-    """Write the trainer's state, of which each rank has a part; fails on all ranks if it does on one. Collective."""
-    dcp.save(state, checkpoint_id=unfinished / STATE)
-
-
 def publish(unfinished: Path, folder: Path, save_total_limit: int) -> None:
     """Give, on rank 0, a complete folder its name, and remove the oldest checkpoints beyond the limit (0: none)."""
     if dist.get_rank() != 0:
         return
-    fsync_tree(unfinished)  # a power cut must not leave a name without its contents
+    fsync([*unfinished.rglob("*"), unfinished])  # a power cut must not leave a name without its contents
     if folder.exists():  # of the same run: the best model so far, or the final one before the run was extended
         os.rename(folder, f"{folder}.removed")
     os.rename(unfinished, folder)
-    fsync_tree(folder.parent, files=False)
+    fsync([folder.parent])
     there = checkpoints(folder.parent)
     with suppress(OSError):  # what remains does no harm, and the next save tries again
         for step in sorted(there)[:-save_total_limit] if save_total_limit else []:
@@ -185,9 +162,9 @@ def publish(unfinished: Path, folder: Path, save_total_limit: int) -> None:
         tidy(folder.parent)
 
 
-def fsync_tree(folder: Path, files: bool = True) -> None:
-    """Flush a folder to disk, by default with all files and folders below it."""
-    for path in [*(folder.rglob("*") if files else []), folder]:
+def fsync(paths: list[Path]) -> None:
+    """Flush files and folders to disk."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

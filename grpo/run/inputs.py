@@ -17,7 +17,7 @@ from grpo.run.lock import lock_folder
 from grpo.run.resume import ResumeState, find_resume_state
 from grpo.run.scoring import Scorer, load_scorer
 from grpo.run.survey import Survey, check_truths, note_truths_outside, survey
-from reward.numerical import log_path
+from reward.debug_log import log_path
 from reward.zero_skill import zero_skill
 
 
@@ -39,10 +39,8 @@ class Inputs:
 def load_inputs(config: Config) -> Inputs:
     """Load and check what a run needs; raise InputError."""
     config = resolve_batch_sizes(config, dist.get_world_size())
-    threads = prompt_options(config).media.threads
-    messages = [
-        f"{config.dataloader_num_workers} data workers per rank, each of which decodes {threads} videos at a time"
-    ]
+    workers, threads = config.dataloader_num_workers, prompt_options(config).media.threads
+    messages = [f"{workers} data workers per rank, each of which decodes {threads} videos at a time"]
     data = survey(config.data_path, config, messages, is_training=True)
     heldout = survey(config.eval_data_path, config, messages) if config.eval_data_path else None
     if heldout:
@@ -54,23 +52,20 @@ def load_inputs(config: Config) -> Inputs:
     tokenizer = load_tokenizer(config.model_id)
     take_folders(config)  # what was refused above leaves no folder; what is in it does not change from here on
     resume = find_resume_state(config, epochs, data, heldout, scorer)
-    found = None
-    if dist.get_rank() == 0 and not resume.is_complete:
-        found = zero_skill(scorer.functions, data.samples, data.truths, scorer.keys)
-        messages += [str(found)] if found else []
+    is_wanted = dist.get_rank() == 0 and not resume.is_complete
+    found = zero_skill(scorer.functions, data.samples, data.truths, scorer.keys) if is_wanted else None
+    messages += [str(found)] if found else []
     reward = found.reward if found else None
     return Inputs(config, data, heldout, epochs, scorer, tokenizer, resume, reward, messages)
 
 
 def check_scorer(scorer: Scorer, config: Config) -> None:
     """Raise InputError where functions of the whole step have nothing to compare, or evaluations no reward."""
-    together = [function for function in scorer.functions if function.is_whole_step and function.weight]
+    weighted = [function for function in scorer.functions if function.weight]
+    together = [function.name for function in weighted if function.is_whole_step]
     if together and config.global_batch_size == 1:
-        raise InputError(
-            f"--global_batch_size 1: reward function {together[0].name} compares the prompts of a step: take more"
-        )
-    has_say = any(function.weight and not function.is_whole_step for function in scorer.functions)
-    if config.metric_for_best_model == "eval/reward" and not has_say:
+        raise InputError(f"--global_batch_size 1: reward function {together[0]} compares a step's prompts: take more")
+    if config.metric_for_best_model == "eval/reward" and len(together) == len(weighted):
         raise InputError(
             "--metric_for_best_model eval/reward: functions of the whole step have no say in evaluations: take another"
         )
@@ -83,10 +78,10 @@ def take_folders(config: Config) -> None:
             open(log, "ab").close()  # the rewards' log for debugging, if one is wanted
         for folder in filter(None, (config.output_dir, config.frame_cache)):
             os.makedirs(folder, exist_ok=True)
+        if dist.get_rank() == 0:
+            lock_folder(config.output_dir)
     except OSError as error:
-        raise InputError(f"{error.filename!r} cannot be written ({error.strerror}): name another place") from error
-    if dist.get_rank() == 0:
-        lock_folder(config.output_dir)
+        raise InputError(f"{str(error.filename)!r} cannot be written ({error.strerror}): name another place") from error
 
 
 def load_initial_model(config: Config):

@@ -39,15 +39,13 @@ def longest_prompt(dataset: PromptDataset) -> tuple[int, int]:
     """Return the length of the longest prompt and the index of its sample; the ranks share the work. Collective."""
     own = range(dist.get_rank(), len(dataset.samples), dist.get_world_size())
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        lengths = pool.map(lambda i: length_of(dataset, i), own)
-        longest = max(zip(lengths, own, strict=True), default=(0, 0))
-    return max(all_gather_object(longest))
+        lengths = list(pool.map(lambda i: length_of(dataset, i), own))
+    return max(all_gather_object(max(zip(lengths, own, strict=True), default=(0, 0))))
 
 
 def with_trial_advantages(rollouts: list[Rollout]) -> list[ScoredRollout]:
     """Give rollouts made-up advantages, with every token trained."""
-    device, G = rollouts[0].logprobs.device, len(rollouts[0].completion_ids)
-    advantages = torch.linspace(-1, 1, G, device=device)
+    advantages = torch.linspace(-1, 1, len(rollouts[0].logprobs), device=rollouts[0].logprobs.device)
     return [ScoredRollout(rollout, advantages, rollout.completion_mask) for rollout in rollouts]
 
 
@@ -65,8 +63,8 @@ def trial_step(
     rollouts = rollout_phase(models.sampling.sync(models.policy), prompts, tokens, config, step=0)
     update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
     if config.eval_data_path:
-        together = [prompts[0].to(tokens.device)] * config.per_device_eval_batch_size
-        generate(models.sampling.model, together, tokens, SamplingParams(1, config.max_completion_length))
+        together = prompts[:1] * config.per_device_eval_batch_size
+        generate(models.sampling.model, together, tokens, SamplingParams.of(config, 1, temperature=1.0))
 
 
 def memory_preflight(
@@ -79,10 +77,10 @@ def memory_preflight(
     _, index = longest_prompt(dataset)
     (prompt,) = raise_together(checked, [dataset[BatchItem(0, index)]])
     sample = prompt.sample  # another one, if its videos are broken and --on_bad_video is skip
-    G, C, world_size = config.num_generations, config.max_completion_length, dist.get_world_size()
     what = (
         f"sample {sample.id!r} with {len(sample.media)} videos or images ({len(prompt.prompt_ids):,} prompt tokens, "
-        f"{G} completions of {C} tokens, {config.per_device_train_batch_size} such prompts at a time)"
+        f"{config.num_generations} completions of {config.max_completion_length} tokens, "
+        f"{config.per_device_train_batch_size} such prompts at a time)"
     )
     learning_rates = [group["lr"] for group in optimizer.param_groups]
     try:
@@ -95,11 +93,10 @@ def memory_preflight(
             raise
         line = (
             f"out of memory in a trial step on {what}: lower --max_videos, --nframes or --fps, the video size, "
-            "--num_generations, --max_completion_length, --per_device_train_batch_size or "
-            "--per_device_eval_batch_size, add "
-            "--gradient_checkpointing true or --lora_enable, or take more GPUs"
+            "--num_generations, --max_completion_length, --per_device_train_batch_size or --per_device_eval_batch_size"
+            ", add --gradient_checkpointing true or --lora_enable, or take more GPUs"
         )
-        if world_size == 1:
+        if dist.get_world_size() == 1:
             raise InputError(line) from error
         abort_rank(f"train.py: error: rank {dist.get_rank()}: {line}")  # the other ranks may have enough memory
     for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):

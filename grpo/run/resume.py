@@ -12,7 +12,7 @@ from data.epochs import Epochs
 from data.sample import InputError, first_line
 from grpo.config import Config
 from grpo.run.batches import count_steps
-from grpo.run.checkpoint import PROGRESS, checkpoints, is_complete
+from grpo.run.checkpoint import INDEX, PROGRESS, checkpoints
 from grpo.run.scoring import Scorer
 from grpo.run.survey import Survey
 
@@ -41,22 +41,25 @@ def find_resume_state(
     metadata |= {"num_samples": len(data.samples), "data": data.fingerprint}
     metadata["eval_data"] = heldout.fingerprint if heldout else None
     metadata["rewards"] = {function.name: function.digest for function in scorer.functions}
-    there, final = checkpoints(output), output / "final"
-    newest, origin = there[max(there)] if there else None, origin_of(output)
+    there, final, origin = checkpoints(output), output / "final", origin_of(output)
+    newest = there[max(there)] if there else None
     if wanted == "auto":
-        if final.exists() and (done := read_progress(final, config, metadata)["step"]) >= total_steps:
+        if final.exists() and (done := read_progress(final, metadata)["step"]) >= total_steps:
             message = f"{output} is complete: {done} steps; the trained model is in {final}"
             return ResumeState(metadata, done, is_complete=True, messages=[message])
-        if final.exists() and newest is None:
+        if newest:
+            return resume_at(newest, metadata)
+        if final.exists():
             raise InputError(f"--output_dir {str(output)!r}: its run ended and left no checkpoint: name a new folder")
-        if origin and newest is None:  # killed before its first checkpoint: it must not start from nothing
+        if origin:  # killed before its first checkpoint: it must not start from nothing
             raise InputError(
                 f"--output_dir {str(output)!r}: its run was resumed from {origin!r} and has no checkpoint yet: "
                 f"give --resume_from_checkpoint {origin}"
             )
-        return resume_at(newest, config, metadata) if newest else ResumeState(metadata)
-    if Path(wanted).resolve() in [path.resolve() for path in there.values()]:
-        if Path(wanted).resolve() != newest.resolve():
+        return ResumeState(metadata)
+    named = Path(wanted).resolve()
+    if named in [path.resolve() for path in there.values()]:
+        if named != newest.resolve():
             raise InputError(
                 f"--resume_from_checkpoint {wanted!r}: {newest.name} beside it is newer: move away what is newer, or "
                 "name a new --output_dir"
@@ -66,7 +69,7 @@ def find_resume_state(
             f"--output_dir {str(output)!r} holds another run: name a new folder, or continue it with "
             "--resume_from_checkpoint auto"
         )
-    return ResumeState(metadata) if wanted == "none" else resume_at(Path(wanted), config, metadata)
+    return ResumeState(metadata) if wanted == "none" else resume_at(Path(wanted), metadata)
 
 
 def origin_of(output: Path) -> str | None:
@@ -83,66 +86,55 @@ def read_json(path: Path) -> dict:
         return {}
 
 
-def resume_at(folder: Path, config: Config, metadata: dict) -> ResumeState:
+def resume_at(folder: Path, metadata: dict) -> ResumeState:
     """Start where the checkpoint in `folder` ends."""
-    old = read_progress(folder, config, metadata)
-    if not is_complete(folder):
+    old = read_progress(folder, metadata)
+    if not (folder / INDEX).exists():
         raise InputError(f"--resume_from_checkpoint {str(folder)!r} is no folder checkpoint-N: name one, or auto")
-    step, total_steps = old["step"], metadata["total_steps"]
+    step, total_steps, ranks = old["step"], metadata["total_steps"], metadata["ranks"]
     if step > total_steps:
         raise InputError(f"{str(folder)!r} is of step {step}, and the run has {total_steps}: raise --max_steps")
     messages = [f"resumed from {folder}: {step} of {total_steps} steps are done"]
     if old["total_steps"] != total_steps:
         messages.append(f"of {old['total_steps']} steps so far: the learning rate goes on as in a run of {total_steps}")
-    if old["ranks"] != metadata["ranks"]:
-        messages.append(
-            f"saved by {old['ranks']} ranks, now {metadata['ranks']}: the same run, except for rounding and dropout"
-        )
+    if old["ranks"] != ranks:
+        messages.append(f"saved by {old['ranks']} ranks, now {ranks}: the same run, except for rounding and dropout")
     # In a branch there is no best/ yet, and after a kill it may be of a later step: the next one is kept anyway.
-    there = read_json(Path(config.output_dir, "best", PROGRESS)).get("step")
+    there = read_json(Path(metadata["flags"]["output_dir"], "best", PROGRESS)).get("step")
     best_step = old["best_step"] if there == old["best_step"] else None
     return ResumeState(metadata, step, old["counts"], old["evaluations"], best_step, folder, messages=messages)
 
 
-def read_progress(folder: Path, config: Config, metadata: dict) -> dict:
-    """Read the progress file of a saved folder; raise InputError if its run had other flags or data."""
+def read_progress(folder: Path, metadata: dict) -> dict:
+    """Read the progress file of a saved folder; raise InputError if its run had other flags, samples or rewards."""
     try:
         old = json.loads((folder / PROGRESS).read_text())
-        flags = old["flags"]
-        fixed = [field.name for field in dataclasses.fields(Config) if not field.metadata["may_change"]]
-        changed = [
-            f"--{name} {getattr(config, name)!r} was {flags[name]!r}"
-            for name in fixed
-            if not is_same(name, getattr(config, name), flags[name])
-        ]
+        differences = differences_of(old, metadata)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{str(folder)!r} is not a complete checkpoint ({first_line(error)}): move it away if it is damaged, and "
             "give --resume_from_checkpoint auto, or a folder checkpoint-N"
         ) from error
-    if changed:
+    if differences:
         raise InputError(
-            f"{', '.join(changed)} in {str(folder)!r}: give the old value, or start again in a new --output_dir"
-        )
-    if any(metadata[name] != old[name] for name in ("num_samples", "data")):
-        raise InputError(
-            f"--data_path {' '.join(config.data_path)!r}: {str(folder)!r} was trained on other samples "
-            f"({old['num_samples']}, now {metadata['num_samples']}): give the same ones, or start again in a new "
+            f"{', '.join(differences)} in {str(folder)!r}: give what it was trained with, or start again in a new "
             "--output_dir"
-        )
-    if edited := [name for name, new in metadata["rewards"].items() if old["rewards"][name] != new]:
-        raise InputError(
-            f"--reward_funcs: the file of {edited[0]} is not the one that {str(folder)!r} was trained with: restore "
-            "it, or start again in a new --output_dir"
-        )
-    if old["eval_data"] and metadata["eval_data"] and old["eval_data"] != metadata["eval_data"]:
-        raise InputError(
-            f"--eval_data_path {' '.join(config.eval_data_path)!r}: {str(folder)!r} was evaluated on other samples: "
-            "give the same ones, or none, or start again in a new --output_dir"
         )
     return old
 
 
-def is_same(name: str, new, old) -> bool:
-    """Compare two values of a flag; a model may be named by different paths."""
-    return new == old or (name == "model_id" and os.path.realpath(new) == os.path.realpath(old))
+def differences_of(old: dict, new: dict) -> list[str]:
+    """Describe what must not change in a run and has; old, new: metadata of runs (`ResumeState`)."""
+    found, was, now = [], old["flags"], new["flags"]
+    for name in (flag.name for flag in dataclasses.fields(Config) if not flag.metadata["may_change"]):
+        same_model = name == "model_id" and os.path.realpath(now[name]) == os.path.realpath(was[name])
+        if now[name] != was[name] and not same_model:
+            found.append(f"--{name} {now[name]!r} was {was[name]!r}")
+    if any(new[name] != old[name] for name in ("num_samples", "data")):
+        counts = f"{old['num_samples']}, now {new['num_samples']}"
+        found.append(f"--data_path {' '.join(now['data_path'])!r} was other samples ({counts})")
+    edited = [name for name, digest in new["rewards"].items() if old["rewards"].get(name, digest) != digest]
+    found += [f"--reward_funcs: the file of {name} was another" for name in edited]
+    if None not in (old["eval_data"], new["eval_data"]) and old["eval_data"] != new["eval_data"]:
+        found.append(f"--eval_data_path {' '.join(now['eval_data_path'])!r} was other samples (none are fine)")
+    return found

@@ -1,4 +1,4 @@
-"""Call the reward functions on completions; a function that fails or takes too long ends the run with one line."""
+"""Call the reward functions on completions; one that fails or takes too long ends the run with one line."""
 
 import sys
 from collections.abc import Iterator
@@ -71,43 +71,48 @@ def score(scorer: Scorer, rollouts: list[Rollout], texts: list[list[str]], step:
     Raises InputError, on all ranks, that names the function and its samples.
     """
     B, G = len(rollouts), len(texts[0])
+    prompts = [rollout.prompt for rollout in rollouts for _ in range(G)]
     columns = columns_of(
-        [rollout.prompt.sample for rollout in rollouts for _ in range(G)],
+        [prompt.sample for prompt in prompts],
         [text for group in texts for text in group],
         scorer.keys,
         **sampled_columns(rollouts),
-        prompt_index=[rollout.prompt.position for rollout in rollouts for _ in range(G)],
+        prompt_index=[prompt.position for prompt in prompts],
     )
-    is_padding = [rollout.prompt.is_padding for rollout in rollouts for _ in range(G)]
-    own = [function for function in scorer.functions if not function.is_whole_step]
-    together = [function for function in scorer.functions if function.is_whole_step]
-    rewards = raise_together(call_all, own, columns, step, scorer.timeout)
-    if together:
-        rewards |= score_whole_step(together, columns, is_padding, step, scorer.timeout)
-    by_function = np.array([rewards[function.name] for function in scorer.functions])  # (F, B * G)
-    total = weighted_sum(by_function, [function.weight for function in scorer.functions])
-    total, *each = torch.tensor(np.vstack([total, by_function]), dtype=torch.float32).view(-1, B, G)
+    is_padding, by_function = [prompt.is_padding for prompt in prompts], []  # (F, B * G)
+    for function in scorer.functions:
+        if function.is_whole_step:
+            by_function.append(call_on_whole_step(function, columns, is_padding, step, scorer.timeout))
+        else:
+            by_function.append(raise_together(call, function, columns, step, scorer.timeout))
+    total = weighted_sum(np.array(by_function), [function.weight for function in scorer.functions])
+    total, *each = torch.tensor(np.vstack([total, *by_function]), dtype=torch.float32).view(-1, B, G)
     return Scores(total, {function.name: values for function, values in zip(scorer.functions, each, strict=True)})
 
 
-def score_whole_step(
-    functions: list[RewardFunction], columns: dict[str, list], is_padding: list[bool], step: int, timeout: float
-) -> dict[str, np.ndarray]:
-    """Apply functions to the completions of all ranks at once, by position; padding gets nan. Collective.
+@input_errors()
+def call(function: RewardFunction, columns: dict[str, list], step: int, timeout: float) -> np.ndarray:
+    """Return the rewards of one function, (n,), nan where it has no say; raise InputError."""
+    return call_reward_function(function, columns, step, timeout)
 
-    Rank 0 calls them, so that all ranks have the same rewards, also of a function that draws or asks elsewhere.
+
+def call_on_whole_step(
+    function: RewardFunction, columns: dict[str, list], is_padding: list[bool], step: int, timeout: float
+) -> np.ndarray:
+    """Apply a function to the completions of all ranks at once, by position; padding gets nan. Collective.
+
+    Rank 0 calls it, so that all ranks have the same rewards, also of a function that draws or asks elsewhere.
     """
-    rank, parts = dist.get_rank(), all_gather_object((columns, is_padding))
-    places = [(r, i) for r, (_, padding) in enumerate(parts) for i, is_pad in enumerate(padding) if not is_pad]
-    places.sort(key=lambda place: parts[place[0]][0]["prompt_index"][place[1]])
-    everyone = {name: [parts[r][0][name][i] for r, i in places] for name in columns}
-    found = raise_together(call_all, functions if rank == 0 and places else [], everyone, step, timeout)
-    rewards = {function.name: np.full(len(is_padding), np.nan) for function in functions}
-    for name, values in broadcast_object(found).items():
-        for (r, i), value in zip(places, values, strict=True):
-            if r == rank:
-                rewards[name][i] = value
-    return rewards
+    places = [(position, i) for i, position in enumerate(columns["prompt_index"])]  # no other rank has the same
+    rows = zip(*columns.values(), strict=True)
+    own = {place: row for place, row, is_pad in zip(places, rows, is_padding, strict=True) if not is_pad}
+    everyone = {place: row for part in all_gather_object(own) for place, row in part.items()}
+    order = sorted(everyone)
+    together = {name: [everyone[place][n] for place in order] for n, name in enumerate(columns)}
+    is_called = dist.get_rank() == 0 and order
+    found = raise_together(lambda: call(function, together, step, timeout) if is_called else [])
+    reward_of = dict(zip(order, broadcast_object(found), strict=True))
+    return np.array([reward_of.get(place, np.nan) for place in places])
 
 
 def sampled_columns(rollouts: list[Rollout]) -> dict[str, list]:
@@ -117,18 +122,10 @@ def sampled_columns(rollouts: list[Rollout]) -> dict[str, list]:
     return {"completion_ids": [ids[mask].tolist() for ids, mask in rows], "is_stopped": is_stopped}
 
 
+@input_errors()
 def score_texts(scorer: Scorer, samples: list[Sample], texts: list[str], sampled: dict | None = None) -> np.ndarray:
     """Return the reward of a text per sample outside of training, nan where it is not scored; raise InputError.
 
     sampled: their `sampled_columns`, if they were sampled.
     """
-    with input_errors():
-        return score_answers(scorer.functions, samples, texts, scorer.keys, sampled, scorer.timeout)
-
-
-def call_all(
-    functions: list[RewardFunction], columns: dict[str, list], step: int, timeout: float
-) -> dict[str, np.ndarray]:
-    """Return the rewards of each function; raise InputError."""
-    with input_errors():
-        return {function.name: call_reward_function(function, columns, step, timeout) for function in functions}
+    return score_answers(scorer.functions, samples, texts, scorer.keys, sampled, scorer.timeout)

@@ -3,11 +3,8 @@
 | n | samples |
 """
 
-import math
-from array import array
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -46,31 +43,20 @@ def as_seen(sample: Sample, config, choose: Choose, is_training: bool) -> Sample
     return with_system_prompt(capped, config.system_prompt)
 
 
-class Facts(NamedTuple):
-    """What is known of one sample."""
-
-    id: str
-    truth: float  # nan if its answer has no number
-    keys: list[str]
-    missing: list[str]  # paths
-    is_cut: bool  # it has more videos or images than are kept
-
-
-class FactsOf(Dataset):
-    """The facts of each sample, or what is wrong with it."""
+class Facts(Dataset):
+    """Of each sample its id, truth, keys, missing files, and whether it is capped; or what is wrong with it."""
 
     def __init__(self, samples: Samples, config):
         self.samples, self.config = samples, config
 
-    def __getitem__(self, index: int) -> Facts | InputError:
+    def __getitem__(self, index: int) -> tuple[str, float | None, list[str], list[str], bool] | InputError:
         try:
-            sample = self.samples.as_written(index)
+            sample = self.samples[index]
         except InputError as error:
             return error
-        truth = extract_number(sample.answer)
         capped = cap_videos(sample, self.config.max_videos, self.config.max_images)
         is_cut = len(capped.media) < len(sample.media)
-        return Facts(sample.id, math.nan if truth is None else truth, list(sample.extra), sample.missing(), is_cut)
+        return sample.id, extract_number(sample.answer), list(sample.extra), sample.missing(), is_cut
 
 
 def survey(paths: list[str], config, messages: list[str], is_training: bool = False) -> Survey:
@@ -78,31 +64,30 @@ def survey(paths: list[str], config, messages: list[str], is_training: bool = Fa
 
     Of many samples, each core that this rank has reads a part.
     """
-    prepare = partial(as_seen, config=config, choose=choice_of(config.video_cap), is_training=is_training)
-    samples = Samples(paths, config.image_folder, prepare)
-    processes = 0
-    if len(samples) >= MANY and config.dataloader_num_workers != 0:
-        processes = min(cores_per_rank(), MOST_PROCESSES)
+    choose, samples = choice_of(config.video_cap), Samples(paths, config.image_folder)
+    is_large = len(samples) >= MANY and config.dataloader_num_workers != 0
     parts = (range(first, min(first + PART, len(samples))) for first in range(0, len(samples), PART))
-    ids, truths, keys, missing, num_cut = {}, array("d"), {}, {}, 0
-    for part in load_ahead(FactsOf(samples, config), parts, processes):
+    ids, truths, keys, missing, num_cut = {}, [], {}, {}, 0
+    for part in load_ahead(Facts(samples, config), parts, min(cores_per_rank(), MOST_PROCESSES) * is_large):
         for facts in part:
             if isinstance(facts, InputError):
                 raise facts
-            add_id(ids, facts.id, samples.where(len(ids))[0].path)
-            truths.append(facts.truth)
-            keys |= dict.fromkeys(facts.keys)
-            for path in facts.missing:
-                missing.setdefault(path, facts.id)
-            num_cut += facts.is_cut
+            sample_id, truth, own_keys, gone, is_cut = facts
+            add_id(ids, sample_id, samples.where(len(ids))[0].path)
+            truths.append(truth)
+            keys |= dict.fromkeys(own_keys)
+            for path in gone:
+                missing.setdefault(path, sample_id)
+            num_cut += is_cut
     samples.refuse_missing(missing)
+    samples.prepare = partial(as_seen, config=config, choose=choose, is_training=is_training)
     if num_cut:
         each = " of each epoch" if is_training and varies(config.video_cap) else ""
         messages.append(
             f"{' '.join(paths)!r}: {num_cut} samples have more than --max_videos {config.max_videos} videos or "
             f"--max_images {config.max_images} images: the rest is left out{each}"
         )
-    return Survey(samples, np.array(truths), list(keys), [file.digest for file in samples.files])
+    return Survey(samples, np.array(truths, dtype=float), list(keys), [file.digest for file in samples.files])
 
 
 def check_same_on_all_ranks(*found: Survey, functions: list[RewardFunction]) -> None:

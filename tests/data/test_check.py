@@ -18,7 +18,6 @@ from data.check.__main__ import PROBLEMS, check, main, parse, write_entries
 from data.check.media import PRELOAD, _send_result, check_in_own_process, check_media
 from data.check.report import FORMS
 from data.dataset import load_samples
-from data.loader import media_options
 from data.media.frames import VideoOptions
 from data.media.load import MediaOptions
 from data.sample import InputError, Media
@@ -194,7 +193,7 @@ def test_nothing_is_overwritten_and_nothing_else_written(folder, capsys, monkeyp
     monkeypatch.chdir(folder)
     (folder / "clean.json").write_text("written meanwhile")
     with pytest.raises(FileExistsError):
-        check(config, media_options(config), [])
+        check(config)
     assert (folder / "clean.json").read_text() == "written meanwhile"
     (folder / "clean.json").unlink()
     run(folder, capsys, [entry("bad", ["d.mp4"])], "--write_clean", str(folder / "clean.json"))

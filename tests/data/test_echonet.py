@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import resource
 import shlex
 import struct
@@ -94,9 +93,7 @@ def test_splits_become_files_whose_videos_and_answers_the_trainer_reads(root, tm
             number = ("0X1A", "0X1B", "0X2A", "0X3A").index(sample.id)
             expected = np.repeat(grey(number)[:, None], 3, axis=1)
             assert abs(frames.numpy().astype(int) - expected).max() <= 2  # JPEG
-            assert (
-                sampled_fps == pytest.approx(FPS) and open_video(sample.media[0].path, VideoOptions()).indices[-1] == 7
-            )
+            assert sampled_fps == pytest.approx(FPS) and open_video(sample.media[0].path, VideoOptions())[1][-1] == 7
     assert answers == {
         "0X1A": ("train", "The ejection fraction is 55.3%.", 55.3),
         "0X1B": ("train", "The ejection fraction is 20.0%.", 20.0),
@@ -160,9 +157,9 @@ def test_the_commands_it_names_are_the_right_ones(root, tmp_path, capsys):
         (ROWS[1], ROWS[0], "the FileName '0X1A' occurs twice"),
         (ROWS[1], ROWS[1].replace("0X1B", "../0X1B"), "the FileName '../0X1B' is no name"),
         (ROWS[1], ROWS[1].replace("0X1B", r"x\0X1B"), r"the FileName 'x\\0X1B' is no name"),
-        (ROWS[1], ROWS[1].replace("0X1B", "B" * 200_000), "is not a CSV file (field larger"),
+        (ROWS[1], ROWS[1].replace("0X1B", "B" * 200_000), "is not a CSV file in UTF-8 (field larger"),
         (ROWS[1], ROWS[1].replace("0X1B", ""), "the FileName '' is no name"),
-        ("EF,", "ef,", "has no column 'EF', only 'FileName', 'ef',"),
+        ("EF,", "ef,", "has no column 'EF', only ['FileName', 'ef',"),
         (HEAD, "", "has no column 'FileName'"),
     ],
 )
@@ -179,7 +176,7 @@ def test_a_bad_list_gets_one_line_and_nothing_is_written(root, tmp_path, capsys,
 def test_a_list_that_is_missing_or_no_text_gets_one_line(root, tmp_path, capsys):
     arguments = ["--root", str(root), "--output", str(tmp_path / "out")]
     (root / "FileList.csv").write_bytes(HEAD.encode() + b"\n\xff\xfe")
-    assert main(arguments) == 2 and "is not UTF-8" in capsys.readouterr().err
+    assert main(arguments) == 2 and "is not a CSV file in UTF-8" in capsys.readouterr().err
     (root / "FileList.csv").unlink()
     assert main(arguments) == 2 and "give the folder that holds it as --root" in capsys.readouterr().err
 
@@ -213,20 +210,6 @@ def test_a_full_disk_leaves_nothing(root, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"--output '{tmp_path}/out' cannot be written (File too large)" in done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_file_that_cannot_be_moved_to_its_name_takes_the_others_back(root, tmp_path, capsys, monkeypatch):
-    replace = os.replace
-
-    def fail_at_val(source, target):
-        if target.name == "val.json":
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", fail_at_val)
-    assert main(["--root", str(root), "--output", str(tmp_path / "out")]) == 2
-    assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -2,7 +2,7 @@ from typing import get_args
 
 import pytest
 
-from data.sample import VIDEO_TAG, InputError, Media, Sample
+from data.sample import Media, Sample
 from data.video_cap import VideoCap, at_random, cap_videos, choice_of, even, varies
 
 
@@ -81,8 +81,6 @@ def test_images_have_a_cap_of_their_own():
     )
     capped = cap_videos(sample, 1, 1)
     assert capped.turns == (("user", "<image> a <video> b  c "),) and [m.path for m in capped.media] == list("iv")
-    with pytest.raises(InputError, match="--max_images is -1"):
-        cap_videos(sample, 0, -1)
 
 
 def test_zero_means_no_cap():
@@ -90,16 +88,11 @@ def test_zero_means_no_cap():
     assert cap_videos(sample, 0) == sample
 
 
-def test_a_negative_cap_is_an_input_error():
-    with pytest.raises(InputError, match="--max_videos is -1"):
-        cap_videos(sample_of(("user", "<video>" * 3)), -1)
-
-
 def test_tags_and_videos_agree_after_every_cap():
     sample = sample_of(("user", "<video>" * 4), ("assistant", "x"), ("user", "<video>\n" * 3), videos="abcdefg")
     for cap in range(1, 9):
         capped = cap_videos(sample, cap)
-        assert sum(text.count(VIDEO_TAG) for _, text in capped.turns) == len(capped.media) == min(cap, 7)
+        assert sum(text.count("<video>") for _, text in capped.turns) == len(capped.media) == min(cap, 7)
 
 
 @pytest.mark.parametrize("cap", get_args(VideoCap))

@@ -162,7 +162,7 @@ pathlib.Path("progress.json").write_text(json.dumps(old))
 for more in ([], ["--save_steps", "3"], ["--new_flag", "8"]):
     config = parse_config([*given, *more])
     try:
-        read_progress(pathlib.Path("."), config, old | {"flags": dataclasses.asdict(config)})
+        read_progress(pathlib.Path("."), old | {"flags": dataclasses.asdict(config)})
         assert "--new_flag" not in more
     except InputError as error:
         assert "--new_flag" in more and str(error).startswith("--new_flag 8 was 7")

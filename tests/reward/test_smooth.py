@@ -133,8 +133,6 @@ def test_rewards_are_asked_for_by_truth_prediction_and_index():
     assert found == [414000.0, 0.0, 436002.0, 0.5]
     with pytest.raises(ValueError):
         reward_numbers(lambda truth, x, i: 0.0, completions, assistant[:3], {})
-    with pytest.raises(ValueError):
-        reward_numbers(lambda truth, x, i: 0.0, completions, assistant, {"sample_id": ["a"]})
 
 
 def test_the_debug_log_holds_training_only(tmp_path, monkeypatch):
@@ -143,6 +141,8 @@ def test_the_debug_log_holds_training_only(tmp_path, monkeypatch):
     monkeypatch.setenv("LOG_PATH", str(path))
     reward_of("50%", "56%", step=None, sample_id=["s0"], is_training=False)
     assert not path.exists()
+    with pytest.raises(ValueError):
+        reward_of("50%", "56%", sample_id=["s0", "s1"])
     reward = reward_of("50%", "56%", step=7, sample_id=["s1"], is_training=True)
     assert json.loads(path.read_text()) == {
         "step": 7,

@@ -14,8 +14,8 @@ import torch
 import data.media.fetch
 from data.dataset import load_samples
 from data.loader import load_prompt
-from data.media.fetch import FetchError, check_address, fetch, shown
-from data.sample import BadMedia, InputError, Media
+from data.media.fetch import check_address, fetch
+from data.sample import BadMedia, InputError, Media, shown
 from tests.conftest import OPTIONS
 
 BODY = bytes(range(256)) * 400
@@ -119,7 +119,7 @@ def test_what_works_in_the_end_is_fetched(server, tmp_path, path):
     ],
 )
 def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(server, tmp_path, path, words, times):
-    with pytest.raises(FetchError) as caught:
+    with pytest.raises(BadMedia) as caught:
         get(server, path, tmp_path, max_bytes=10**6)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert len(server.seen) == times or path == "/to/loop.mp4"
@@ -129,10 +129,10 @@ def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(server, tmp_path,
 def test_a_server_that_sends_a_byte_at_a_time_is_given_up(server, tmp_path, monkeypatch):
     monkeypatch.setattr(data.media.fetch, "SECONDS_IN_ALL", 0.3)
     began = time.monotonic()
-    with pytest.raises(FetchError, match=r"not complete after 0\.3 seconds"):
+    with pytest.raises(BadMedia, match=r"not complete after 0\.3 seconds"):
         get(server, "/drip.mp4", tmp_path, pauses=())
     monkeypatch.setattr(data.media.fetch, "SECONDS_WITHOUT_DATA", 0.2)
-    with pytest.raises(FetchError, match="timed out"):
+    with pytest.raises(BadMedia, match="timed out"):
         get(server, "/slow.mp4", tmp_path, pauses=())
     assert time.monotonic() - began < 10
 
@@ -140,7 +140,7 @@ def test_a_server_that_sends_a_byte_at_a_time_is_given_up(server, tmp_path, monk
 def test_no_server_is_one_line(tmp_path, server):
     server.shutdown()
     server.server_close()
-    with pytest.raises(FetchError, match="cannot be fetched: .*refused"):
+    with pytest.raises(BadMedia, match="cannot be fetched: .*refused"):
         get(server, "/a.mp4", tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_credentials_are_sent_to_their_host_and_shown_to_nobody(server, tmp_path
     assert base64.b64decode(server.seen[0][1].removeprefix("Basic ")) == b"me:se@cret"
     fetch(f"{address}/to/a.mp4", str(tmp_path))
     assert server.seen[-1] == ("/a.mp4", None)  # where the redirect leads, they are not sent
-    with pytest.raises(FetchError) as caught:
+    with pytest.raises(BadMedia) as caught:
         fetch(f"{address}/404.mp4?token=hidden", str(tmp_path), ())
     assert str(caught.value) == f"'{server.at}/404.mp4' cannot be fetched: the server answers 404"
     assert shown("https://a:b@host/x?y#z") == "https://host/x" and shown("https://host/a@b") == "https://host/a@b"
@@ -159,9 +159,9 @@ def test_credentials_are_sent_to_their_host_and_shown_to_nobody(server, tmp_path
 
 @pytest.mark.parametrize("address", ["ftp://h/a", "file:///a", "s3://b/a", "http://", "http:///a", "http://h/a b"])
 def test_other_addresses_are_refused(address):
-    with pytest.raises(FetchError):
+    with pytest.raises(BadMedia):
         check_address(address)
-    with pytest.raises(FetchError):
+    with pytest.raises(BadMedia):
         check_address("http://[::1/a")
 
 
@@ -183,7 +183,7 @@ def test_processes_do_not_fetch_the_same_file_twice(server, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, server):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FetchError, match="--media_cache .* cannot be written"):
+    with pytest.raises(InputError, match="--media_cache .* cannot be written"):
         get(server, "/a.mp4", tmp_path / "file")
 
 
@@ -207,5 +207,7 @@ def test_a_sample_of_addresses_is_that_of_their_files(server, tmp_path, tiny):
     assert "secret" not in str(caught.value) and "token" not in str(caught.value)
     entry["video"] = "ftp://me:secret@host/a.mp4?token=x"
     (tmp_path / "data.json").write_text(json.dumps([entry]))
-    with pytest.raises(InputError, match=r"sample 's': 'video': 'ftp://host/a.mp4': only http and https") as caught:
+    with pytest.raises(
+        InputError, match=r"sample 's': 'video': 'ftp://host/a.mp4' is refused: only http and https"
+    ) as caught:
         load_samples([str(tmp_path / "data.json")])

@@ -13,7 +13,7 @@ import pytest
 
 from data.sample import InputError
 from grpo.demo import compare, compare_runs, compare_table
-from grpo.demo.compare import CompareConfig, all_runs, grpo_runs, own_row, write
+from grpo.demo.compare import OWN, CompareConfig, all_runs, grpo_runs, write
 from grpo.demo.compare_runs import FIGURES, Run, call, do, record_of, settings_of
 from grpo.demo.synthetic_echo import write_samples
 from tests.conftest import children_of, make_tiny
@@ -41,8 +41,8 @@ def test_all_rewards_meet_all_scales_and_new_seeds_only_the_demos_settings(confi
     runs = grpo_runs(config)
     first = [run for run in runs if run.seed == 0]
     assert len(first) == 9 and len({run.row for run in first}) == 9 and len(runs) == 19
-    assert [run.row for run in runs if run.seed == 10] == [own_row()]
-    assert own_row() in {run.row for run in first}
+    assert [run.row for run in runs if run.seed == 10] == [OWN]
+    assert OWN in {run.row for run in first}
 
 
 def test_runs_are_trained_evaluated_recorded_and_not_done_twice(config, start):
@@ -87,17 +87,16 @@ def test_the_demos_own_rows_come_first_and_supervised_training_gets_their_time(c
     monkeypatch.setattr(compare, "prepare", lambda *place: prepared.append(place))
     compare.compare(replace(config, jobs=1))
     assert prepared == [("easy", seed, config.output_dir) for seed in (0, 1, 10)]
-    assert [run.row for run in order[:3]] == ["before", own_row(), compare.CONVERGED]
+    assert [run.row for run in order[:3]] == ["before", OWN, compare.CONVERGED]
     assert {run.seed for run in order[:3]} == {0} and len(order) == len(all_runs(config)) == 31
-    assert [(run.row, run.seed, run.steps) for run in order[9:12]] == [
-        (compare.SAME_TIME, seed, 1200) for seed in (0, 1, 10)
-    ]
+    same_time = [(run.seed, run.steps) for run in order if run.row == compare.SAME_TIME]
+    assert same_time == [(0, 1200), (1, 1200), (10, 1200)]
     assert all(record_of(run) for run in all_runs(config))
 
 
 def test_an_interrupted_run_does_not_count_as_trained(config, start):
     """A signal ends train.py in order, with exit code 0."""
-    (run,) = [run for run in grpo_runs(replace(config, steps=1000)) if (run.seed, run.row) == (0, own_row())]
+    (run,) = [run for run in grpo_runs(replace(config, steps=1000)) if (run.seed, run.row) == (0, OWN)]
     folder = run.folder(config.output_dir)
 
     def interrupt():
@@ -124,7 +123,7 @@ def test_the_table_has_mean_and_spread_over_seeds_and_keeps_what_was_written_by_
     compare_table.RESULTS.write_text(f"old\n\n{compare_table.BY_HAND}\n\n- this\n")
     runs = all_runs(config)
     for number, run in enumerate(runs):
-        seconds = 200.0 if run.row == own_row() else 100.0
+        seconds = 200.0 if run.row == OWN else 100.0
         done = replace(run, steps=1200) if run.row == compare.SAME_TIME else run  # 600 steps took half of the time
         record = {"task": run.task, "seed": run.seed, "row": run.row, "settings": settings_of(done)}
         record |= {"date": "2026-01-02", "steps": done.steps, "cpu_seconds": seconds}
@@ -136,25 +135,21 @@ def test_the_table_has_mean_and_spread_over_seeds_and_keeps_what_was_written_by_
     assert text.endswith(f"{compare_table.BY_HAND}\n\n- this\n") and "old" not in text
     assert "`python -m grpo.demo.compare --steps 1`, 2026-01-02, on" in text and "not done yet" not in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    both = [i for i, run in enumerate(runs) if run.row == own_row() and run.seed < 2]
+    both = [i for i, run in enumerate(runs) if run.row == OWN and run.seed < 2]
     mean, spread = statistics.mean(i + 0.25 for i in both), statistics.stdev(both)
-    assert any(line.startswith(f"| {own_row()} | {mean:.2f} ± {spread:.2f} | ") for line in rows)
+    assert any(line.startswith(f"| {OWN} | {mean:.2f} ± {spread:.2f} | ") for line in rows)
     cells = [cell.strip() for line in rows for cell in line.strip("|").split("|")]
     assert sum(cell == "" for cell in cells) == 1 and len(rows) == 1 + 1 + 9 + 3 + 1 + 5  # empty: above the rows' names
-    new = [i for i, run in enumerate(runs) if run.row == own_row()]
-    assert "| " + " | ".join([own_row(), *(f"{i + 0.25:.2f}" for i in new)]) + " |" in rows
+    new = [i for i, run in enumerate(runs) if run.row == OWN]
+    assert "| " + " | ".join([OWN, *(f"{i + 0.25:.2f}" for i in new)]) + " |" in rows
     # Of a row that is not whole there are no means.
     lines = compare_runs.RECORDS.read_text().splitlines(keepends=True)
-    compare_runs.RECORDS.write_text(
-        "".join(line for line in lines if own_row() not in line or '"seed": 1,' not in line)
-    )
+    compare_runs.RECORDS.write_text("".join(line for line in lines if OWN not in line or '"seed": 1,' not in line))
     write(config, [])
     text = compare_table.RESULTS.read_text()
     assert "2 of 31 runs are not done yet" in text  # the time of GRPO is that of supervised training, too
     cells = [f"{new[0] + 0.25:.2f}", "not done", f"{new[2] + 0.25:.2f}"]
-    assert [line for line in text.splitlines() if f"| {own_row()} |" in line] == [
-        "| " + " | ".join([own_row(), *cells]) + " |"
-    ]
+    assert [line for line in text.splitlines() if f"| {OWN} |" in line] == ["| " + " | ".join([OWN, *cells]) + " |"]
     with open(compare_runs.RECORDS, "a") as file:
         file.write('{"task": "ea')  # as a full disk leaves it
     with pytest.raises(InputError, match="results.jsonl': line 31 is damaged .*: remove it"):
@@ -164,7 +159,7 @@ def test_the_table_has_mean_and_spread_over_seeds_and_keeps_what_was_written_by_
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--tasks", "harder"], "--tasks 'harder'"),
+        (["--tasks", "harder"], "--tasks harder: name easy"),
         (["--tasks", "easy", "easy"], "--tasks"),
         (["--steps", "0"], "--steps"),
         (["--new_seeds", "0"], "--new_seeds"),

@@ -289,7 +289,7 @@ def test_an_adapter_of_another_model_gets_one_line(tiny, adapters, tmp_path, cap
         ("other data", "samples ['"),
         ("other model", "weights '"),
         ("no settings", "settings.json beside it cannot be read"),
-        ("a damaged line", "line 2 is damaged"),
+        ("a damaged line", "line 2 (remove it to go on without it) cannot be read"),
     ],
 )
 def test_predictions_of_something_else_are_left_as_they_are(tiny, tmp_path, run, answered, capfd, change, words):
@@ -317,13 +317,13 @@ def test_a_run_without_what_is_evaluated_is_told_so(tiny, tmp_path, capfd):
     output = tmp_path / "out"
     assert train.main(flags(tiny, output, "--max_steps", "1")) == 0
     assert command.main(["--run", str(output)]) == 2
-    assert "had no --eval_data_path: name the samples with --data_path" in capfd.readouterr().err
+    assert "--data_path is missing: name it, since the run has none" in capfd.readouterr().err
     shutil.rmtree(output / "final")
     assert command.main(["--run", str(output), "--data_path", str(tiny.folder / "data.json")]) == 2
     assert "has no final/ yet: name a checkpoint-N" in capfd.readouterr().err
     (output / "config.json").write_text("[]")
     assert command.main(["--run", str(output)]) == 2
-    assert "config.json is damaged" in capfd.readouterr().err
+    assert "config.json cannot be read" in capfd.readouterr().err
 
 
 def test_flags_beside_a_run_count_more_than_its_own(tiny, run, tmp_path):

@@ -161,8 +161,8 @@ def test_what_is_undefined_is_none_and_not_nan():
 def test_bounds_are_those_of_resampled_samples():
     """Each resample computed on its own; of samples with two answers, both go together."""
     numbers = np.stack([PREDICTED, np.array(PREDICTED)[::-1]], axis=1)
-    found = figures(truths_of(TRUTHS), answers_of(numbers), RANGE, [40.0], num_resamples=200, seed=3)
-    picks = np.random.default_rng(3).integers(8, size=(8, 200)).T
+    found = figures(truths_of(TRUTHS), answers_of(numbers), RANGE, [40.0], num_resamples=200)
+    picks = np.random.default_rng(0).integers(8, size=(8, 200)).T
     by_hand = {"mae": [], "r2": [], "auc_40": []}
     for pick in picks:
         t, p = np.repeat(np.array(TRUTHS)[pick], 2), numbers[pick].ravel()
@@ -175,10 +175,7 @@ def test_bounds_are_those_of_resampled_samples():
         assert found[name]["low"] == pytest.approx(low, abs=1e-9), name
         assert found[name]["high"] == pytest.approx(high, abs=1e-9), name
         assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]
-    again = figures(truths_of(TRUTHS), answers_of(numbers), RANGE, [40.0], num_resamples=200, seed=3)
-    assert again == found
-    other = figures(truths_of(TRUTHS), answers_of(numbers), RANGE, [40.0], num_resamples=200, seed=4)
-    assert other["mae"]["value"] == found["mae"]["value"] and other["mae"]["low"] != found["mae"]["low"]
+    assert figures(truths_of(TRUTHS), answers_of(numbers), RANGE, [40.0], num_resamples=200) == found
 
 
 def test_the_reward_of_a_constant_is_over_what_is_scored():

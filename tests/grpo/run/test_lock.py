@@ -1,6 +1,5 @@
 """One run per folder, and no rank that outlives its launcher."""
 
-import json
 import os
 import subprocess
 import sys
@@ -42,7 +41,7 @@ def leave_a_child(seconds: float) -> None:
 def test_children_that_outlive_a_run_do_not_hold_its_folder(tmp_path, processes):
     hold(tmp_path / "out", processes, then=leave_a_child).join()
     lock_folder(str(tmp_path / "out"))
-    assert json.loads((tmp_path / "out" / ".lock").read_text())["pid"] == os.getpid()
+    assert (tmp_path / "out" / ".lock").read_text() == f"process {os.getpid()} on {os.uname().nodename}"
 
 
 def test_where_locks_are_not_to_be_had_a_line_says_so(tmp_path, monkeypatch, capsys):
