@@ -16,7 +16,6 @@ Each rank samples the whole groups of its own prompts. Sampling depends only on 
 position in the batch: neither the number of ranks nor what a rank did before changes it.
 """
 
-import signal
 import sys
 import time
 from functools import partial
@@ -30,8 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data.loader import Prompt, checked, worker_failure
-from data.sample import InputError
+from data.loader import Prompt, checked
 from grpo import loss as objective
 from grpo.config import Config, parse_config
 from grpo.demo import demo
@@ -40,7 +38,7 @@ from grpo.logprobs import encode_media
 from grpo.model.load import SpecialTokens
 from grpo.model.lora import disable_adapters, without_dropout
 from grpo.model.sharding import Models
-from grpo.ranks import abort_rank, any_rank, full_tensor, print_rank0, raise_together, start_processes
+from grpo.ranks import any_rank, exit_code, full_tensor, print_rank0, raise_together, start_processes
 from grpo.rollout import Rollout, SamplingParams, ScoredRollout, generate, generators, rollouts_to_train
 from grpo.run.records import StepRecords, TokenSums, gather_records, global_counts, std_of_step
 from grpo.run.scoring import Scorer, score
@@ -207,28 +205,19 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
 
 def main(argv: list[str]) -> int:
     """Run; return 2, after one line, for what the user can fix."""
-    began, code, stop = time.time(), 0, StopRequest()
-    try:
+    began, stop = time.time(), StopRequest()
+
+    def run() -> None:
         config = parse_config(argv)
         device = start_processes()
         prepared = demo.prepare(config) if config.demo else config
         if train(prepared, device, stop) and config.demo:
             demo.report(prepared, began)
-    except InputError as error:  # raised on all ranks together
-        print_rank0(f"train.py: error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:  # before training, where nothing needs saving
-        print_rank0("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except Exception as error:
-        if line := worker_failure(error):  # on this rank alone
-            abort_rank(f"train.py: error: rank {dist.get_rank()}: {line}")
-        raise
+
+    try:
+        return exit_code(run, "train.py")
     finally:
         stop.restore()
-    if dist.is_initialized():  # after any other error the ranks do not wait for each other
-        dist.destroy_process_group()
-    return code
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The process group, and the few collectives that everything uses."""
 
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from data.loader import worker_failure
 from data.sample import InputError
 
 LAUNCHER_POLL_SECONDS = 5.0
@@ -83,6 +86,29 @@ def any_rank(flag: bool) -> bool:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor if it is sharded; collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def exit_code(run: Callable[[], None], program: str, interrupted: str = "interrupted") -> int:
+    """Run a program on this rank and leave the process group; return its exit code.
+
+    What the user can fix, an InputError on all ranks together, is one line and 2. interrupted: what Ctrl-C prints.
+    """
+    code = 0
+    try:
+        run()
+    except InputError as error:
+        print_rank0(f"{program}: error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print_rank0(interrupted, file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if line := worker_failure(error):  # on this rank alone
+            abort_rank(f"{program}: error: rank {dist.get_rank()}: {line}")
+        raise
+    if dist.is_initialized():  # after any other error the ranks do not wait for each other
+        dist.destroy_process_group()
+    return code
 
 
 def abort_rank(line: str) -> None:

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from data.flags import LoaderFlags, SampleFlags, parse_flags
-from data.loader import PromptDataset, prompt_options, resolve_data_flags, worker_failure
+from data.loader import PromptDataset, prompt_options, resolve_data_flags
 from data.prompt import load_tokenizer
 from data.sample import InputError, first_line
 from grpo.config import HeldOutFlags, SamplingFlags, Seed
@@ -38,7 +37,7 @@ from grpo.export import base_of, load_merged
 from grpo.model.layers import pack_weights
 from grpo.model.load import load_model
 from grpo.model.sharding import compute_dtype
-from grpo.ranks import abort_rank, broadcast_object, print_rank0, raise_together, start_processes
+from grpo.ranks import broadcast_object, exit_code, print_rank0, raise_together, start_processes
 from grpo.run.scoring import load_scorer
 from grpo.run.survey import check_same_on_all_ranks, check_truths, survey
 from reward.flags import POSITIVE, Bounds, RewardFlags, flag
@@ -189,23 +188,12 @@ def running_error(done: dict[str, Prediction]) -> float:
 
 def main(argv: list[str]) -> int:
     """Evaluate; return 2, after one line, for what the user can fix."""
-    code = 0
-    try:
+
+    def run() -> None:
         config = parse(argv[1:] if argv[:1] == ["--"] else argv)  # torchrun of some versions hands its "--" on
         evaluate(config, start_processes())
-    except InputError as error:  # raised on all ranks together
-        print_rank0(f"grpo.evaluate: error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print_rank0("interrupted: the same command continues", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except Exception as error:
-        if line := worker_failure(error):  # on this rank alone
-            abort_rank(f"grpo.evaluate: error: rank {dist.get_rank()}: {line}")
-        raise
-    if dist.is_initialized():  # after any other error the ranks do not wait for each other
-        dist.destroy_process_group()
-    return code
+
+    return exit_code(run, "grpo.evaluate", "interrupted: the same command continues")
 
 
 if __name__ == "__main__":
