@@ -74,8 +74,9 @@ def test_the_trial_step_names_the_sample_and_leaves_no_trace(tiny, tmp_path, cap
     assert len(sampled) == 1 + 3 and len(sampled[0]) == 2
     assert all(one.completion_mask.all() and one.completion_mask.shape == (8, 40) for one in sampled[0])
     assert has_states == [True, False, True, True]  # they take memory in every backward pass but that of step 1
+    found, expected = curves(tmp_path / "with"), curves(tmp_path / "without")
     for name in ("reward", "grad_norm", "loss", "learning_rate"):
-        assert curves(tmp_path / "with")[name] == curves(tmp_path / "without")[name]
+        assert found[name] == expected[name]
     if "--lora_enable" not in more:
         assert torch.equal(weights(tmp_path / "with" / "final"), weights(tmp_path / "without" / "final"))
 
