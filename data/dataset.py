@@ -1,15 +1,15 @@
 """The samples of JSON and JSONL files (`entry.py` has the format), parsed where they are needed.
 
-Only the place of each entry is in memory, so that files of many gigabytes cost neither the ranks nor their data workers
-anything. A JSON list is parsed whole once and written, one entry per line, to a temporary file: large files should be
-JSONL. Every mistake is an InputError of one line, before training starts.
+Of JSONL only the place of each entry is in memory, so that files of many gigabytes cost neither the ranks nor their
+data workers anything. A JSON list is parsed whole once and kept as lines, which forked workers share: large files
+should be JSONL. Every mistake is an InputError of one line, before training starts.
 """
 
 import codecs
 import hashlib
+import io
 import json
 import os
-import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +27,7 @@ class Entries(Sequence):
         self.path = path
         self._starts = array("q")  # where each entry begins, and the end of the last one
         self._lines = array("q")  # the number of each entry's line
+        self._memory = None  # the entries of a JSON list, each as a line
         if os.path.exists(path) and not os.path.isfile(path):
             raise InputError(f"{path!r} is no ordinary file: give JSON or JSONL files of samples, no folder or pipe")
         try:
@@ -35,13 +36,14 @@ class Entries(Sequence):
             self._file.seek(0)
             start = len(codecs.BOM_UTF8) * (self._file.read(3) == codecs.BOM_UTF8)
             self._file.seek(start)
-            if next((line for line in self._file if line.strip()), b"").lstrip().startswith(b"["):
-                self._file.seek(start)
+            is_list = next((line for line in self._file if line.strip()), b"").lstrip().startswith(b"[")
+            lines = self._file
+            lines.seek(start)
+            if is_list:
                 items, start = self._parse(self._file.read(), line=1), 0
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115
-                self._file.writelines(json.dumps(item).encode() + b"\n" for item in items)
-            self._file.seek(start)
-            for number, line in enumerate(self._file, 1):  # splitlines() splits inside JSON strings, too
+                self._memory = b"".join(json.dumps(item).encode() + b"\n" for item in items)
+                lines = io.BytesIO(self._memory)
+            for number, line in enumerate(lines, 1):  # splitlines() splits inside JSON strings, too
                 if line.strip():
                     self._starts.append(start)
                     self._lines.append(number)
@@ -63,6 +65,8 @@ class Entries(Sequence):
         """Read and parse an entry. Raises InputError, also if the file was changed in the meantime."""
         index = range(len(self))[index]  # raises IndexError, at which an iteration ends
         start, end = self._starts[index : index + 2]
+        if self._memory is not None:
+            return json.loads(self._memory[start:end])
         try:
             # At a place of its own, since forked workers share the file's position.
             text, status = os.pread(self._file.fileno(), end - start, start), self._read_status()

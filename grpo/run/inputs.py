@@ -50,7 +50,8 @@ def load_inputs(config: Config) -> Inputs:
     check_scorer(scorer, config)
     epochs = Epochs(data.samples.sizes, config.seed, config.data_weights)
     tokenizer = load_tokenizer(config.model_id)
-    take_folders(config)  # what was refused above leaves no folder; what is in it does not change from here on
+    if os.path.isdir(config.output_dir):
+        take_folders(config)  # what is in it does not change from here on
     resume = find_resume_state(config, epochs, data, heldout, scorer)
     is_wanted = dist.get_rank() == 0 and not resume.is_complete
     found = zero_skill(scorer.functions, data.samples, data.truths, scorer.keys) if is_wanted else None
@@ -72,7 +73,10 @@ def check_scorer(scorer: Scorer, config: Config) -> None:
 
 
 def take_folders(config: Config) -> None:
-    """Make the folders that a run writes to, and lock its own; raise InputError if it cannot write there."""
+    """Make the folders that a run writes to, and lock its own; raise InputError if it cannot write there.
+
+    A new folder is made at last, so that what is refused before leaves none.
+    """
     try:
         if log := log_path():
             open(log, "ab").close()  # the rewards' log for debugging, if one is wanted

@@ -19,7 +19,7 @@ from grpo.model.sharding import Models, build_models
 from grpo.ranks import broadcast_object, print_rank0, raise_together
 from grpo.run import checkpoint
 from grpo.run.batches import count_steps
-from grpo.run.inputs import Inputs, load_initial_model, load_inputs
+from grpo.run.inputs import Inputs, load_initial_model, load_inputs, take_folders
 from grpo.run.preflight import memory_preflight, trial_step
 from grpo.run.survey import check_same_on_all_ranks
 from grpo.run.tracking import Tracker
@@ -69,7 +69,10 @@ def start(config: Config, device: torch.device, rollout_phase: Callable, update_
     if resume.is_complete:
         print_rank0(*resume.messages)
         return None
-    models = build_models(raise_together(load_initial_model, config), config, device)
+    initial = raise_together(load_initial_model, config)
+    raise_together(take_folders, config)
+    models = build_models(initial, config, device)
+    del initial  # free the copy on rank 0
     tokens = special_tokens(models.policy, inputs.tokenizer, device)
     total_steps = count_steps(config, len(inputs.epochs))
     optimizer, schedule = make_optimizer(models.policy, config, total_steps)

@@ -456,8 +456,8 @@ def test_a_file_that_is_replaced_changes_nothing_and_of_one_that_is_changed_no_o
         assert isinstance(item, InputError) and "was changed" in str(item)
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
-def test_in_memory_is_only_where_each_entry_stands(folder, name):
+@pytest.mark.parametrize(("name", "share"), [("train.jsonl", 0.03), ("train.json", 1.1)])
+def test_in_memory_is_only_where_each_line_stands_or_a_list_as_it_is_written(folder, name, share):
     """1,000 samples of 2 kB, read one by one, all at once or not at all."""
     turns = [{"from": "human", "value": "What is the EF? " * 120}, GPT]
     lines = [json.dumps({"id": i, "conversations": turns}) for i in range(1000)]
@@ -465,5 +465,5 @@ def test_in_memory_is_only_where_each_entry_stands(folder, name):
     tracemalloc.start()
     samples = Samples([path], str(folder))
     assert sum(len(sample.answer) for sample in samples) == 3 * len(samples)
-    assert tracemalloc.get_traced_memory()[0] < 0.03 * os.path.getsize(path)
+    assert tracemalloc.get_traced_memory()[0] < share * os.path.getsize(path)
     tracemalloc.stop()

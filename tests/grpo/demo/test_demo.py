@@ -68,7 +68,8 @@ def test_an_evaluation_costs_what_sampling_costs(demo):
     events = EventAccumulator(str(output / "tensorboard")).Reload()
     evaluations, rollouts = ([point.value for point in events.Scalars(f"time/{name}")] for name in ("eval", "rollout"))
     steps = SMALL["NUM_HELDOUT"] / 8
-    assert min(evaluations) < 1.5 * steps * statistics.median(rollouts)  # 0.8 on a machine that does nothing else
+    # 0.8 times as much on a machine that does nothing else; another test may run beside this one.
+    assert min(evaluations) < 4 * steps * statistics.median(rollouts)
 
 
 def test_answers_follow_the_videos_when_they_are_swapped(demo, tmp_path):
