@@ -157,8 +157,9 @@ def test_with_top_p_the_curves_show_how_far_sampling_is_from_the_policy(tiny, tm
     assert 0.1 < found["sampling/sampling_logp_difference/mean"][0] < 1.0  # about -log of what is kept, 0.5 or more
 
 
-def test_a_run_of_equal_rewards_is_pointed_out_once(tiny, tmp_path, capsys):
-    more = "--max_steps 45 --global_batch_size 1 --max_completion_length 1 --num_generations 2".split()
+def test_a_run_of_equal_rewards_is_pointed_out_once(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("grpo.run.tracking.ZERO_STD_STEPS", 4)
+    more = "--max_steps 9 --global_batch_size 1 --max_completion_length 1 --num_generations 2".split()
     run(tiny, tmp_path / "out", *more, *named("constant"))
     assert capsys.readouterr().out.count("equal rewards") == 1
 

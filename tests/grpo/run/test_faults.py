@@ -85,10 +85,9 @@ def state(folder: Path) -> dict:
     return tensors
 
 
-@pytest.mark.parametrize(("ranks", "faulty"), [(1, 0), (2, 1)])
-def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tiny, tmp_path, ranks, faulty):
+def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_and_is_counted(tiny, tmp_path):
     arguments = run_flags(tiny.folder, tmp_path / "out", *STEPS, "--scale_rewards", "none")
-    printed = run_with("huge", faulty, ranks, arguments, tmp_path)
+    printed = run_with("huge", 1, 2, arguments, tmp_path)
     assert printed.count("is not finite") == 2
     states = [state(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
     assert any(name.endswith(".exp_avg") for name in states[0])

@@ -71,16 +71,12 @@ def scored(log: Path, after: int = 0) -> list[str]:
 LORA = "--lora_enable --lora_rank 4 --lora_dropout 0.3 --beta 0.1 --vision_lr 1e-4".split()
 
 
-@pytest.mark.parametrize(
-    ("ranks", "more"),
-    [(1, []), (2, LORA)],
-    ids=["all weights", "adapters with dropout and KL on two ranks"],
-)
-def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tiny, tmp_path, ranks, more):
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(tiny, tmp_path):
+    """Adapters with dropout and a KL, on two ranks; tests below compare runs of all weights, on one."""
     whole, output, logs = tmp_path / "whole", tmp_path / "resumed", (tmp_path / "1", tmp_path / "2")
-    run(ranks, run_flags(tiny.folder, whole, *FEW_SAVES, *more), logs[0])
+    run(2, run_flags(tiny.folder, whole, *FEW_SAVES, *LORA), logs[0])
     stopped_after(2, whole, output)  # of 3 steps in an epoch
-    printed = run(ranks, run_flags(tiny.folder, output, *FEW_SAVES, *AUTO, *more), logs[1])
+    printed = run(2, run_flags(tiny.folder, output, *FEW_SAVES, *AUTO, *LORA), logs[1])
     assert "checkpoint-2: 2 of 6 steps are done" in printed
     assert "33%|" in printed and " 0%|" not in printed  # the bar begins where the run does
     assert scored(logs[1]) == scored(logs[0], after=2) != []
@@ -108,16 +104,17 @@ def test_slots_from_a_later_step_on_are_those_of_the_whole_run():
     )
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_another_number_of_ranks_goes_on_with_the_same_run(tiny, whole, tmp_path, before, after):
-    output = tmp_path / "resumed"
-    if before == 2:
-        whole = tmp_path / "whole"
-        run(before, run_flags(tiny.folder, whole, *FEW_SAVES), tmp_path / "log")
-    printed = run(after, run_flags(tiny.folder, stopped_after(2, whole, output), *FEW_SAVES, *AUTO), tmp_path / "log")
-    assert f"saved by {before} ranks, now {after}" in printed
-    difference = weights(output / "final") - weights(whole / "final")
-    assert difference.norm() / weights(whole / "final").norm() < 1e-5
+def test_another_number_of_ranks_goes_on_with_the_same_run(tiny, whole, tmp_path, capfd):
+    """On two ranks after step 2, and on one again after step 4."""
+    two = stopped_after(2, whole, tmp_path / "two")
+    printed = run(2, run_flags(tiny.folder, two, *FEW_SAVES, *AUTO), tmp_path / "log")
+    assert "saved by 1 ranks, now 2" in printed
+    one = stopped_after(4, two, tmp_path / "one")
+    assert train.main(run_flags(tiny.folder, one, *FEW_SAVES, *AUTO)) == 0
+    assert "saved by 2 ranks, now 1" in capfd.readouterr().out
+    for output in (two, one):
+        difference = weights(output / "final") - weights(whole / "final")
+        assert difference.norm() / weights(whole / "final").norm() < 1e-5
 
 
 def test_a_checkpoint_of_another_folder_is_resumed_by_its_path(tiny, whole, tmp_path):
@@ -388,11 +385,11 @@ def test_a_second_signal_ends_the_program_at_once(tiny, tmp_path):
     assert set(checkpoints(tmp_path / "out")) == {1}
 
 
-@pytest.mark.parametrize(("ranks", "kills", "seed"), [(1, 2, 0), (2, 1, 10)])  # 10: the second rank alone is killed
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, ranks, kills, seed):
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
+    """With this seed first the second rank alone is killed, then both."""
     tiny = make_tiny(tmp_path / "tiny", num_videos=(1, 2, 1))
     more = ["--max_steps", "6", *evaluating(tiny.folder), *rewarded()]
-    assert kill_and_resume(tiny.folder, ranks, kills, signal.SIGKILL, seed, more)
+    assert kill_and_resume(tiny.folder, 2, 2, signal.SIGKILL, 11, more)
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +409,7 @@ def test_a_resumed_run_evaluates_at_the_same_steps_and_keeps_the_same_best_model
     """Resumed after step 2 of 6, where it was evaluated, and after step 4, where a signal came before that."""
     flags = [*STEPS, "--learning_rate", "1e-2", *evaluating(tiny.folder)]
     whole = tmp_path / "whole"
-    run(2, run_flags(tiny.folder, whole, *flags), tmp_path / "log")
+    assert train.main(run_flags(tiny.folder, whole, *flags)) == 0
     expected, evaluations = result(whole), read_evaluations(whole / "final")
     assert [evaluation["step"] for evaluation in evaluations] == [0, 2, 4, 6]
     assert [step for step, _ in expected.curves["eval/reward"]] == [0, 2, 4, 6]
@@ -427,7 +424,7 @@ def test_a_resumed_run_evaluates_at_the_same_steps_and_keeps_the_same_best_model
             progress["evaluations"], progress["best_step"] = progress["evaluations"][:2], 2
             path.write_text(json.dumps(progress))
             SummaryWriter(str(output / "tensorboard"), purge_step=4).close()
-        run(2, run_flags(tiny.folder, output, *flags, *AUTO), tmp_path / "log")
+        assert train.main(run_flags(tiny.folder, output, *flags, *AUTO)) == 0
         assert read_evaluations(output / "final") == evaluations
         found = result(output)
         assert found.weights == expected.weights and found.best == expected.best
