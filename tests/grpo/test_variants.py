@@ -134,7 +134,6 @@ def test_a_large_beta_holds_the_policy_back(tiny, tmp_path):
 
 ADAPTERS = ["--lora_enable", "--lora_rank", "4", "--freeze_vision_tower", "--learning_rate", "1e-2"]
 VARIANTS = [
-    ["--beta", "0.1"],
     ["--loss_type", "grpo", "--scale_rewards", "batch"],
     [*ADAPTERS, "--freeze_merger", "--lora_dropout", "0", "--beta", "0.1"],
 ]
