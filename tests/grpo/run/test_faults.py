@@ -41,7 +41,7 @@ def run_with(fault: str, faulty_rank: int, ranks: int, arguments: list, tmp_path
 
 
 def test_a_rank_that_dies_ends_the_others_within_a_minute(tiny, tmp_path):
-    """A bug on one rank. Of a rank that is killed the others learn without torchrun, too: `a_rank_is_killed` in test_resume.py."""
+    """A bug on one rank. Of a rank that is killed the others learn without torchrun, too (test_resume.py)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["-m", "tests.grpo.run.faulty_rewards", "raises", "1", *run_flags(tiny.folder, tmp_path / "out", *STEPS)]
     began = time.monotonic()
