@@ -238,7 +238,7 @@ def call_reward_function(
     try:
         with time_limit(timeout):
             found = function.call(**columns, **function.options, step=step, is_training=step is not None)
-            rewards = [None if value is None else float(value) for value in found]
+            rewards = [value if value is None or isinstance(value, str) else float(value) for value in found]
     except (Exception, SystemExit, OutOfTime) as error:
         names = list(dict.fromkeys(ids))  # which of them it was, the function alone knows
         some = ", ".join(map(repr, names[:MOST_NAMED])) + ", …" * (len(names) > MOST_NAMED)
@@ -250,7 +250,7 @@ def call_reward_function(
             "it must give one each"
         )
     for value, sample_id in zip(rewards, ids, strict=True):
-        if value is not None and not abs(value) <= LARGEST:  # nan, too
+        if isinstance(value, str) or (value is not None and not abs(value) <= LARGEST):  # nan, too
             raise RewardError(
                 f"{name} gave {value!r} for sample {sample_id!r}: give a number up to {LARGEST:g}, or None for no say"
             )

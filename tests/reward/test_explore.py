@@ -299,6 +299,7 @@ def test_a_file_that_cannot_be_imported_is_shown_with_its_traceback(tmp_path, ca
         ("return [None for pair in pairs]", "it gives None for every number"),
         ("return [1.0]", "gave 1 rewards for 1001 completions"),
         ("return [float('inf') if x > y else 0 for y, x in pairs]", "gave inf for sample 'answer 20.1%, truth 20%'"),
+        ("return ['0.5' if x > y else 0 for y, x in pairs]", "gave '0.5' for sample 'answer 20.1%, truth 20%'"),
     ],
 )
 def test_a_function_that_cannot_be_drawn_is_one_line(tmp_path, capsys, body, message):
