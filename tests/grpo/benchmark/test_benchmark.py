@@ -104,7 +104,7 @@ def test_repeated_rows_are_the_same_work(tiny):
     advantages = torch.tensor([1.0, -0.5, 0.25])
     stay = torch.optim.SGD(twin.parameters(), lr=0.0)
     repeated_update(twin, stay, prompt, ids, advantages, suppressed)
-    ((logprobs, _),) = completion_logprobs(tiny.model, [prompt], [ids], [torch.ones_like(ids).bool()], 1.0, suppressed)
+    ((logprobs, *_),) = completion_logprobs(tiny.model, [prompt], [ids], [torch.ones_like(ids).bool()], 1.0, suppressed)
     ours = torch.autograd.grad(-(logprobs * advantages[:, None]).mean(), list(tiny.model.parameters()))
     norm = torch.cat([g.flatten() for g in ours]).norm()
     for g, p in zip(ours, twin.parameters(), strict=True):
