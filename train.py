@@ -247,10 +247,10 @@ def main(argv: list[str]) -> int:
 
     def run() -> None:
         config = parse_config(argv)
-        device = start_processes()
+        run_it = partial(train, device=start_processes(), stop=stop)
         if not config.demo:
-            train(config, device, stop)
-        elif (prepared := demo.prepare(config, device, stop, train)) and train(prepared, device, stop):
+            run_it(config)
+        elif (prepared := demo.prepare(config, run_it)) and run_it(prepared):
             demo.report(prepared, began)
 
     try:

@@ -53,7 +53,7 @@ def test_grpo_raises_the_reward_on_held_out_hearts(demo):
 def test_the_report_is_what_evaluating_the_run_gives_to_the_last_digit(demo, capsys):
     output, _ = demo
     report = json.loads((output / "demo_report.json").read_text())
-    models = {"after": [], "before": ["--model_id", str(output / "warm_start")]}
+    models = {"after": [], "before": ["--model_id", str(output / "warm_start" / "final")]}
     for when, model in models.items():
         where = ["--output_dir", str(output / "eval" / when)]
         assert evaluate.main(["--run", str(output), *model, *where]) == 0
@@ -214,6 +214,7 @@ def test_a_second_demo_beside_one_that_is_preparing_takes_the_next_folder(folder
 
 def test_a_demo_that_was_interrupted_before_its_run_began_starts_again_in_its_folder(folders):
     (folders / "demo" / "data" / "videos").mkdir(parents=True)
+    (folders / "demo" / "untrained").mkdir()
     (folders / "demo" / "warm_start").mkdir()
     assert chosen() == chosen("--resume_from_checkpoint", "auto") == "output/demo"
 
