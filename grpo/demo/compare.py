@@ -92,13 +92,8 @@ class Run:
     def flags(self, compare: CompareConfig) -> Config:
         """Return its flags of train.py."""
         place = Path(compare.output_dir, self.task, f"seed-{self.seed}").absolute()
-        own = {
-            "demo_task": self.task,
-            "seed": self.seed,
-            "output_dir": str(place),
-            "frame_cache": str(place / "frames"),
-        }
-        config = dataclasses.replace(demo_config(), **own)
+        own = {"demo_task": self.task, "seed": self.seed, "output_dir": str(place)}
+        config = dataclasses.replace(demo_config(), frame_cache=str(place / "frames"), **own)
         warm_start, grpo = demo.flags_of_warm_start(config), demo.flags_of_grpo(config)
         if self.row == BEFORE:
             return warm_start
@@ -114,8 +109,8 @@ class Run:
     def settings(self, compare: CompareConfig) -> dict:
         """Return what decides its result, beside task and seed."""
         flags = vars(self.flags(compare))
-        hearts = {name: getattr(demo, name) for name in ("NUM_CARELESS", "NUM_TRAIN", "WARM_START_STEPS")}
-        return hearts | {name: flags[name] for name in sorted(flags.keys() - NOT_DECISIVE)}
+        start = {name: getattr(demo, name) for name in ("NUM_CARELESS", "NUM_TRAIN", "WARM_START_STEPS", "SUPERVISED")}
+        return start | {name: flags[name] for name in sorted(flags.keys() - NOT_DECISIVE)}
 
 
 def records_of(run: Run, compare: CompareConfig) -> list[dict]:
@@ -223,8 +218,8 @@ def write(compare: CompareConfig, argv: list[str]) -> None:
     conditions = [
         f"GRPO: {compare.steps} steps of the demo's settings, with the reward of its row. Supervised: cross-entropy on",
         f"the true answers, from the same warm start, {compare.supervised_steps} steps, with the learning rate whose",
-        f"best evaluation on seed {compare.seeds[0]} was best. Last: after the last step. Best: after the step with the",
-        f"best of {EVALUATIONS} evaluations on {demo.NUM_HELDOUT} hearts.",
+        f"best evaluation on seed {compare.seeds[0]} was best. Last: after the last step. Best: after the step with",
+        f"the best of {EVALUATIONS} evaluations on {demo.NUM_HELDOUT} hearts.",
         "",
         f"{demo.NUM_TRAIN} hearts to train on, greedy answers on {NUM_TEST} others; errors in points; mean ± standard",
         "deviation over seeds.",
