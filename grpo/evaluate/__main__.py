@@ -148,11 +148,9 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     print_rank0(*messages)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)
-    settings = decisive_flags(config) | {
-        "rewards": [[f.name, f.weight, f.options, f.digest] for f in scorer.functions],
-        "samples": found.fingerprint,
-        "weights": digest_of(model),
-    }
+    settings = decisive_flags(config)
+    settings["rewards"] = [[f.name, f.weight, f.options, f.digest] for f in scorer.functions]
+    settings |= {"samples": found.fingerprint, "weights": digest_of(model)}
     done = raise_together(open_predictions, config.output_dir, settings)
     skipped, is_first = broadcast_object(set(done)), dist.get_rank() == 0  # ids
     options = AnswerOptions(config, scorer, config.num_samples, config.temperature)
