@@ -230,7 +230,6 @@ def test_an_epoch_has_its_own_videos_and_frames_whoever_loads_them(tiny):
     epochs = [dataset[BatchItem(0, 1, turn=epoch)] for epoch in range(4)]  # of 3 videos
     assert {media.name for prompt in epochs for media in prompt.sample.media} == {"1_0.mp4", "1_1.mp4", "1_2.mp4"}
     assert all(len(prompt.grid_thw) == prompt.sample.turns[0][1].count("<video>") == 2 for prompt in epochs)
-    assert len({prompt.pixel_values.numpy().tobytes() for prompt in epochs}) == 4
     for epoch in (3, 1):
         same = again[BatchItem(7, 1, turn=epoch)]
         assert same.sample == epochs[epoch].sample and torch.equal(same.pixel_values, epochs[epoch].pixel_values)
