@@ -122,8 +122,6 @@ def load_for_sampling(config: EvaluateConfig, device: torch.device):
     """Load the model, an adapter merged into it, in the precision in which training samples."""
     if config.adapter:
         model = load_merged(config.adapter, config.model_id, compute_dtype(device))
-    elif os.path.isfile(os.path.join(config.model_id, "adapter_config.json")):
-        raise InputError(f"--model_id {config.model_id!r} holds adapters: give it as --adapter")
     else:
         model = load_model(config.model_id, compute_dtype(device))
     model.to(device).eval()

@@ -234,8 +234,8 @@ def test_an_epoch_has_its_own_videos_and_frames_whoever_loads_them(tiny):
         same = again[BatchItem(7, 1, turn=epoch)]
         assert same.sample == epochs[epoch].sample and torch.equal(same.pixel_values, epochs[epoch].pixel_values)
     moved = PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, augmentation=Augmentation(3, 0, True)))
-    pixels = [moved[BatchItem(0, 1, turn=epoch)].pixel_values for epoch in range(3)]
-    assert not torch.equal(pixels[0], pixels[1]) and not torch.equal(pixels[1], pixels[2])
+    pixels = [moved[BatchItem(0, 1, turn=epoch)].pixel_values.numpy().tobytes() for epoch in range(6)]
+    assert len(set(pixels)) > 3  # the clips are short: some draws move them by the same whole frames
 
 
 def test_without_weights_a_samples_turn_is_the_epoch():

@@ -249,7 +249,7 @@ def damaged(tiny, tmp_path: Path, name: str) -> list[str]:
         ("a small temperature", "--temperature 0.001"),
         ("an unknown flag", "did you mean --cuts?"),
         ("a turned range", "--valid_range 100 0"),
-        ("adapters as a model", "holds adapters: give it as --adapter"),
+        ("adapters as a model", "or evaluate them as --adapter"),
     ],
 )
 def test_bad_input_gets_one_line_and_nothing_is_written(tiny, tmp_path, capfd, name, words):
