@@ -12,29 +12,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from data.flags import TrainingMediaFlags, default_of
-from data.loader import PromptDataset, prompt_options
-from data.prompt import load_tokenizer
 from data.sample import InputError
 from grpo.config import DEMO_DEFAULTS, Config, DemoTask
 from grpo.demo.synthetic_echo import ANSWER, QUESTION, write_samples
 from grpo.demo.tiny_tokenizer import build_tokenizer
-from grpo.evaluate.answer import AnswerOptions, Prediction, answer, answers_of, truths_of
-from grpo.evaluate.metrics import figures
 from grpo.evaluate.report import number
 from grpo.model.layers import use_our_layers
-from grpo.model.load import load_model
-from grpo.model.random_model import TOKENS_PER_SECOND, TextSize, VisionSize, random_model
+from grpo.model.random_model import TextSize, VisionSize, random_model
 from grpo.ranks import any_rank, broadcast_object, print_rank0, raise_together
 from grpo.run.inputs import check_scorer
 from grpo.run.lock import lock_folder
 from grpo.run.scoring import load_scorer
-from grpo.run.survey import survey
 
 # True answers are few, careless ones many, as where experts read few cases; `reward/RESULTS.md` has other numbers, too.
 NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 80, 192
@@ -176,61 +169,21 @@ def command_of(config: Config) -> list[str]:
     return words
 
 
+FIGURES = {"reward": "reward", "mae": "error", "bias": "bias", "pearson": "correlation", "clipped_ratio": "share cut"}
+
+
 def report(config: Config, began: float) -> None:
-    """Print how good the answers were before and are after, and write `demo_report.json`. Collective.
-
-    Beside each model's error stands the one after the best straight line through its answers, fitted on training
-    samples: what a constant or a scale would repair, that one need not learn.
-    """
-    output, options, rows = Path(config.output_dir), AnswerOptions(config, load_scorer(config, [])), {}
-    how = load_tokenizer(config.model_id), TOKENS_PER_SECOND, prompt_options(config)
-    files = config.data_path, config.eval_data_path
-    train, heldout = (PromptDataset(survey(paths, config, []).samples, *how) for paths in files)
-    truths = truths_of(list(heldout.samples), options)
-    for when, folder in {"before": config.model_id, "after": str(output / "final")}.items():
-        model = load_model(folder).eval()
-        fitted, judged = (answer_all(model, dataset, options) for dataset in (train, heldout))
-        found = figures(truths, answers_of(judged), config.valid_range, config.cuts)
-        rows[when] = {name: figure["value"] for name, figure in found.items()}
-        rows[when]["line_mae"] = error_of_line(fitted, judged)
-    if dist.get_rank() == 0:
-        print(f"\n{NUM_HELDOUT} held-out samples, greedy answers; errors in points:\n{table(rows)}")
-        rows["seconds"] = round(time.time() - began, 1)
-        path = output / "demo_report.json"
-        path.write_text(json.dumps(rows, indent=2) + "\n")
-        print(f"{rows['seconds']:.0f} seconds in all; written to {path}")
-    dist.barrier()
-
-
-TITLES = {"reward": "reward", "mae": "error", "line_mae": "after the best line", "bias": "bias"}
-TITLES |= {"pearson": "correlation", "clipped_ratio": "share cut"}
-
-
-def table(rows: dict[str, dict]) -> str:
-    """Write the main figures as a table, with those of the best constant answer as its last row."""
-    constant = {"reward": rows["after"]["zero_skill_reward"], "mae": rows["after"]["zero_skill_mae"]}
-    lines = [f"{'':14}" + "".join(f"{title:>{len(title) + 3}}" for title in TITLES.values())]
-    for when, row in (rows | {"best constant": constant}).items():
-        cells = [(title, number(row[name]) if name in row else "") for name, title in TITLES.items()]
-        lines.append(f"{when:14}" + "".join(f"{cell:>{len(title) + 3}}" for title, cell in cells))
-    return "\n".join(lines)
-
-
-def answer_all(model, dataset: PromptDataset, options: AnswerOptions) -> list[Prediction]:
-    """Answer all samples of a data set greedily, in their order; collective."""
-    found = {p.id: p for predictions, _ in answer(model, dataset, options) for p in predictions}
-    return [found[sample.id] for sample in dataset.samples]
-
-
-def error_of_line(fitted: list[Prediction], judged: list[Prediction]) -> float | None:
-    """Fit truth = a + b · answer on some predictions; return the line's mean error on others, None if there is none."""
-
-    def pairs(predictions: list[Prediction]) -> np.ndarray:
-        found = [(p.numbers[0], p.truth_number) for p in predictions if p.numbers[0] is not None]
-        return np.array(found, dtype=float).reshape(-1, 2).T  # answers, truths
-
-    (x, y), (judged_x, judged_y) = pairs(fitted), pairs(judged)
-    if len(np.unique(x)) < 2 or not len(judged_x):
-        return None
-    line = np.polynomial.Polynomial.fit(x, y, 1)
-    return float(np.abs(line(judged_x) - judged_y).mean())
+    """Print how good the run's answers were at each evaluation, beside the best constant one, and write it down."""
+    if dist.get_rank() != 0:
+        return
+    output = Path(config.output_dir)
+    evaluations = json.loads((output / "final" / "progress.json").read_text())["evaluations"]
+    rows = {f"step {one['step']}": {name: one.get(f"eval/{name}") for name in FIGURES} for one in evaluations}
+    rows["best constant"] = {name: evaluations[-1][f"eval/zero_skill_{name}"] for name in ("reward", "mae")}
+    print(f"\n{NUM_HELDOUT} held-out hearts, greedy answers; errors in points:")
+    print(f"{'':14}" + "".join(f"{title:>13}" for title in FIGURES.values()))
+    for when, row in rows.items():
+        print(f"{when:14}" + "".join(f"{number(row[name]) if name in row else '':>13}" for name in FIGURES))
+    seconds, path = round(time.time() - began, 1), output / "demo_report.json"
+    path.write_text(json.dumps(rows | {"seconds": seconds}, indent=2) + "\n")
+    print(f"{seconds:.0f} seconds in all; written to {path}")

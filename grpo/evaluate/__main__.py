@@ -39,7 +39,7 @@ from grpo.model.load import load_model
 from grpo.model.sharding import compute_dtype
 from grpo.ranks import broadcast_object, exit_code, print_rank0, raise_together, start_processes
 from grpo.run.scoring import load_scorer
-from grpo.run.survey import check_same_on_all_ranks, check_truths, survey
+from grpo.run.survey import check_same_on_all_ranks, survey
 from reward.flags import POSITIVE, Bounds, RewardFlags, flag
 
 PROG = "python -m grpo.evaluate"
@@ -142,7 +142,6 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     found = raise_together(survey, config.data_path, config, messages)
     scorer = raise_together(load_scorer, config, found.keys)
     check_same_on_all_ranks(found, functions=scorer.functions)
-    check_truths(found, "--data_path", config.data_path, config.valid_range, messages)
     print_rank0(*messages)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)

@@ -16,7 +16,7 @@ from grpo.run.batches import resolve_batch_sizes
 from grpo.run.lock import lock_folder
 from grpo.run.resume import ResumeState, find_resume_state
 from grpo.run.scoring import Scorer, load_scorer
-from grpo.run.survey import Survey, check_truths, note_truths_outside, survey
+from grpo.run.survey import Survey, survey
 from reward.debug_log import log_path
 from reward.zero_skill import zero_skill
 
@@ -45,9 +45,6 @@ def load_inputs(config: Config) -> Inputs:
     answers = tokenizer if config.supervised else None
     data = survey(config.data_path, config, messages, is_training=True, tokenizer=answers)
     heldout = survey(config.eval_data_path, config, messages) if config.eval_data_path else None
-    if heldout:
-        check_truths(heldout, "--eval_data_path", config.eval_data_path, config.valid_range, messages)
-    note_truths_outside(data, config.data_path, config.valid_range, messages)
     scorer = load_scorer(config, data.keys + (heldout.keys if heldout else []))
     check_scorer(scorer, config)
     epochs = Epochs(data.samples.sizes, config.seed, config.data_weights)

@@ -68,10 +68,11 @@ class Facts(Dataset):
 
 
 def survey(paths: list[str], config, messages: list[str], is_training: bool = False, tokenizer=None) -> Survey:
-    """Read and check all samples of some files; raise InputError. Adds a line to `messages` if videos are left out.
+    """Read and check all samples of some files; raise InputError, also if there is no true number to evaluate.
 
-    tokenizer: where the true answers are trained on; a line says so if some are longer than sampled ones may be. Of
-    many samples, each core that this rank has reads a part.
+    Adds lines to `messages`: if videos are left out, if truths are outside the range, and, where the true answers are
+    trained on (tokenizer), if some are longer than sampled ones may be. Of many samples, each core that this rank has
+    reads a part.
     """
     choose, samples = choice_of(config.video_cap), Samples(paths, config.image_folder)
     is_large = len(samples) >= MANY and config.dataloader_num_workers != 0
@@ -103,7 +104,12 @@ def survey(paths: list[str], config, messages: list[str], is_training: bool = Fa
             f"{config.max_completion_length} tokens (up to {max(lengths)}): they are trained whole, but evaluations "
             "cannot reach their ends"
         )
-    return Survey(samples, np.array(truths, dtype=float), list(keys), [file.digest for file in samples.files])
+    truths = np.array(truths, dtype=float)
+    if not is_training and np.isnan(truths).all():
+        raise InputError(f"{' '.join(paths)!r}: no answer in it contains a number: there is nothing to evaluate")
+    if line := outside_line(truths, config.valid_range):
+        messages.append(f"{' '.join(paths)!r}: {line}")
+    return Survey(samples, truths, list(keys), [file.digest for file in samples.files])
 
 
 def check_same_on_all_ranks(*found: Survey, functions: list[RewardFunction]) -> None:
@@ -115,16 +121,3 @@ def check_same_on_all_ranks(*found: Survey, functions: list[RewardFunction]) -> 
     for what, digests in {"samples": samples, "reward functions": files}.items():
         if any(others != digests for others in all_gather_object(digests)):
             raise InputError(f"the ranks have read different {what}: give all machines the same files, and start again")
-
-
-def check_truths(found: Survey, flag: str, paths: list[str], valid_range: list[float], messages: list[str]) -> None:
-    """Raise InputError if no truth has a number; add a line to `messages` if some are outside the range."""
-    if np.isnan(found.truths).all():
-        raise InputError(f"{flag} {' '.join(paths)!r}: no answer in it contains a number")
-    note_truths_outside(found, paths, valid_range, messages)
-
-
-def note_truths_outside(found: Survey, paths: list[str], valid_range: list[float], messages: list[str]) -> None:
-    """Add a line to `messages` if truths are outside the range."""
-    if line := outside_line(found.truths, valid_range):
-        messages.append(f"{' '.join(paths)!r}: {line}")
