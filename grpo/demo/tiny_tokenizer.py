@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data.sample import VISION_TOKENS
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS]
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS]  # last in the vocabulary, as in Qwen
+MAX_VOCABULARY = 512  # bytes, merges and special tokens; few texts have few merges
 
 # Qwen2's splitting: contractions, words with one leading non-letter, single digits, punctuation, newlines, spaces.
 SPLIT_REGEX = (
@@ -45,15 +46,12 @@ CHAT_TEMPLATE = r"""
 """
 
 
-def build_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on texts and give it Qwen2.5-VL's special tokens and chat template.
 
-    vocab_size counts everything (256 bytes, merges, 8 special tokens, which come last as in Qwen) and is an upper
-    bound: few texts have few merges. EOS is <|im_end|>, padding <|endoftext|>. `save_pretrained` writes a folder
-    that `AutoTokenizer.from_pretrained` opens. Raises ValueError if vocab_size has no room for bytes and specials.
+    EOS is <|im_end|>, padding <|endoftext|>. `save_pretrained` writes a folder that `AutoTokenizer.from_pretrained`
+    opens.
     """
-    if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(f"vocab_size must be at least {256 + len(SPECIAL_TOKENS)}, got {vocab_size}")
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -64,7 +62,7 @@ def build_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokeni
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        vocab_size=MAX_VOCABULARY - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
