@@ -22,9 +22,8 @@ def completions_table(groups: list, num_prompts: int) -> str:
     lines = ["| prompt | truth | completion | number | reward | advantage |", "|---|---|---|---|---|---|"]
     for group in groups[:num_prompts]:
         for i in bands(group.rewards):
-            cells = " | ".join(table_cell(cell) for cell in (group.question, group.truth, group.texts[i]))
-            numbers = number_text(group.numbers[i]), f"{group.rewards[i]:.3f}", f"{group.advantages[i]:+.3f}"
-            lines.append(f"| {cells} | {' | '.join(numbers)} |")
+            texts = map(table_cell, (group.question, group.truth, group.texts[i], number_text(group.numbers[i])))
+            lines.append(f"| {' | '.join(texts)} | {group.rewards[i]:.3f} | {group.advantages[i]:+.3f} |")
     return "\n".join(lines)
 
 
