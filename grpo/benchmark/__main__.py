@@ -128,7 +128,7 @@ def best_of_five(function) -> float:
     return min(timed(function)[0] for _ in range(5))
 
 
-def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_seconds: float, update_seconds: float):
+def shares_of_the_machine(model, prompt: Prompt, options: Options, figures: dict) -> dict:
     """Return what share of the memory bandwidth decoding reaches, and of the matrix products the update.
 
     model: unsharded. Attention and recomputation are not counted as work.
@@ -144,6 +144,7 @@ def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_second
 
     G, C = options.num_generations, options.completion_length
     P, S = len(prompt.prompt_ids), len(prompt.pixel_values)
+    decode_seconds = (figures["rollout_seconds"] - figures["prefill_seconds"]) / (C - 1)  # per token
     text, visual, merger = model.config.text_config, model.model.visual, size(model.model.visual.merger)
     layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
@@ -153,7 +154,7 @@ def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_second
     return {
         "decode_tokens_per_second": G / decode_seconds,
         "decode_share_of_bandwidth": read / decode_seconds / bandwidth,
-        "update_share_of_flops": work / update_seconds / flops,
+        "update_share_of_flops": work / figures["update_seconds"] / flops,
         "machine": {"bandwidth_gb_per_second": bandwidth / 1e9, "tflop_per_second": flops / 1e12},
     }
 
@@ -204,10 +205,9 @@ def run(options: Options, device: torch.device) -> dict:
             for module in (policy, sampling_model):
                 use_our_layers(module)
 
-    prefill_seconds = best_of_five(lambda: rollout(1))
-    figures = medians(ours) | {"baseline": medians(theirs) if theirs else None, "prefill_seconds": prefill_seconds}
-    decode_seconds = (figures["rollout_seconds"] - prefill_seconds) / (C - 1)
-    return figures | shares_of_the_machine(sampling_model, prompt, options, decode_seconds, figures["update_seconds"])
+    figures = medians(ours) | {"prefill_seconds": best_of_five(lambda: rollout(1))}
+    figures["baseline"] = medians(theirs) if theirs else None
+    return figures | shares_of_the_machine(sampling_model, prompt, options, figures)
 
 
 def run_what_fits(options: Options, device: torch.device) -> dict:

@@ -119,7 +119,7 @@ def differences_of(old: dict, new: dict) -> list[str]:
         same_model = name == "model_id" and os.path.realpath(now[name]) == os.path.realpath(was[name])
         if now[name] != was[name] and not same_model:
             found.append(f"--{name} {now[name]!r} was {was[name]!r}")
-    if any(new[name] != old[name] for name in ("num_samples", "data")):
+    if new["data"] != old["data"]:
         counts = f"{old['num_samples']}, now {new['num_samples']}"
         found.append(f"--data_path {' '.join(now['data_path'])!r} had other samples ({counts})")
     edited = [name for name, digest in new["rewards"].items() if old["rewards"].get(name, digest) != digest]
