@@ -31,17 +31,12 @@ class VisionSize(NamedTuple):
 
 
 # 3b and 7b: as published.
+PUBLISHED_TOWER = VisionSize(1280, 32, 16, 3420, [7, 15, 23, 31])
 SIZES = {
     "tiny": (TextSize(128, 4, 4, 2, 256, 512, True, [4, 6, 6]), VisionSize(64, 2, 2, 128, [1])),
     "cpu": (TextSize(512, 8, 8, 2, 1152, 4096, True, [8, 12, 12]), VisionSize(320, 4, 4, 855, [3])),
-    "3b": (
-        TextSize(2048, 36, 16, 2, 11008, 151936, True, [16, 24, 24]),
-        VisionSize(1280, 32, 16, 3420, [7, 15, 23, 31]),
-    ),
-    "7b": (
-        TextSize(3584, 28, 28, 4, 18944, 152064, False, [16, 24, 24]),
-        VisionSize(1280, 32, 16, 3420, [7, 15, 23, 31]),
-    ),
+    "3b": (TextSize(2048, 36, 16, 2, 11008, 151936, True, [16, 24, 24]), PUBLISHED_TOWER),
+    "7b": (TextSize(3584, 28, 28, 4, 18944, 152064, False, [16, 24, 24]), PUBLISHED_TOWER),
 }
 
 
