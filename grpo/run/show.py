@@ -22,9 +22,8 @@ def completions_table(groups: list, num_prompts: int) -> str:
     lines = ["| prompt | truth | completion | number | reward | advantage |", "|---|---|---|---|---|---|"]
     for group in groups[:num_prompts]:
         for i in bands(group.rewards):
-            cells = " | ".join(table_cell(cell) for cell in (group.question, group.truth, group.texts[i]))
-            numbers = number_text(group.numbers[i]), f"{group.rewards[i]:.3f}", f"{group.advantages[i]:+.3f}"
-            lines.append(f"| {cells} | {' | '.join(numbers)} |")
+            texts = map(table_cell, (group.question, group.truth, group.texts[i], number_text(group.numbers[i])))
+            lines.append(f"| {' | '.join(texts)} | {group.rewards[i]:.3f} | {group.advantages[i]:+.3f} |")
     return "\n".join(lines)
 
 
@@ -63,8 +62,7 @@ def contact_sheet(prompt: Prompt, group, step: int) -> np.ndarray:
     tail = [f"{'reward':>8} {'advantage':>9} {'number':>12}  completion"]
     for i in range(min(len(group.texts), MAX_COMPLETIONS)):
         begin = f"{group.rewards[i]:8.3f} {group.advantages[i]:+9.3f} {number_text(group.numbers[i]):>12}  "
-        first, *others = wrapped(group.texts[i], columns - len(begin)) or [""]
-        tail += [begin + first, *(" " * len(begin) + line for line in others)]
+        tail += wrapped(group.texts[i], columns, begin) or [begin]
     if len(group.texts) > MAX_COMPLETIONS:
         tail.append(f"… and {len(group.texts) - MAX_COMPLETIONS} more")
 
@@ -115,6 +113,7 @@ def video_strips(prompt: Prompt) -> list[tuple[str, Image.Image]]:
     return strips
 
 
-def wrapped(text: str, columns: int) -> list[str]:
-    """Cut a text into at most 3 lines."""
-    return textwrap.wrap(one_line(text), columns, max_lines=MAX_LINES, placeholder=" …")
+def wrapped(text: str, columns: int, begin: str = "") -> list[str]:
+    """Cut a text into at most 3 lines; begin: stands before the first, and as much space before the others."""
+    indents = {"initial_indent": begin, "subsequent_indent": " " * len(begin)}
+    return textwrap.wrap(one_line(text), columns, **indents, max_lines=MAX_LINES, placeholder=" …")
