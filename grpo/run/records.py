@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.sample import TAG_PATTERN
 from grpo.loss import has_zero_std
 from grpo.ranks import all_gather_object
 from grpo.rollout import Rollout, ScoredRollout
@@ -54,7 +53,7 @@ def group_records(scored: list[ScoredRollout], texts: list[list[str]], scores: S
         GroupRecord(
             position=prompt.position,
             sample_id=prompt.sample.id,
-            question=TAG_PATTERN.sub("", prompt.sample.turns[-1][1]).strip(),
+            question=prompt.sample.question,
             truth=prompt.sample.answer,
             media=[media.name for media in prompt.sample.media],
             texts=texts[b],

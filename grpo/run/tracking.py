@@ -196,12 +196,13 @@ class Tracker:
             writer.add_scalar(name, value, step)
         for name, values in distributions(groups).items():
             writer.add_histogram(name, values, step)
-        if not (groups and self.config.log_completions):
+        if not self.config.log_completions:
             return
-        writer.add_text("completions", completions_table(groups, self.config.log_completions), step)
-        own = [group for group in groups if group.position == prompt.position and not prompt.is_padding]
-        if own and (step % self.sheet_steps == 0 or step == self.config.logging_steps):
-            writer.add_image("contact_sheet", contact_sheet(prompt, own[0], step), step, dataformats="HWC")
+        if groups:
+            writer.add_text("completions", completions_table(groups, self.config.log_completions), step)
+        own = next((group for group in groups if group.position == prompt.position), None)
+        if not prompt.is_padding and (step % self.sheet_steps == 0 or step == self.config.logging_steps):
+            writer.add_image("contact_sheet", contact_sheet(prompt, own, step), step, dataformats="HWC")
 
     def is_evaluation_due(self, step: int) -> bool:
         """Say whether the policy is to be evaluated after this step and has not been yet."""

@@ -116,8 +116,8 @@ def test_a_run_draws_what_there_is_learns_its_answers_and_is_evaluated(run):
     assert drawn == {*CURVES, "time/eval"} and all(len(found[name]) == 6 for name in CURVES)
     assert found["loss"][-1] < 0.6 * found["loss"][0] and found["token_accuracy"][-1] > found["token_accuracy"][0]
     assert len(found["eval/mae"]) == 2 and not list(run.glob("rollouts*"))
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
-    assert len(events.Images("eval/scatter")) == 2
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert len(events.Images("eval/scatter")) == 2 and len(events.Images("contact_sheet")) == 6
     card = (run / "final" / "README.md").read_text()
     assert "trained with supervised fine-tuning" in card and "tags: [sft, " in card
     assert (run / "best" / "model.safetensors").exists()
