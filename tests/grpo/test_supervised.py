@@ -40,7 +40,7 @@ def labelled_rows(tiny) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
     """Ids, attention mask, labels (B, longest) and positions (3, B, longest) of padded rows `[prompt | answer]`."""
     rows = []
     for prompt in tiny.prompts:
-        answer = encode_answer(prompt.sample.answer, tiny.tokenizer)
+        answer = torch.tensor(tiny.tokenizer.encode(prompt.sample.answer) + [tiny.tokenizer.eos_token_id])
         ids = torch.cat([prompt.prompt_ids, answer])
         labels = torch.cat([torch.full_like(prompt.prompt_ids, -100), answer])  # -100: not in the loss
         own = prompt.position_ids.max() + 1 + torch.arange(len(answer))
