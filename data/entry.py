@@ -35,20 +35,17 @@ IMAGE_OPTIONS = ("resized_width", "resized_height", "min_pixels", "max_pixels")
 VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", *IMAGE_OPTIONS)
 LIKE_A_TAG = re.compile(r"<\s*(video|image)s?\s*>", re.IGNORECASE)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-TYPES = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+TYPES = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
 
 
-def read_sample(entry, data_path: str, place: int, default_id: str, image_folder: str) -> Sample:
-    """Check the entry that stands at a place of a file, from 0 on, and turn it into a Sample; raise InputError."""
-    where = f"{data_path!r}: entry #{place + 1}"
-    if not isinstance(entry, dict):
-        raise InputError(f"{where} is {_type_of(entry)}, not an object: write it as {{...}}")
+def read_sample(entry, data_path: str, default_id: str, image_folder: str) -> Sample:
+    """Check an entry of a file and turn it into a Sample, of a default id if it names none; raise InputError."""
+    where = f"{data_path!r}: entry {default_id}"
+    _expect(entry, [dict], where, "write it as {...}")
     sample_id = default_id if entry.get("id") is None else entry["id"]
-    if isinstance(sample_id, bool) or not isinstance(sample_id, str | int) or sample_id == "":
-        raise InputError(f"{where}: 'id' is {_type_of(sample_id)}: give a string or a whole number")
+    _expect(None if sample_id == "" else sample_id, [str, int], f"{where}: 'id'", "give a string or a whole number")
     sample_id = str(sample_id)
     where = f"{data_path!r}: sample {sample_id!r}"
-
     extra = {key: value for key, value in entry.items() if key not in KEYS}
     for key in extra:
         if meant := _meant_key(key):
@@ -69,6 +66,12 @@ def read_sample(entry, data_path: str, place: int, default_id: str, image_folder
     return Sample(sample_id, media, tuple(prompt), answer, extra)
 
 
+def _expect(value, types: list[type], where: str, mend: str) -> None:
+    """Raise InputError if a JSON value is of none of some types. It is not shown, since it may be an address."""
+    if type(value) not in types:
+        raise InputError(f"{where} is {TYPES.get(type(value), 'missing or empty')}: {mend}")
+
+
 @lru_cache(1000)
 def _meant_key(key: str) -> str | None:
     """Return which of ours a key looks like, misspelt; None for the user's own."""
@@ -80,32 +83,25 @@ def _meant_key(key: str) -> str | None:
 
 def _read_media(written, kind: str, where: str, image_folder: str) -> list[Media]:
     """Read what stands under 'video' or 'image': nothing, one of it, or a list."""
-    if written is None:
-        return []
-    if not isinstance(written, list | str | dict):
-        raise InputError(f"{where} is {_type_of(written)}: give a path or a list of paths")
+    if not isinstance(written, list):
+        written = [] if written is None else [written]
     found = []
-    for one in written if isinstance(written, list) else [written]:
+    for one in written:
         options = dict(one) if isinstance(one, dict) else {kind: one}
-        if kind not in options:
-            raise InputError(f"{where} contains an object without {kind!r}: name its file there")
-        path = options.pop(kind)
+        path = options.pop(kind, None)
         if kind == "video" and isinstance(path, list) and path:
             paths = tuple(_read_path(frame, where, image_folder) for frame in path)
         else:
             paths = _read_path(path, where, image_folder)
             if kind == "video" and (name := shown(path)).lower().endswith(IMAGE_SUFFIXES):
-                raise InputError(
-                    f"{where} contains {name!r}: put the frames of a video in a list of their own, [[...]]"
-                )
+                raise InputError(f"{where} holds {name!r}: put the frames of a video in a list of their own, [[...]]")
         found.append(Media(kind, paths, _read_options(options, kind, where)))
     return found
 
 
 def _read_path(written, where: str, image_folder: str) -> str:
     """Return an address as it is, and of a path where it leads to: as written if that file exists, else inside."""
-    if not isinstance(written, str) or not written.strip():
-        raise InputError(f"{where} contains {_type_of(written)}: every entry must be a path")
+    _expect(written or None, [str], f"{where}: a path", "give a string, a list of them, or objects with them")
     if is_address(written):
         try:
             check_address(written)
@@ -122,9 +118,7 @@ def _read_options(written: dict, kind: str, where: str) -> tuple[tuple[str, floa
     known = VIDEO_OPTIONS if kind == "video" else IMAGE_OPTIONS
     for name, value in written.items():
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, 1)
-            mend = f"did you mean {nearest[0]!r}?" if nearest else f"known ones are {', '.join(known)}"
-            raise InputError(f"{where}: unknown option {name!r}: {mend}")
+            raise InputError(f"{where}: unknown option {name!r}: known ones are {', '.join(known)}")
         types = (int, float) if name in ("fps", "video_start", "video_end") else (int,)
         if type(value) not in types or not (0 < value <= 1e9 or name == "video_start" and value == 0):
             whole = "whole " * (float not in types)
@@ -134,8 +128,7 @@ def _read_options(written: dict, kind: str, where: str) -> tuple[tuple[str, floa
 
 def _read_turns(written, where: str) -> list[tuple[str, str]]:
     """Return all turns as (role, text): a prompt that ends with a user's turn, then the answer."""
-    if not isinstance(written, list) or not written:
-        raise InputError(f"{where} has no 'conversations': give a list of turns, the last one from 'gpt'")
+    _expect(written or None, [list], f"{where}: 'conversations'", "give a list of turns, the last one from 'gpt'")
     turns = [_read_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(written, start=1)]
     if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
         raise InputError(f"{where}: the last two turns must be the question, from 'human', and the answer, from 'gpt'")
@@ -151,12 +144,9 @@ def _read_turns(written, where: str) -> list[tuple[str, str]]:
 
 def _read_turn(turn, where: str) -> tuple[str, str]:
     """Return one turn as (role, text)."""
-    if not isinstance(turn, dict):
-        raise InputError(f"{where} is {_type_of(turn)}: write it as {{'from': ..., 'value': ...}}")
+    _expect(turn, [dict], where, "write it as {'from': ..., 'value': ...}")
     for key in ("from", "value"):
-        if not isinstance(turn.get(key), str):
-            problem = f"is {_type_of(turn[key])}" if key in turn else "is missing"
-            raise InputError(f"{where}: {key!r} {problem}: give a string")
+        _expect(turn.get(key), [str], f"{where}: {key!r}", "give a string")
     speaker, text = turn["from"], turn["value"]
     if speaker not in ROLES:
         raise InputError(f"{where}: unknown 'from' {speaker!r}: use 'human', 'gpt' or 'system'")
@@ -166,8 +156,3 @@ def _read_turn(turn, where: str) -> tuple[str, str]:
     if ROLES[speaker] != "user" and (tag := TAG_PATTERN.search(text)):
         raise InputError(f"{where}: {tag.group()} in a turn from {speaker!r}: move it to a human turn")
     return ROLES[speaker], text
-
-
-def _type_of(value) -> str:
-    """Name the type of a JSON value for an error message, which must not show what may be an address."""
-    return "an empty string" if isinstance(value, str) and not value.strip() else TYPES.get(type(value), "a number")

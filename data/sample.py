@@ -62,6 +62,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def first_of(names: list[str]) -> str:
+    """Return the first three names."""
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+
+
 @dataclass(frozen=True)
 class Media:
     """A video or an image of a sample."""
