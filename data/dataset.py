@@ -38,7 +38,7 @@ class Entries(Sequence):
             self._file.seek(start)
             if first_line.lstrip().startswith(b"["):
                 items, start = self._parse(self._file.read(), line=1), 0
-                self._file = open(os.memfd_create("samples"), "w+b")
+                self._file = os.fdopen(os.memfd_create("samples"), "w+b")
                 self._file.writelines(json.dumps(item).encode() + b"\n" for item in items)
                 self._file.seek(0)
             for number, line in enumerate(self._file, 1):  # splitlines() splits inside JSON strings, too
@@ -76,10 +76,7 @@ class Entries(Sequence):
         """Parse JSON that begins on a line of the file; raise InputError."""
         try:
             return json.loads(text.decode())
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # no JSON, no UTF-8, numbers of thousands of digits, nested deeply
+        except (ValueError, RecursionError) as error:  # no UTF-8, numbers of thousands of digits, nested too deeply
             is_found = isinstance(error, json.JSONDecodeError)
             where = f"line {line + error.lineno - 1}, column {error.colno}" if is_found else f"line {line}"
             mend = "write the samples as [{...}, {...}], or each on one line of its own (JSONL)"
@@ -102,12 +99,8 @@ class Samples(Sequence):
                 raise InputError(f"{file.path!r} is given twice: name it once, with a weight if it shall count more")
             if not len(file):
                 raise InputError(f"{file.path!r} contains no samples: give a file with at least one")
+        self.sizes = [len(file) for file in self.files]  # the number of samples of each
         self._ends = list(accumulate(self.sizes))
-
-    @property
-    def sizes(self) -> list[int]:
-        """The number of samples of each file."""
-        return [len(file) for file in self.files]
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -124,9 +117,8 @@ class Samples(Sequence):
     def where(self, index: int) -> tuple[Entries, int, str]:
         """Return a sample's file, its place in it, and the id that it has if it names none."""
         number = bisect_right(self._ends, index)
-        file = self.files[number]
-        place = index - self._ends[number] + len(file)
-        return file, place, f"#{place + 1}" if number == 0 else f"#{number + 1}.{place + 1}"
+        place = index - self._ends[number] + self.sizes[number]
+        return self.files[number], place, f"#{place + 1}" if number == 0 else f"#{number + 1}.{place + 1}"
 
     def each(self) -> Iterator[tuple[str, object, Sample | InputError]]:
         """Yield each entry: the id that it has if it names none, what is written, and its sample, not prepared.

@@ -21,7 +21,7 @@ class InputError(Exception):
     """A mistake in the user's input; str() is one line to print: what is wrong, where, and how to fix it."""
 
 
-class TagMismatch(InputError):
+class WrongTags(InputError):
     """The numbers of a sample's tags and of its videos or images differ."""
 
 
@@ -29,7 +29,7 @@ class DuplicateId(InputError):
     """A sample has the id of an earlier one."""
 
 
-class BadMedia(Exception):
+class BadMedia(ValueError):
     """A file that exists but has no usable frames; the message is one line with its path and the reason."""
 
 
@@ -39,10 +39,10 @@ class TooFewFrames(BadMedia):
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Put the name of a file before what is wrong with it: of BadMedia, and of a ValueError, which becomes BadMedia."""
+    """Put the name of a file before what is wrong with it: a ValueError becomes BadMedia."""
     try:
         yield
-    except (BadMedia, ValueError) as error:
+    except ValueError as error:
         kind = TooFewFrames if isinstance(error, TooFewFrames) else BadMedia
         raise kind(f"{name} {error}") from error
 

@@ -17,22 +17,23 @@ from functools import partial
 
 from tqdm import tqdm
 
-from data.check.media import FORKSERVER, PRELOAD, MediaProblem, check_in_own_process
+from data.check.media import FORKSERVER, PRELOAD, check_media
 from data.check.report import print_problems, print_report
 from data.dataset import Samples
 from data.flags import MediaFlags, SampleFlags, parse_flags
 from data.loader import media_options, resolve_data_flags
 from data.media.patches import Grid
 from data.prompt import load_tokenizer
-from data.sample import DuplicateId, InputError, Media, Sample, TagMismatch, with_system_prompt
+from data.sample import BadMedia, DuplicateId, InputError, Media, Sample, TooFewFrames, WrongTags, with_system_prompt
 from data.video_cap import cap_videos, choice_of, varies
 from reward.extract import extract_number
 from reward.flags import Bounds, WeightedFlags, flag
 from reward.functions import ARGUMENTS, RewardError, check_keys, keys_of, load_reward_functions
 
+OF_ERROR = {WrongTags: "tags and files differ", DuplicateId: "duplicate id", InputError: "malformed sample"}
+OF_ERROR |= {FileNotFoundError: "missing file", TooFewFrames: "too few frames"}
 KEPT = ("no number in the truth", "over --max_videos", "over --max_images")
-PROBLEMS = ("malformed sample", "tags and files differ", "duplicate id", "missing file", "undecodable video")
-PROBLEMS += ("undecodable image", "too few frames", *KEPT)
+PROBLEMS = (*OF_ERROR.values(), "undecodable video", "undecodable image", *KEPT)
 
 
 @dataclass
@@ -51,48 +52,46 @@ class CheckConfig(WhatFlags, MediaFlags, WeightedFlags):
 
 
 def find_problems(
-    sample: Sample | InputError, checked: dict[Media, Grid | MediaProblem], args: CheckConfig
+    sample: Sample | InputError, checked: dict[Media, Grid | FileNotFoundError | BadMedia], args: CheckConfig
 ) -> dict[str, str]:
     """Return everything that is wrong with a sample: problem -> the first reason.
 
     checked: the results of `check_media`; args: the flags about the caps.
     """
     if isinstance(sample, InputError):
-        kinds = {TagMismatch: "tags and files differ", DuplicateId: "duplicate id"}
-        return {kinds.get(type(sample), "malformed sample"): str(sample)}
+        return {OF_ERROR[type(sample)]: str(sample)}
     problems = {}
     if taken := [key for key in sample.extra if key in ARGUMENTS]:
         problems["malformed sample"] = f"key {taken[0]!r}: reward functions are given something else under this name"
     max_videos = 0 if varies(args.video_cap) else args.max_videos  # where it varies, each is used in some epoch
     used = cap_videos(sample, max_videos, args.max_images, choice_of(args.video_cap)).media
-    bad = {media: checked[media] for media in sample.media if isinstance(checked[media], MediaProblem)}
-    for media, (problem, reason) in bad.items():
-        if media in used or problem == "missing file":  # the trainer decodes only what it uses, but all must exist
-            problems.setdefault(problem, reason)
+    unused = {"video": [], "image": []}
+    for media in sample.media:
+        error = checked[media]
+        if media in used or isinstance(error, FileNotFoundError):  # what is not used must exist, too
+            if not isinstance(error, Grid):
+                problems.setdefault(OF_ERROR.get(type(error), f"undecodable {media.kind}"), str(error))
+        elif not isinstance(error, Grid):
+            unused[media.kind].append(f"; not used: {error}")
     if extract_number(sample.answer) is None:
         problems["no number in the truth"] = f"{sample.answer!r}: a numerical reward gives every completion 0.5"
     for kind, most in (("video", args.max_videos), ("image", args.max_images)):
         have = sum(media.kind == kind for media in sample.media)
         if 0 < most < have:
-            unused = [reason for media, (_, reason) in bad.items() if media.kind == kind and media not in used]
-            problems[f"over --max_{kind}s"] = "; not used: ".join([f"{have} {kind}s, only {most} are used", *unused])
+            problems[f"over --max_{kind}s"] = f"{have} {kind}s, only {most} are used" + "".join(unused[kind])
     return problems
 
 
 def check(args: CheckConfig) -> int:
     """Check the data set, print the report, write the cleaned file if asked; return the exit code."""
-    options = media_options(args)
     functions = load_reward_functions(args.reward_funcs, args.reward_weights, args.reward_kwargs, args.valid_range)
-    entries = [
-        (name, entry, with_system_prompt(sample, args.system_prompt) if isinstance(sample, Sample) else sample)
-        for name, entry, sample in Samples(args.data_path, args.image_folder).each()
-    ]
-    keys = keys_of([sample for _, _, sample in entries if isinstance(sample, Sample)])
-    check_keys(functions, [key for key in keys if key not in ARGUMENTS])  # those are in the table
+    entries = list(Samples(args.data_path, args.image_folder).each())
+    samples = [sample for _, _, sample in entries if isinstance(sample, Sample)]
+    check_keys(functions, [key for key in keys_of(samples) if key not in ARGUMENTS])  # those are in the table
     tokenizer = load_tokenizer(args.model_id) if args.model_id else None
-    media = list(dict.fromkeys(media for _, _, sample in entries for media in getattr(sample, "media", ())))
+    media = list(dict.fromkeys(media for sample in samples for media in sample.media))
     with ThreadPoolExecutor(args.num_workers) as threads:
-        results = threads.map(partial(check_in_own_process, options=options), media)
+        results = threads.map(partial(check_media, options=media_options(args)), media)
         checked = dict(zip(media, tqdm(results, total=len(media), unit="file"), strict=True))
 
     found, valid = {problem: [] for problem in PROBLEMS}, []
@@ -103,6 +102,7 @@ def check(args: CheckConfig) -> int:
             found[problem].append((repr(str(entry["id"])) if has_id else name, reason))
         if problems.keys() <= set(KEPT):
             # An entry without an id gets it from its position, which may be another in the cleaned file.
+            sample = with_system_prompt(sample, args.system_prompt)
             valid.append((entry if has_id else entry | {"id": sample.id}, sample))
     print_problems(found, KEPT)
     if valid:
@@ -136,10 +136,9 @@ def parse(argv: list[str]) -> CheckConfig:
         raise InputError("--data_path is missing: name the files to check")
     if config.max_prompt_length and not config.model_id:
         raise InputError("--max_prompt_length counts text, too: name the model with --model_id")
-    if os.path.lexists(config.write_clean):
-        raise InputError(f"--write_clean {config.write_clean!r} exists: name a new file")
-    if config.write_clean and not os.access(os.path.dirname(config.write_clean) or ".", os.W_OK):
-        raise InputError(f"--write_clean {config.write_clean!r} cannot be written: name another place")
+    place = os.path.dirname(config.write_clean) or "."
+    if config.write_clean and (os.path.lexists(config.write_clean) or not os.access(place, os.W_OK)):
+        raise InputError(f"--write_clean {config.write_clean!r} exists or cannot be written: name a new file")
     resolve_data_flags(config)
     return config
 

@@ -165,13 +165,13 @@ def test_a_file_without_samples_is_an_error(folder, content):
 
 def test_a_file_that_is_no_list_of_objects_is_an_error(folder):
     for content in ("3", '"a"', "null"):
-        assert "entry #1 is" in error_of(folder, content)
+        assert "entry #1: it is" in error_of(folder, content)
     assert "line 1, column 2" in (error := error_of(folder, '{\n"id": 1}')) and "[{...}, {...}], or each on" in error
 
 
 @pytest.mark.parametrize("wrong", [[], "a", 3, None])
 def test_an_entry_that_is_no_object_is_named_by_its_position(folder, wrong):
-    assert "entry #2 is" in error_of(folder, [entry(), wrong])
+    assert "entry #2: it is" in error_of(folder, [entry(), wrong])
 
 
 @pytest.mark.parametrize("wrong", [True, 1.5, [], {}, ""])
@@ -190,10 +190,10 @@ def test_an_id_that_occurs_twice_is_named(folder):
         ([], "'conversations' is missing or empty"),
         ("hello", "'conversations' is a string"),
         ([HUMAN, "x"], "turn 2 is a string"),
-        ([{"value": "x"}, GPT], "turn 1: 'from' is missing or empty"),
+        ([{"value": "x"}, GPT], "turn 1: unknown 'from' None"),
         ([HUMAN, {"from": "gpt"}], "turn 2: 'value' is missing or empty"),
         ([HUMAN, {"from": "gpt", "value": 55}], "turn 2: 'value' is a number"),
-        ([{"from": None, "value": "x"}, GPT], "turn 1: 'from' is missing or empty"),
+        ([{"from": None, "value": "x"}, GPT], "turn 1: unknown 'from' None"),
         ([HUMAN, {"from": "bot\n", "value": "x"}], "unknown 'from' 'bot\\n'"),
         ([{"from": "system", "value": "x"}, GPT], LAST_TWO),
         ([GPT], LAST_TWO),
@@ -225,22 +225,22 @@ def test_a_wrong_conversation_is_an_error_that_names_the_sample(folder, turns, m
 @pytest.mark.parametrize(
     ("video", "message"),
     [
-        ("", "'video': a path is missing or empty: give a string"),
-        (["a.mp4", 3], "'video': a path is a number"),
-        ([[]], "'video': a path is missing or empty"),
-        ([["a.png", 3]], "'video': a path is a number"),
-        ([[["a.png"]]], "'video': a path is a list"),
+        ("", "a path in 'video' is missing or empty: give a string"),
+        (["a.mp4", 3], "a path in 'video' is a number"),
+        ([[]], "a path in 'video' is missing or empty"),
+        ([["a.png", 3]], "a path in 'video' is a number"),
+        ([[["a.png"]]], "a path in 'video' is a list"),
         (["a.png", "b.PNG"], "'video' holds 'a.png': put the frames of a video in a list of their own, [[...]]"),
-        ({"a": 1}, "'video': a path is missing or empty"),
-        ({"video": {"video": "a.mp4"}}, "'video': a path is an object"),
-        ({"video": "a.mp4", "nframe": 4}, "'video': unknown option 'nframe': known ones are fps, nframes, "),
+        ({"a": 1}, "a path in 'video' is missing or empty"),
+        ({"video": {"video": "a.mp4"}}, "a path in 'video' is an object"),
+        ({"video": "a.mp4", "nframe": 4}, "'video' has an unknown option 'nframe': known ones are fps, nframes, "),
         ({"video": "a.mp4", "nframes": 4.5}, "'video': 'nframes' is 4.5: give a whole number"),
         ({"video": "a.mp4", "fps": "2"}, "'video': 'fps' is '2': give a number"),
         ({"video": "a.mp4", "fps": True}, "'video': 'fps' is True: give a number"),
         ({"video": "a.mp4", "fps": 0}, "'video': 'fps' is 0: give a number above 0"),
         ({"video": "a.mp4", "video_start": -1}, "'video': 'video_start' is -1: give a number above 0"),
         ({"video": "a.mp4", "video_end": math.nan}, "'video': 'video_end' is nan: give a number above 0"),
-        (3, "'video': a path is a number"),
+        (3, "a path in 'video' is a number"),
     ],
 )
 def test_a_wrong_video_is_an_error_that_names_the_sample(folder, video, message):
@@ -293,9 +293,9 @@ def test_a_sample_may_be_text_only(folder, keys):
 
 def test_a_wrong_image_is_an_error_that_names_the_sample(folder):
     for image, message in [
-        (["a.png", 3], "'image': a path is a number"),
-        ([["a.png"]], "'image': a path is a list"),
-        ({"image": "a.png", "fps": 2}, "'image': unknown option 'fps': known ones are resized_width, "),
+        (["a.png", 3], "a path in 'image' is a number"),
+        ([["a.png"]], "a path in 'image' is a list"),
+        ({"image": "a.png", "fps": 2}, "'image' has an unknown option 'fps': known ones are resized_width, "),
         ("gone.png", "1 file(s) missing"),
         (str(folder), "1 file(s) missing"),
     ]:

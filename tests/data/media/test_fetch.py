@@ -207,7 +207,5 @@ def test_a_sample_of_addresses_is_that_of_their_files(server, tmp_path, tiny):
     assert "secret" not in str(caught.value) and "token" not in str(caught.value)
     entry["video"] = "ftp://me:secret@host/a.mp4?token=x"
     (tmp_path / "data.json").write_text(json.dumps([entry]))
-    with pytest.raises(
-        InputError, match=r"sample 's': 'video': 'ftp://host/a.mp4' is refused: only http and https"
-    ) as caught:
+    with pytest.raises(InputError, match=r"sample 's': 'ftp://host/a.mp4' is refused: only http and https") as caught:
         load_samples([str(tmp_path / "data.json")])
