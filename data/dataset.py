@@ -146,6 +146,26 @@ class Samples(Sequence):
             raise InputError(f"{paths!r}: {len(missing)} file(s) missing: {found}: {mend}")
 
 
+def write_entries(entries: list[dict], path: str, flag: str) -> None:
+    """Write entries to a new JSON file, or JSONL by its name; raise InputError and leave no file if that fails.
+
+    flag: names the file or its folder.
+    """
+    start, between, end = ("", "\n", "\n") if path.endswith(".jsonl") else ("[\n", ",\n", "\n]\n")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "x") as file:
+            try:
+                file.write(start + between.join(map(json.dumps, entries)) + end)
+                file.flush()
+            except OSError:
+                os.unlink(path)
+                raise
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}): make room, or name another place"
+        raise InputError(f"--{flag} {path!r} {reason}") from error
+
+
 def add_id(ids: dict[str, str], sample_id: str, path: str) -> None:
     """Add an id to those so far, id -> path of its file; raise DuplicateId if it is there already, in whatever file."""
     if first := ids.get(sample_id):

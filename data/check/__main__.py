@@ -8,9 +8,9 @@ reported, and the sample is "kept": an answer without a number, from which nothi
 one may be misspelt, and so is what the best constant answer earns. Nothing is written except the cleaned file.
 """
 
-import json
 import os
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data.check.media import FORKSERVER, PRELOAD, check_media
 from data.check.report import print_problems, print_report
-from data.dataset import Samples
+from data.dataset import Samples, write_entries
 from data.flags import MediaFlags, SampleFlags, parse_flags
 from data.loader import media_options, resolve_data_flags
 from data.media.patches import Grid
@@ -65,20 +65,19 @@ def find_problems(
         problems["malformed sample"] = f"key {taken[0]!r}: reward functions are given something else under this name"
     max_videos = 0 if varies(args.video_cap) else args.max_videos  # where it varies, each is used in some epoch
     used = cap_videos(sample, max_videos, args.max_images, choice_of(args.video_cap)).media
-    unused = {"video": [], "image": []}
     for media in sample.media:
         error = checked[media]
-        if media in used or isinstance(error, FileNotFoundError):  # what is not used must exist, too
-            if not isinstance(error, Grid):
-                problems.setdefault(OF_ERROR.get(type(error), f"undecodable {media.kind}"), str(error))
-        elif not isinstance(error, Grid):
-            unused[media.kind].append(f"; not used: {error}")
+        if isinstance(error, FileNotFoundError) or (media in used and isinstance(error, BadMedia)):  # all must exist
+            problems.setdefault(OF_ERROR.get(type(error), f"undecodable {media.kind}"), str(error))
     if extract_number(sample.answer) is None:
         problems["no number in the truth"] = f"{sample.answer!r}: a numerical reward gives every completion 0.5"
     for kind, most in (("video", args.max_videos), ("image", args.max_images)):
-        have = sum(media.kind == kind for media in sample.media)
-        if 0 < most < have:
-            problems[f"over --max_{kind}s"] = f"{have} {kind}s, only {most} are used" + "".join(unused[kind])
+        of_kind = [media for media in sample.media if media.kind == kind]
+        if 0 < most < len(of_kind):
+            bad = [str(checked[media]) for media in of_kind if not (media in used or isinstance(checked[media], Grid))]
+            problems[f"over --max_{kind}s"] = "; not used: ".join(
+                [f"{len(of_kind)} {kind}s, only {most} are used", *bad]
+            )
     return problems
 
 
@@ -107,26 +106,13 @@ def check(args: CheckConfig) -> int:
     print_problems(found, KEPT)
     if valid:
         print_report([sample for _, sample in valid], checked, args, tokenizer, functions)
-    num_left_out, num_images = len(entries) - len(valid), sum(one.kind == "image" for one in media)
-    counted = f"{len(media) - num_images} videos" + f", {num_images} images" * bool(num_images)
-    print(f"{len(entries)} samples, {counted}: {len(valid)} valid samples, {num_left_out} left out")
+    num_left_out, num = len(entries) - len(valid), Counter(one.kind for one in media)
+    counted = f"{len(entries)} samples, {num['video']} videos, {num['image']} images"
+    print(f"{counted}: {len(valid)} valid samples, {num_left_out} left out")
     if args.write_clean and valid:
-        write_entries([entry for entry, _ in valid], args.write_clean)
+        write_entries([entry for entry, _ in valid], args.write_clean, "write_clean")
         print(f"the valid samples are in {args.write_clean!r}")
     return int(num_left_out > 0)
-
-
-def write_entries(entries: list[dict], path: str) -> None:
-    """Write entries to a new JSON file, or JSONL by its name; raise InputError and leave no file if that fails."""
-    start, between, end = ("", "\n", "\n") if path.endswith(".jsonl") else ("[\n", ",\n", "\n]\n")
-    with open(path, "x") as file:
-        try:
-            file.write(start + between.join(map(json.dumps, entries)) + end)
-            file.flush()
-        except OSError as error:
-            os.unlink(path)
-            reason = f"cannot be written ({error.strerror}): name another place"
-            raise InputError(f"--write_clean {path!r} {reason}") from error
 
 
 def parse(argv: list[str]) -> CheckConfig:

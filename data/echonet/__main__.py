@@ -7,15 +7,14 @@ Written are train.json, val.json and test.json. A video that is listed and missi
 """
 
 import csv
-import json
 import os
 import shlex
 import statistics
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.dataset import write_entries
 from data.flags import parse_flags
 from data.sample import InputError
 from reward.flags import flag
@@ -65,21 +64,6 @@ def sample_of(name: str, ejection_fraction: float) -> dict:
     return {"id": name, "video": [f"{name}.avi"], "conversations": turns}
 
 
-def write_all(contents: dict[Path, list[dict]], output: str) -> None:
-    """Write files, path -> samples, when the last one is whole; raise InputError."""
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        # A folder of their own, so that no file of the user has one of the temporary names.
-        with tempfile.TemporaryDirectory(prefix=".echonet-", dir=output) as unfinished:
-            for path, samples in contents.items():
-                Path(unfinished, path.name).write_text(json.dumps(samples, indent=1) + "\n")
-            for path in contents:
-                os.replace(Path(unfinished, path.name), path)
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror}): make room, or name another folder"
-        raise InputError(f"--output {output!r} {reason}") from error
-
-
 def convert(root: str, output: str) -> None:
     """Write the samples of each split, and print what was found; raise InputError."""
     folder, contents, missing, table = Path(root, "Videos"), {}, [], []
@@ -97,7 +81,8 @@ def convert(root: str, output: str) -> None:
         table.append(f"{split:8}{len(found):8}{len(listed) - len(found):9}{figures}")
     if not contents:
         raise InputError(f"none of the {len(missing)} listed videos is in {str(folder)!r}: give its parent as --root")
-    write_all(contents, output)
+    for path, samples in contents.items():
+        write_entries(samples, str(path), "output")
     print(*missing, f"{'split':8}{'samples':>8}{'missing':>9}{'least EF':>10}{'mean':>7}{'most':>7}", *table, sep="\n")
     train, val, _ = (Path(output, f"{split}.json") for split in SPLITS)
     if train in contents:

@@ -53,29 +53,25 @@ class VideoOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{count if name in FRAME_COUNTS else size}{name} must be positive, got {value}")
+        if self.fps is not None and self.nframes is not None:
+            raise ValueError(f"give {count}fps or {count}nframes, not both")
+        if self.nframes is not None and self.nframes < 2:
+            raise ValueError(f"{count}nframes must be at least 2, got {self.nframes}")
+        if self.max_frames < max(2, self.min_frames):
+            raise ValueError(f"max_frames {self.max_frames} must be at least 2 and min_frames {self.min_frames}")
+        if self.video_end is not None and self.video_end <= self.video_start:
+            raise ValueError(f"video_end {self.video_end} must be after video_start {self.video_start}")
         width, height, least, most = self.resized_width, self.resized_height, self.min_pixels, self.max_pixels
-        limit = max(MAX_FRAME_PIXELS, int(least * 1.05))
-        is_sized = width is not None and height is not None  # the bounds of the pixels then say nothing
-        problems = {
-            f"give {count}fps or {count}nframes, not both": self.fps is not None and self.nframes is not None,
-            f"give {size}resized_width and {size}resized_height together": (width is None) != (height is None),
-            f"{count}nframes must be at least 2, got {self.nframes}": self.nframes is not None and self.nframes < 2,
-            f"max_frames {self.max_frames} must be at least 2 and min_frames {self.min_frames}": (
-                self.max_frames < max(2, self.min_frames)
-            ),
-            f"video_end {self.video_end} must be after video_start {self.video_start}": (
-                self.video_end is not None and not self.video_start < self.video_end
-            ),
-            f"{size}resized_width {width} and {size}resized_height {height}: the longer side must be at most "
-            f"{MAX_ASPECT_RATIO} times the shorter one": (
-                is_sized and max(width, height) > MAX_ASPECT_RATIO * min(width, height)
-            ),
-            f"{size}min_pixels {least} is more than {size}max_pixels {most}": not is_sized and least > most,
-            f"{size}max_pixels {most} is above the limit of qwen-vl-utils: give {limit}": not is_sized and most > limit,
-        }
-        for problem, is_there in problems.items():
-            if is_there:
-                raise ValueError(problem)
+        if (width is None) != (height is None):
+            raise ValueError(f"give {size}resized_width and {size}resized_height together")
+        if width is None:
+            if least > most:
+                raise ValueError(f"{size}min_pixels {least} is more than {size}max_pixels {most}")
+            if most > (limit := max(MAX_FRAME_PIXELS, int(least * 1.05))):
+                raise ValueError(f"{size}max_pixels {most} is above the limit of qwen-vl-utils: give {limit}")
+        elif max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            sizes = f"{size}resized_width {width} and {size}resized_height {height}"
+            raise ValueError(f"{sizes}: the longer side must be at most {MAX_ASPECT_RATIO} times the shorter one")
 
 
 def choose_frames(total_frames: int, video_fps: float, options: VideoOptions) -> tuple[list[int], float]:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from data.media.frames import DEFAULT_FPS, VideoOptions, choose_frames, frame_span, smart_resize
 from data.media.patches import PIXELS_PER_TOKEN
-from data.sample import IMAGE_SUFFIXES, BadMedia, Media, TooFewFrames, named
+from data.sample import IMAGE_SUFFIXES, BadMedia, Media, TooFewFrames, first_line, named
 
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L")  # more than 8 bits per pixel, which would be clipped to white
 
@@ -49,9 +49,10 @@ def read_image(path: str) -> torch.Tensor:
         raise FileNotFoundError(f"no image at {path!r}")
     with named(repr(path)):
         try:
-            with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-                image = Image.open(path)
-            with image:
+            with (
+                warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+                Image.open(path) as image,
+            ):
                 if min(image.size) < 2:
                     raise BadMedia(f"has {image.width}x{image.height} pixels: a side must have at least 2")
                 if image.mode in DEEP_MODES:
@@ -63,12 +64,8 @@ def read_image(path: str) -> torch.Tensor:
                 pixels = np.array(image.convert("RGB"))  # (H, W, 3)
         except BadMedia:
             raise
-        except Image.UnidentifiedImageError as error:
-            raise BadMedia("is not an image that Pillow can open") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise BadMedia(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller") from error
         except Exception as error:  # of a broken file, decoders raise anything
-            raise BadMedia(f"is damaged: its pixels cannot be decoded ({error})") from error
+            raise BadMedia(f"is no image that Pillow can read ({first_line(error)})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

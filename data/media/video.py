@@ -30,8 +30,6 @@ def open_video(path: str, options: VideoOptions) -> tuple[VideoReader, list[int]
             video_fps, times = reader.get_avg_fps(), reader.get_frame_timestamp(range(len(reader)))[:, 0]
         except OSError as error:
             raise BadMedia(f"cannot be read ({error.strerror})") from error
-        except UnicodeEncodeError as error:
-            raise BadMedia("has a name that decord cannot open: it is not UTF-8") from error
         except (DECORDError, RuntimeError, AssertionError, IndexError) as error:
             raise BadMedia("is not a video that decord can open") from error
         if not 0 < video_fps < math.inf:  # false for nan, too

@@ -14,9 +14,9 @@ import time
 import numpy as np
 import pytest
 
-from data.check.__main__ import PROBLEMS, check, main, parse, write_entries
+from data.check.__main__ import PROBLEMS, check, main, parse
 from data.check.media import PRELOAD, check_media, send_grid
-from data.dataset import load_samples
+from data.dataset import load_samples, write_entries
 from data.media.frames import VideoOptions
 from data.media.load import MediaOptions
 from data.sample import BadMedia, InputError, Media
@@ -89,7 +89,7 @@ def test_every_problem_is_counted_and_named(folder, capsys):
     assert re.search(r"^missing file.*\n    no video at '.*/videos/x\\n\.mp4'$", text, re.MULTILINE)
     assert re.search(r"^undecodable.*\n    '.*/videos/d\.mp4' is not a video that decord can open$", text, re.MULTILINE)
     assert re.search(r"^too few.*\n    '.*/c\.mp4' has 3 frames, --nframes 4 asks for 4$", text, re.MULTILINE)
-    assert "11 samples, 6 videos: 3 valid samples, 8 left out" in text
+    assert "11 samples, 6 videos, 0 images: 3 valid samples, 8 left out" in text
     assert text.replace("\n", "").isprintable()
 
 
@@ -99,7 +99,7 @@ def test_misspelt_keys_are_malformed_samples(folder, capsys):
     code, text, table = run(folder, capsys, samples)
     assert code == 1 and table["malformed sample"] == (4, "left out", "'vidoe', 'conversation', 'key', ...")
     assert re.search(r"\n    '.*/train\.json': sample 'vidoe': unknown key 'vidoe', did you mean 'video'\?\n", text)
-    assert "5 samples, 1 videos: 1 valid samples, 4 left out" in text
+    assert "5 samples, 1 videos, 0 images: 1 valid samples, 4 left out" in text
 
 
 @pytest.mark.parametrize("width", [1, 2, 16, 72])
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_no_half_of_a_cleaned_file(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(InputError, match=r"--write_clean .*clean\.json' cannot be written \(File too large\)"):
-            write_entries([entry(f"s{i}") for i in range(99)], str(folder / "clean.json"))
+            write_entries([entry(f"s{i}") for i in range(99)], str(folder / "clean.json"), "write_clean")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (folder / "clean.json").exists()
@@ -191,7 +191,7 @@ def test_nothing_is_overwritten_and_nothing_else_written(folder, capsys, monkeyp
     config = parse(["--data_path", str(data), "--image_folder", str(folder / "videos"), "--write_clean", "clean.json"])
     monkeypatch.chdir(folder)
     (folder / "clean.json").write_text("written meanwhile")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(InputError, match=r"--write_clean 'clean.json' cannot be written .File exists."):
         check(config)
     assert (folder / "clean.json").read_text() == "written meanwhile"
     (folder / "clean.json").unlink()
@@ -377,7 +377,9 @@ def test_every_form_has_a_row_and_every_fault_of_an_image_a_line(mixed, tmp_path
         "options of their own": 3,
     }
     assert all(re.search(rf"^{form} +{num}$", text, re.MULTILINE) for form, num in rows.items())
-    assert re.search(r"^undecodable image +1  left out  'cut'\n    '.*cut\.jpg' is damaged", text, re.MULTILINE)
+    assert re.search(
+        r"^undecodable image +1  left out  'cut'\n    '.*cut\.jpg' is no image that Pillow can read", text, re.MULTILINE
+    )
     lengths = [len(prompt.prompt_ids) for prompt in mixed.prompts]
     assert re.search(rf"^prompt tokens +{min(lengths)} .* {max(lengths)}$", text, re.MULTILINE)
     assert "8 samples, 4 videos, 4 images: 7 valid samples, 1 left out" in text

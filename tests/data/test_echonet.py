@@ -142,7 +142,7 @@ def test_the_commands_it_names_are_the_right_ones(root, tmp_path, capsys):
     assert f"--eval_data_path '{tmp_path}/my data/val.json'" in train
     python, dash_m, module, *flags = shlex.split(check)
     assert (python, dash_m, module) == ("python", "-m", "data.check") and check_main(flags) == 0
-    assert "2 samples, 2 videos: 2 valid samples" in capsys.readouterr().out
+    assert "2 samples, 2 videos, 0 images: 2 valid samples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_nothing(root, tmp_path):
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100, -1))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"--output '{tmp_path}/out' cannot be written (File too large)" in done.stderr
+    assert f"--output '{tmp_path}/out/train.json' cannot be written (File too large)" in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
 
 
