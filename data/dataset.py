@@ -105,11 +105,9 @@ class Samples(Sequence):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        """Read a sample, or several. Raises InputError."""
+    def __getitem__(self, index: int) -> Sample:
+        """Read a sample. Raises InputError."""
         index = range(len(self))[index]  # raises IndexError, at which an iteration ends
-        if isinstance(index, range):
-            return [self[i] for i in index]
         file, place, default_id = self.where(index)
         sample = read_sample(file[place], file.path, default_id, self.image_folder)
         return self.prepare(sample) if self.prepare else sample
@@ -147,10 +145,7 @@ class Samples(Sequence):
 
 
 def write_entries(entries: list[dict], path: str, flag: str) -> None:
-    """Write entries to a new JSON file, or JSONL by its name; raise InputError and leave no file if that fails.
-
-    flag: names the file or its folder.
-    """
+    """Write entries to a new JSON or JSONL file; raise InputError, naming a flag, and leave no file if that fails."""
     start, between, end = ("", "\n", "\n") if path.endswith(".jsonl") else ("[\n", ",\n", "\n]\n")
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

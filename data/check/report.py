@@ -2,7 +2,6 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -15,8 +14,6 @@ from data.video_cap import cap_videos, choice_of
 from reward.extract import extract_number
 from reward.functions import RewardFunction, keys_of
 from reward.zero_skill import zero_skill
-
-KINDS = {("video",): "videos only", ("image",): "images only", ("image", "video"): "videos and images", (): "text only"}
 
 
 def print_problems(found: dict[str, list[tuple[str, str]]], kept: tuple[str, ...]) -> None:
@@ -37,8 +34,13 @@ def print_report(
     functions: list[RewardFunction],
 ) -> None:
     """Print what is known of valid samples: forms, sizes, rare keys, truths, and what a constant answer earns."""
+    forms = Counter()
+    for sample in samples:
+        forms[" and ".join(sorted({f"{media.kind}s" for media in sample.media})) or "text only"] += 1
+        forms["frames in files"] += any(has_frame_files(media) for media in sample.media)
+        forms["options of their own"] += any(media.options for media in sample.media)
     print(f"\n{'valid samples with':44}{'samples':>8}")
-    for form, num in Counter(form for sample in samples for form in forms_of(sample)).items():
+    for form, num in (+forms).items():  # those that there are
         print(f"{form:44}{num:>8}")
     print_sizes(samples, checked, args, tokenizer)
     keys = keys_of(samples)
@@ -50,15 +52,6 @@ def print_report(
     for line in (outside_line(truths, args.valid_range), zero_skill(functions, samples, truths, keys)):
         if line:
             print(line)
-
-
-def forms_of(sample: Sample) -> Iterator[str]:
-    """Yield those of the forms that a sample has."""
-    yield KINDS[tuple(sorted({media.kind for media in sample.media}))]
-    if any(media.kind == "video" and has_frame_files(media) for media in sample.media):
-        yield "frames in files"
-    if any(media.options for media in sample.media):
-        yield "options of their own"
 
 
 def outside_line(truths: np.ndarray, valid_range: list[float]) -> str | None:

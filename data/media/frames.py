@@ -87,14 +87,12 @@ def choose_frames(total_frames: int, video_fps: float, options: VideoOptions) ->
 def frame_span(total_frames: int, video_fps: float, options: VideoOptions) -> range:
     """Return the frames from video_start to video_end, both inclusive; raise ValueError if there are none."""
     seconds = total_frames / video_fps
-    for name in ("video_start", "video_end"):
-        if (getattr(options, name) or 0) > seconds:
-            raise ValueError(f"lasts {seconds:g} seconds: {name} {getattr(options, name):g} is beyond its end")
-    first = math.ceil(options.video_start * video_fps)
-    last = total_frames - 1
-    if options.video_end is not None:
-        last = min(math.floor(options.video_end * video_fps), last)
-    return range(first, last + 1)
+    end = seconds if options.video_end is None else options.video_end
+    if max(options.video_start, end) > seconds:
+        part = f"video_start {options.video_start:g} to video_end {end:g}"
+        raise ValueError(f"lasts {seconds:g} seconds, and so has no part from {part}")
+    last = min(math.floor(end * video_fps), total_frames - 1)
+    return range(math.ceil(options.video_start * video_fps), last + 1)
 
 
 def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) -> list[int]:
@@ -109,7 +107,7 @@ def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) ->
         count = round(options.nframes / 2) * 2
         required = f"--nframes {options.nframes} asks for {count}"
     else:
-        wanted = total_frames / video_fps * (DEFAULT_FPS if options.fps is None else options.fps)
+        wanted = total_frames / video_fps * (options.fps or DEFAULT_FPS)
         least, most = math.ceil(options.min_frames / 2) * 2, math.floor(options.max_frames / 2) * 2
         count = math.floor(min(max(wanted, least), most, total_frames) / 2) * 2
         required = "at least 2 are needed"

@@ -369,9 +369,9 @@ def test_every_form_has_a_row_and_every_fault_of_an_image_a_line(mixed, tmp_path
     assert main(["--data_path", str(tmp_path / "data.json"), *where, *SMALL]) == 1
     text = capsys.readouterr().out
     rows = {
-        "videos only": 3,
-        "images only": 1,
-        "videos and images": 1,
+        "videos": 3,
+        "images": 1,
+        "images and videos": 1,
         "text only": 2,
         "frames in files": 2,
         "options of their own": 3,

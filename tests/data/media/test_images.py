@@ -242,8 +242,8 @@ def test_options_of_its_own_stand_in_place_of_the_flags(clip):
         ((("fps", 2), ("nframes", 4)), "give fps or nframes, not both"),
         ((("resized_width", 56),), "give resized_width and resized_height together"),
         ((("video_end", 0.5), ("video_start", 0.75)), "video_end 0.5 must be after video_start 0.75"),
-        ((("video_end", 9),), "lasts 1.25 seconds: video_end 9 is beyond its end"),
-        ((("video_start", 2),), "lasts 1.25 seconds: video_start 2 is beyond its end"),
+        ((("video_end", 9),), "lasts 1.25 seconds, and so has no part from video_start 0 to video_end 9"),
+        ((("video_start", 2),), "lasts 1.25 seconds, and so has no part from video_start 2 to"),
         ((("max_frames", 1),), "max_frames 1 must be at least 2"),
         ((("nframes", 8), ("video_end", 0.25)), "has 3 frames, --nframes 8 asks for 8"),
     ]:
