@@ -52,7 +52,7 @@ class CheckConfig(WhatFlags, MediaFlags, WeightedFlags):
 
 
 def find_problems(
-    sample: Sample | InputError, checked: dict[Media, Grid | FileNotFoundError | BadMedia], args: CheckConfig
+    sample: Sample | InputError, checked: dict[Media, Grid | Exception], args: CheckConfig
 ) -> dict[str, str]:
     """Return everything that is wrong with a sample: problem -> the first reason.
 

@@ -21,9 +21,7 @@ def send_grid(sender, media: Media, options: MediaOptions) -> None:
         sender.send(error)
 
 
-def check_media(
-    media: Media, options: MediaOptions, timeout: float = 600.0, function=send_grid
-) -> Grid | FileNotFoundError | BadMedia:
+def check_media(media: Media, options: MediaOptions, timeout: float = 600.0, function=send_grid) -> Grid | Exception:
     """Return what `send_grid` sends from a process of its own, because a broken file may crash the decoder or hang it.
 
     timeout: in seconds. Raises InputError if a cache cannot be written.

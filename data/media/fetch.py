@@ -102,11 +102,9 @@ def download(address: str, path: Path, max_bytes: int) -> None:
     opener = urllib.request.build_opener(OnlyHttp)
     with opener.open(request, timeout=SECONDS_WITHOUT_DATA) as response, open(path, "wb") as file:
         announced = int(response.headers.get("Content-Length") or -1)
-        if announced > max_bytes:
-            raise BadMedia(f"{shown(address)!r} has {announced:,} bytes, more than {max_bytes:,}")
         while chunk := response.read1(CHUNK):
             file.write(chunk)
-            if file.tell() > max_bytes:
+            if max(announced, file.tell()) > max_bytes:
                 raise BadMedia(f"{shown(address)!r} has more than {max_bytes:,} bytes")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not complete after {SECONDS_IN_ALL:g} seconds")

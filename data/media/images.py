@@ -33,9 +33,8 @@ class ImageOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels:
-            raise ValueError(
-                f"--image_min_pixels {self.min_pixels} must be above 0 and at most --image_max_pixels {self.max_pixels}"
-            )
+            bounds = f"--image_min_pixels {self.min_pixels} must be above 0 and at most --image_max_pixels"
+            raise ValueError(f"{bounds} {self.max_pixels}")
         if (self.resized_width is None) != (self.resized_height is None):
             raise ValueError("give resized_width and resized_height together")
 

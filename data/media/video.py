@@ -68,19 +68,13 @@ def decode(path: str, reader: VideoReader, indices: list[int]) -> torch.Tensor:
     return torch.stack(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
 
 
-def read_frames(path: str, options: VideoOptions) -> tuple[torch.Tensor, float]:
-    """Decode the frames that the options ask for: uint8 (T, 3, H, W), and how many of them are in a second of video.
+def resized_frames(path: str, options: VideoOptions) -> tuple[torch.Tensor, float]:
+    """Decode and resize the frames that the options ask for: uint8 (T, 3, H, W), and how many of them are in a second.
 
     Raises FileNotFoundError if there is no such file, BadMedia if the frames cannot be decoded.
     """
     reader, indices, sampled_fps = open_video(path, options)
-    return decode(path, reader, indices), sampled_fps
-
-
-def resized_frames(path: str, options: VideoOptions) -> tuple[torch.Tensor, float]:
-    """Do as `read_frames`, and resize the frames as the options say."""
-    frames, sampled_fps = read_frames(path, options)
-    return resize_frames(path, frames, options), sampled_fps
+    return resize_frames(path, decode(path, reader, indices), options), sampled_fps
 
 
 def first_frame(path: str, options: VideoOptions) -> tuple[torch.Tensor, int]:

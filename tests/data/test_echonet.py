@@ -19,10 +19,10 @@ from data.dataset import load_samples
 from data.echonet.__main__ import main
 from data.media.frames import VideoOptions
 from data.media.patches import unpatchify
-from data.media.video import open_video, read_frames
+from data.media.video import open_video
 from reward.extract import extract_number
 from tests.conftest import ROOT
-from tests.data.media.test_video import load_video
+from tests.data.media.test_video import load_video, read_frames
 
 HEAD = "FileName,EF,ESV,EDV,FrameHeight,FrameWidth,FPS,NumberOfFrames,Split"
 FPS = 50

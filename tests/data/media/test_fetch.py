@@ -110,7 +110,7 @@ def test_what_works_in_the_end_is_fetched(server, tmp_path, path):
         ("/404.mp4", "the server answers 404", 1),
         ("/500.mp4", "the server answers 500", 3),
         ("/broken.mp4", "the connection broke after 102,400 of 102,407 bytes", 3),
-        ("/huge.mp4", "has 1,000,000,000,000 bytes, more than", 1),
+        ("/huge.mp4", "has more than 1,000,000 bytes", 1),
         ("/endless.mp4", "has more than 1,000,000 bytes", 1),
         ("/empty.mp4", "is an empty file", 1),
         ("/to/file.mp4", "the server answers 302", 1),

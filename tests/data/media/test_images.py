@@ -13,10 +13,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.media.frames import VideoOptions, frame_span
 from data.media.images import ImageOptions, read_image
 from data.media.load import MediaOptions, load_media, media_grid
-from data.media.video import open_video, read_frames
+from data.media.video import open_video
 from data.sample import BadMedia, Media, TooFewFrames
 from grpo.demo.mp4 import write_mp4
-from tests.data.media.test_video import load_video
+from tests.data.media.test_video import load_video, read_frames
 
 SMALL = VideoOptions(nframes=4, resized_width=56, resized_height=56)
 ALL = MediaOptions(VideoOptions(resized_width=56, resized_height=56))

@@ -12,11 +12,16 @@ from PIL import Image
 from data.media.frames import VideoOptions, frame_indices
 from data.media.load import MediaOptions, load_media, media_grid
 from data.media.patches import CLIP_MEAN, CLIP_STD
-from data.media.video import read_frames
+from data.media.video import decode, open_video
 from data.sample import BadMedia, Media
 from grpo.demo.mp4 import encode_jpeg, write_mp4
 from tests.data.media.test_frames import TOKEN
 from tests.data.media.test_patches import random_frames
+
+
+def read_frames(path: Path, options: VideoOptions) -> tuple[torch.Tensor, float]:
+    reader, indices, sampled_fps = open_video(path, options)
+    return decode(path, reader, indices), sampled_fps
 
 
 def load_video(path: Path, options: VideoOptions):
