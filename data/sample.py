@@ -39,12 +39,13 @@ class TooFewFrames(BadMedia):
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Put the name of a file before what is wrong with it: a ValueError becomes BadMedia."""
+    """Put the name of a file before what is wrong with it: a ValueError or OSError becomes BadMedia."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         kind = TooFewFrames if isinstance(error, TooFewFrames) else BadMedia
-        raise kind(f"{name} {error}") from error
+        reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else error
+        raise kind(f"{name} {reason}") from error
 
 
 def is_address(path: str) -> bool:

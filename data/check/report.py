@@ -35,7 +35,26 @@ def print_report(samples: list[Sample], checked: dict[Media, Grid | Exception], 
     print(f"\n{'valid samples with':44}{'samples':>8}")
     for form, num in (+forms).items():  # those that there are
         print(f"{form:44}{num:>8}")
-    print_sizes(samples, checked, args, tokenizer)
+    # What is over a cap is not counted in frames and tokens.
+    choose = choice_of(args.video_cap)
+    capped = [cap_videos(sample, args.max_videos, args.max_images, choose) for sample in samples]
+    lengths = [prompt_tokens(sample, checked, tokenizer) for sample in capped]
+    long = [repr(sample.id) for sample, num in zip(capped, lengths, strict=True) if num > args.max_prompt_length > 0]
+    if long:
+        print(f"{'over --max_prompt_length':44}{len(long):>8}  {first_of(long)}")
+    used = {media for sample in capped for media in sample.media}
+    rows = {
+        "videos per sample": [sum(media.kind == "video" for media in sample.media) for sample in samples],
+        "images per sample": [sum(media.kind == "image" for media in sample.media) for sample in samples],
+        "frames read per video": [2 * checked[media].t for media in used if media.kind == "video"],
+        "prompt tokens" if tokenizer else "video and image tokens (text not counted)": lengths,
+    }
+    print(f"\n{'valid samples':44}{'min':>8}{'median':>10}{'mean':>10}{'max':>8}")
+    for name, numbers in rows.items():
+        if any(numbers):
+            middle = f"{np.median(numbers):>10.1f}{np.mean(numbers):>10.1f}"
+            print(f"{name:44}{min(numbers):>8}{middle}{max(numbers):>8}")
+    print()
     keys = keys_of(samples)
     for key in keys:
         having = [repr(sample.id) for sample in samples if key in sample.extra]
@@ -65,26 +84,3 @@ def prompt_tokens(sample: Sample, checked: dict[Media, Grid | Exception], tokeni
     if not tokenizer:
         return int(media_lengths(grid_thw).sum())
     return len(encode_prompt(sample.turns, tokenizer, grid_thw, torch.ones(len(grid_thw)), 1)[0])
-
-
-def print_sizes(samples: list[Sample], checked: dict[Media, Grid | Exception], args, tokenizer) -> None:
-    """Print the sizes of valid samples; what is over a cap is not counted in frames and tokens."""
-    choose = choice_of(args.video_cap)
-    capped = [cap_videos(sample, args.max_videos, args.max_images, choose) for sample in samples]
-    lengths = [prompt_tokens(sample, checked, tokenizer) for sample in capped]
-    long = [repr(sample.id) for sample, num in zip(capped, lengths, strict=True) if num > args.max_prompt_length > 0]
-    if long:
-        print(f"{'over --max_prompt_length':44}{len(long):>8}  {first_of(long)}")
-    used = {media for sample in capped for media in sample.media}
-    rows = {
-        "videos per sample": [sum(media.kind == "video" for media in sample.media) for sample in samples],
-        "images per sample": [sum(media.kind == "image" for media in sample.media) for sample in samples],
-        "frames read per video": [2 * checked[media].t for media in used if media.kind == "video"],
-        "prompt tokens" if tokenizer else "video and image tokens (text not counted)": lengths,
-    }
-    print(f"\n{'valid samples':44}{'min':>8}{'median':>10}{'mean':>10}{'max':>8}")
-    for name, numbers in rows.items():
-        if any(numbers):
-            middle = f"{np.median(numbers):>10.1f}{np.mean(numbers):>10.1f}"
-            print(f"{name:44}{min(numbers):>8}{middle}{max(numbers):>8}")
-    print()

@@ -13,7 +13,6 @@ from data.media.patches import PIXELS_PER_TOKEN, SIZE_FACTOR, TEMPORAL_PATCH_SIZ
 from data.sample import TooFewFrames, named
 
 DEFAULT_FPS = 2.0
-MIN_FRAMES, MAX_FRAMES = 4, 768
 MAX_FRAME_PIXELS = 768 * PIXELS_PER_TOKEN
 MAX_VIDEO_PIXELS = 128000 * PIXELS_PER_TOKEN * 0.9  # 90% of the model's context of 128,000 tokens
 MAX_ASPECT_RATIO = 200
@@ -34,8 +33,8 @@ class VideoOptions:
     resized_height: int | None = None
     min_pixels: int = 128 * PIXELS_PER_TOKEN  # bounds of width x height
     max_pixels: int = 768 * PIXELS_PER_TOKEN
-    min_frames: int = MIN_FRAMES  # bounds of the number of frames where fps decides
-    max_frames: int = MAX_FRAMES
+    min_frames: int = 4  # bounds of the number of frames where fps decides
+    max_frames: int = 768
     video_start: float = 0.0  # seconds; frames are read from this part only
     video_end: float | None = None
     jitter: float = 0.0  # how far the frames are moved, in steps between them, from -0.5 to 0.5

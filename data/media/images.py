@@ -93,10 +93,7 @@ def frame_files(media: Media, options: VideoOptions) -> tuple[list[str], float]:
     is_folder = isinstance(media.path, str)
     with named(repr(media.path) if is_folder else f"the list of {len(paths)} frames from {paths[0]!r} on"):
         if is_folder:
-            try:
-                names = sorted(os.listdir(media.path), key=natural_order)
-            except OSError as error:
-                raise BadMedia(f"cannot be read ({error.strerror})") from error
+            names = sorted(os.listdir(media.path), key=natural_order)
             paths = [os.path.join(media.path, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
         if len(paths) < 2:
             raise TooFewFrames(f"has {len(paths)} frame{'s' * (len(paths) != 1)} ({', '.join(IMAGE_SUFFIXES)})")

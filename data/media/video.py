@@ -28,8 +28,6 @@ def open_video(path: str, options: VideoOptions) -> tuple[VideoReader, list[int]
             # decord ignores a fault_tol of 0, hence the tiny number.
             reader = VideoReader(os.path.abspath(path), num_threads=1, fault_tol=1e-9)
             video_fps, times = reader.get_avg_fps(), reader.get_frame_timestamp(range(len(reader)))[:, 0]
-        except OSError as error:
-            raise BadMedia(f"cannot be read ({error.strerror})") from error
         except (DECORDError, RuntimeError, AssertionError, IndexError) as error:
             raise BadMedia("is not a video that decord can open") from error
         if not 0 < video_fps < math.inf:  # false for nan, too
