@@ -75,9 +75,8 @@ def find_problems(
         of_kind = [media for media in sample.media if media.kind == kind]
         if 0 < most < len(of_kind):
             bad = [str(checked[media]) for media in of_kind if not (media in used or isinstance(checked[media], Grid))]
-            problems[f"over --max_{kind}s"] = "; not used: ".join(
-                [f"{len(of_kind)} {kind}s, only {most} are used", *bad]
-            )
+            over = f"{len(of_kind)} {kind}s, only {most} are used"
+            problems[f"over --max_{kind}s"] = "; not used: ".join([over, *bad])
     return problems
 
 

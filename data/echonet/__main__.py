@@ -51,10 +51,8 @@ def read_list(path: Path) -> dict[str, dict[str, float]]:
         reason = f"({error.strerror}): give the folder that holds it as --root"
         raise InputError(f"cannot read {str(path)!r} {reason}") from error
     except (KeyError, ValueError, csv.Error) as error:
-        columns = "the columns FileName (a file in Videos/), EF (0 to 100) and Split (TRAIN, VAL or TEST)"
-        raise InputError(
-            f"{str(path)!r}, line {reader.line_num}: {error}: make it CSV in UTF-8 with {columns}"
-        ) from error
+        mend = "make it CSV in UTF-8 with FileName (a file in Videos/), EF (0 to 100) and Split (TRAIN, VAL or TEST)"
+        raise InputError(f"{str(path)!r}, line {reader.line_num}: {error}: {mend}") from error
     return videos
 
 

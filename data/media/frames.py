@@ -125,9 +125,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: float) ->
     Raises ValueError if one side is more than 200 times the other.
     """
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ValueError(
-            f"has frames of {width}x{height} pixels: the longer side is more than {MAX_ASPECT_RATIO} times the shorter"
-        )
+        raise ValueError(f"has frames of {width}x{height} pixels: one side is over {MAX_ASPECT_RATIO} times the other")
     tiles = [max(1, round(side / SIZE_FACTOR)) for side in (height, width)]
     if math.prod(tiles) * PIXELS_PER_TOKEN > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)

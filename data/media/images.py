@@ -48,10 +48,8 @@ def read_image(path: str) -> torch.Tensor:
         raise FileNotFoundError(f"no image at {path!r}")
     with named(repr(path)):
         try:
-            with (
-                warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-                Image.open(path) as image,
-            ):
+            bombs = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
+            with bombs, Image.open(path) as image:
                 if min(image.size) < 2:
                     raise BadMedia(f"has {image.width}x{image.height} pixels: a side must have at least 2")
                 if image.mode in DEEP_MODES:

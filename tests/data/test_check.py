@@ -108,7 +108,7 @@ def test_a_narrow_video_is_checked_by_its_real_size(folder, capsys, width):
     assert run(folder, capsys, [entry("narrow", ["narrow.mp4"])])[0] == 0
     write_mp4(folder / "videos" / "thread.mp4", np.zeros((4, 201 * width, width, 3), np.uint8), fps=8)
     path, options = str(folder / "videos" / "thread.mp4"), MediaOptions(VideoOptions(nframes=4))
-    reason = f"{path!r} has frames of {width}x{201 * width} pixels: the longer side is more than 200 times the shorter"
+    reason = f"{path!r} has frames of {width}x{201 * width} pixels: one side is over 200 times the other"
     assert str(check_media(Media("video", path), options)) == reason
 
 

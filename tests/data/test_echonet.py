@@ -159,7 +159,7 @@ def test_the_commands_it_names_are_the_right_ones(root, tmp_path, capsys):
         (ROWS[1], ROWS[1].replace("0X1B", r"x\0X1B"), r"the FileName 'x\\0X1B' is no name"),
         (ROWS[1], ROWS[1].replace("0X1B", "B" * 200_000), "field larger than field limit"),
         (ROWS[1], ROWS[1].replace("0X1B", ""), "the FileName '' is no name"),
-        ("EF,", "ef,", "line 2: 'EF': make it CSV in UTF-8 with the columns FileName (a file in Videos/), EF (0"),
+        ("EF,", "ef,", "line 2: 'EF': make it CSV in UTF-8 with FileName (a file in Videos/), EF (0"),
         (HEAD, "", "line 2: 'FileName': make it CSV"),
     ],
 )

@@ -118,7 +118,7 @@ def broken_images(tmp_path) -> dict[str, str]:
         "cut.jpg": "is no image that Pillow can read (image file is truncated",
         "cut.png": "is no image that Pillow can read (",
         "one.png": "has 1x1 pixels",
-        "thread.png": "more than 200 times the shorter",
+        "thread.png": "over 200 times the other",
         "bomb.png": "exceeds limit of",
         "small_bomb.png": "exceeds limit of",
     }
