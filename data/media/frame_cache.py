@@ -10,7 +10,6 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,22 +32,20 @@ class FrameCache:
     folder: str
     max_bytes: int
 
-    def frames(
-        self, path: str, options: VideoOptions, decode: Callable[[str, VideoOptions], tuple] = resized_frames
-    ) -> tuple[torch.Tensor, float]:
+    def frames(self, path: str, options: VideoOptions) -> tuple[torch.Tensor, float]:
         """Return what `resized_frames` does, from the folder where it is there.
 
         Frames: uint8 (T, 3, H, W), beside how many of them are in a second. Raises what `resized_frames` does, and
         InputError if the folder cannot be written.
         """
         if not os.path.isfile(path):
-            return decode(path, options)  # which says what is wrong
+            return resized_frames(path, options)  # which says what is wrong
         status = os.stat(path)
         key = [os.path.abspath(path), status.st_size, status.st_mtime_ns, asdict(options), torch.__version__]
         entry = Path(self.folder, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40] + ENDING)
         found = read(entry)
         if found is None:
-            found = decode(path, options)
+            found = resized_frames(path, options)
             self.write(entry, *found)
         return found
 
