@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -120,14 +121,10 @@ def keep_media(sample: Sample, is_kept: list[bool]) -> Sample:
     """Keep some of a sample's videos and images, each with its tag."""
     if all(is_kept):
         return sample
-    of_tag, turns = iter(is_kept), []
-    for role, text in sample.turns:
-        text, *others = re.split(f"({TAG_PATTERN.pattern})", text)
-        for tag, after in zip(others[::2], others[1::2], strict=True):
-            text += tag + after if next(of_tag) else after.removeprefix("\n")
-        turns.append((role, text))
-    media = tuple(one for one, kept in zip(sample.media, is_kept, strict=True) if kept)
-    return replace(sample, media=media, turns=tuple(turns))
+    of_tag = iter(is_kept)
+    with_newline = re.compile(rf"({TAG_PATTERN.pattern})\n?")
+    turns = [(role, with_newline.sub(lambda tag: tag[0] if next(of_tag) else "", text)) for role, text in sample.turns]
+    return replace(sample, media=tuple(compress(sample.media, is_kept)), turns=tuple(turns))
 
 
 def read_system_prompt(value: str) -> str:

@@ -54,10 +54,7 @@ class CheckConfig(WhatFlags, MediaFlags, WeightedFlags):
 def find_problems(
     sample: Sample | InputError, checked: dict[Media, Grid | Exception], args: CheckConfig
 ) -> dict[str, str]:
-    """Return everything that is wrong with a sample: problem -> the first reason.
-
-    checked: the results of `check_media`; args: the flags about the caps.
-    """
+    """Return everything that is wrong with a sample: problem -> the first reason. checked: of `check_media`."""
     if isinstance(sample, InputError):
         return {OF_ERROR[type(sample)]: str(sample)}
     problems = {}
@@ -129,10 +126,7 @@ def parse(argv: list[str]) -> CheckConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Run the check and return the exit code.
-
-    0: every sample is valid; 1: some are left out; 2: a flag is wrong or the file unreadable, which one line says.
-    """
+    """Run the check; return 0 if every sample is valid, 1 if some are left out, 2, with one line, for wrong input."""
     try:
         return check(parse(argv))
     except (InputError, OSError, RewardError) as error:
