@@ -93,7 +93,7 @@ def _read_media(written, kind: str, image_folder: str) -> list[Media]:
 
 def _read_path(written, kind: str, image_folder: str) -> str:
     """Return an address as it is, and of a path where it leads to: as written if that file exists, else inside."""
-    _expect(written or None, [str], f"a path in {kind!r}", "give a string, a list of them, or objects with them")
+    _expect(written or None, [str], f"a path in {kind!r}", f"give a string, or an object with one under {kind!r}")
     if is_address(written):
         check_address(written)
         return written
