@@ -12,6 +12,7 @@ One step, for a batch of prompts:
     clipped loss, backward                  grpo/loss.py            divided by the tokens of all ranks
     clip the gradient, step
 
+With --supervised the true answers take the place of sampled ones, and cross-entropy that of the clipped loss.
 Each rank samples the whole groups of its own prompts. Sampling depends only on the weights, the seed, the step and the
 position in the batch: neither the number of ranks nor what a rank did before changes it.
 """
@@ -39,8 +40,16 @@ from grpo.model.load import SpecialTokens
 from grpo.model.lora import disable_adapters, without_dropout
 from grpo.model.sharding import Models
 from grpo.ranks import any_rank, exit_code, full_tensor, print_rank0, raise_together, start_processes
-from grpo.rollout import Rollout, SamplingParams, ScoredRollout, generate, generators, rollouts_to_train
-from grpo.run.records import StepRecords, TokenSums, gather_records, global_counts, std_of_step
+from grpo.rollout import (
+    Rollout,
+    SamplingParams,
+    ScoredRollout,
+    generate,
+    generators,
+    rollouts_to_train,
+    true_answers,
+)
+from grpo.run.records import StepRecords, TokenSums, gather_records, global_counts, group_records, std_of_step
 from grpo.run.scoring import Scorer, score
 from grpo.run.start import start
 from grpo.run.stopping import StopRequest
@@ -76,7 +85,15 @@ def reward_phase(
     for rollout, own_rewards, own_advantages in zip(rollouts, rewards.to(device), advantages.to(device), strict=True):
         mask = objective.loss_mask(rollout.completion_mask, own_rewards, rollout.is_stopped, *how)
         scored.append(ScoredRollout(rollout, own_advantages, mask))
-    return scored, gather_records(scored, texts, scores)
+    return scored, gather_records(rollouts, group_records(scored, texts, scores))
+
+
+def supervised_phase(prompts: list[Prompt], tokens: SpecialTokens) -> tuple[list[ScoredRollout], StepRecords]:
+    """Take the true answers in place of sampled ones: groups of one, with an advantage of 1."""
+    rollouts, one = true_answers(prompts, tokens), torch.ones(1, device=tokens.device)
+    masks = [rollout.completion_mask & (not rollout.prompt.is_padding) for rollout in rollouts]
+    scored = [ScoredRollout(rollout, one, mask) for rollout, mask in zip(rollouts, masks, strict=True)]
+    return scored, gather_records(rollouts, [])
 
 
 def update_phase(
@@ -95,23 +112,17 @@ def update_phase(
             if iteration == 0:
                 fixed.append(fixed_logprobs(models, batch, results, suppress_tokens, config))
             loss = 0.0
-            for one, (logprobs, entropy), (old, reference) in zip(batch, results, fixed[number], strict=True):
-                mask, advantages = one.loss_mask, one.advantages
-                ratio = objective.importance_ratios(logprobs, old, mask, config.importance_sampling_level)
-                token_loss = objective.clipped_loss(ratio, advantages, config.epsilon, config.epsilon_high)
-                if config.beta > 0:
-                    kl = objective.kl_estimate(logprobs, reference)
-                    token_loss = token_loss + config.beta * kl
-                    sums.add("kl", kl, mask)
+            for one, (logprobs, entropy, is_top), old_and_reference in zip(batch, results, fixed[number], strict=True):
+                mask = one.loss_mask
+                sums.add("entropy", entropy, mask)
+                if config.supervised:
+                    token_loss = -logprobs  # cross-entropy, whose gradient `clipped_loss` has for an advantage of 1
+                    sums.add("token_accuracy", is_top, mask)
+                else:
+                    token_loss = policy_loss(one, logprobs, *old_and_reference, sums, config)
                 totals = num_tokens, num_completions, config.max_completion_length
                 weights = objective.completion_weights(config.loss_type, mask.sum(dim=1), *totals)
                 loss = loss + objective.weighted_sum(token_loss, mask, weights)
-                sums.add("entropy", entropy, mask)
-                sums.add_difference(one.rollout.logprobs, old, mask)
-                if config.num_iterations > 1:  # in the first update every ratio is 1
-                    low, high = objective.clipped_tokens(ratio, advantages, config.epsilon, config.epsilon_high)
-                    sums.add("clip_ratio/low_mean", low, mask)
-                    sums.add("clip_ratio/high_mean", high, mask)
             # FSDP averages the gradients of the ranks, but the step's loss is the sum of their losses.
             (loss * dist.get_world_size()).backward()
             sums.loss += loss.detach()
@@ -124,13 +135,38 @@ def update_phase(
     return metrics | {"grad_norm": grad_norm.item(), "run/bad_steps": float(is_bad)}
 
 
+def policy_loss(
+    one: ScoredRollout, logprobs: Tensor, old: Tensor, reference: Tensor | None, sums: TokenSums, config: Config
+) -> Tensor:
+    """Return the loss of each token of a group, (G, C), and add what it is made of to `sums`.
+
+    logprobs, old, reference: (G, C), of the policy, of the one that has sampled, and of the initial one.
+    """
+    mask, advantages, bounds = one.loss_mask, one.advantages, (config.epsilon, config.epsilon_high)
+    ratio = objective.importance_ratios(logprobs, old, mask, config.importance_sampling_level)
+    token_loss = objective.clipped_loss(ratio, advantages, *bounds)
+    if reference is not None:
+        kl = objective.kl_estimate(logprobs, reference)
+        token_loss = token_loss + config.beta * kl
+        sums.add("kl", kl, mask)
+    sums.add_difference(one.rollout.logprobs, old, mask)
+    if config.num_iterations > 1:  # in the first update every ratio is 1
+        low, high = objective.clipped_tokens(ratio, advantages, *bounds)
+        sums.add("clip_ratio/low_mean", low, mask)
+        sums.add("clip_ratio/high_mean", high, mask)
+    return token_loss
+
+
 def policy_logprobs(
     policy, batch: list[ScoredRollout], suppress_tokens: Tensor, config: Config
-) -> list[tuple[Tensor, Tensor]]:
-    """Return log-probabilities and entropies of the completions, both (G, C) per rollout, in one packed pass."""
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return log-probabilities, entropies and `is_top` of the completions, (G, C) per rollout, in one packed pass."""
     prompts = [one.rollout.prompt.to(suppress_tokens.device) for one in batch]
     ids, masks = zip(*((one.rollout.completion_ids, one.rollout.completion_mask) for one in batch), strict=True)
-    return policy.completion_logprobs(prompts, ids, masks, config.temperature, suppress_tokens)
+    distribution = config.temperature, suppress_tokens
+    if config.supervised:
+        distribution = 1.0, suppress_tokens[:0]  # the model's own, not one that is sampled from
+    return policy.completion_logprobs(prompts, ids, masks, *distribution)
 
 
 def fixed_logprobs(
@@ -143,10 +179,11 @@ def fixed_logprobs(
     if config.num_iterations > 1 and config.lora_enable and config.lora_dropout > 0:
         with torch.no_grad(), without_dropout(models.policy):  # later ratios compare policies, not dropout masks
             results = policy_logprobs(models.policy, batch, suppress_tokens, config)
-    old, reference = [logprobs.detach() for logprobs, _ in results], [None] * len(batch)
+    old, reference = [logprobs.detach() for logprobs, *_ in results], [None] * len(batch)
     if config.beta > 0:
         with torch.no_grad(), disable_adapters(models.reference):
-            reference = [logprobs for logprobs, _ in policy_logprobs(models.reference, batch, suppress_tokens, config)]
+            results = policy_logprobs(models.reference, batch, suppress_tokens, config)
+        reference = [logprobs for logprobs, *_ in results]
     return list(zip(old, reference, strict=True))
 
 
@@ -175,12 +212,13 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
         prompts = raise_together(checked, batch)
         clock.lap("data")
 
-        sampling_model = models.sampling.sync(models.policy)
-        rollouts = rollout_phase(sampling_model, prompts, tokens, config, step)
-        clock.lap("rollout")
-
-        scored, records = reward_phase(rollouts, inputs.tokenizer, scorer, config, step)
-        clock.lap("reward")
+        if config.supervised:
+            scored, records = supervised_phase(prompts, tokens)
+        else:
+            rollouts = rollout_phase(models.sampling.sync(models.policy), prompts, tokens, config, step)
+            clock.lap("rollout")
+            scored, records = reward_phase(rollouts, inputs.tokenizer, scorer, config, step)
+            clock.lap("reward")
 
         torch.manual_seed(hash((config.seed, step, dist.get_rank())) % 2**63)  # for dropout
         metrics = update_phase(models, optimizer, scored, tokens.suppress_tokens, config)
@@ -209,9 +247,10 @@ def main(argv: list[str]) -> int:
 
     def run() -> None:
         config = parse_config(argv)
-        device = start_processes()
-        prepared = demo.prepare(config) if config.demo else config
-        if train(prepared, device, stop) and config.demo:
+        run_it = partial(train, device=start_processes(), stop=stop)
+        if not config.demo:
+            run_it(config)
+        elif (prepared := demo.prepare(config, run_it)) and run_it(prepared):
             demo.report(prepared, began)
 
     try:

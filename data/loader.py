@@ -21,16 +21,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.epochs import BatchItem
 from data.flags import LoaderFlags, MediaFlags, OnBadMedia, OnLongPrompt
-from data.media.augment import Augmentation
+from data.media.augment import NO_AUGMENTATION, Augmentation
 from data.media.fetch import DEFAULT_CACHE
 from data.media.frame_cache import FrameCache
 from data.media.frames import VideoOptions
 from data.media.images import ImageOptions
-from data.media.load import MediaOptions, load_media, media_grid
+from data.media.load import MediaOptions, media_grid
 from data.media.patches import PATCH_VALUES
 from data.prompt import encode_prompt
 from data.sample import BadMedia, InputError, Sample, keep_media, read_system_prompt
-from data.video_cap import varies
 
 
 @dataclass
@@ -68,7 +67,7 @@ class PromptOptions:
     on_bad_media: OnBadMedia = "error"
     max_prompt_length: int = 0  # tokens; 0: any
     on_long_prompt: OnLongPrompt = "error"
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = NO_AUGMENTATION
 
 
 def cores_per_rank() -> int:
@@ -90,9 +89,7 @@ def media_options(flags: MediaFlags, threads: int = 1) -> MediaOptions:
 
 def prompt_options(flags: LoaderFlags, is_training: bool = False) -> PromptOptions:
     """Return the flags about how samples become prompts; what differs between epochs does so in training only."""
-    augmentation = Augmentation()
-    if is_training:
-        augmentation = Augmentation(flags.seed, flags.max_videos * varies(flags.video_cap), flags.frame_jitter)
+    augmentation = Augmentation.of(flags) if is_training else NO_AUGMENTATION
     media = media_options(flags, threads=max(1, cores_per_rank() // max(1, flags.dataloader_num_workers)))
     return PromptOptions(media, flags.on_bad_video, flags.max_prompt_length, flags.on_long_prompt, augmentation)
 
@@ -124,13 +121,21 @@ def is_left_out(choice: OnBadMedia | OnLongPrompt) -> bool:
     return left_out[choice]
 
 
-def load_prompt(sample: Sample, tokenizer, tokens_per_second: int, options: MediaOptions) -> Prompt:
-    """Decode the videos and images of a sample and encode its conversation.
+def load_prompt(
+    sample: Sample,
+    tokenizer,
+    tokens_per_second: int,
+    options: MediaOptions,
+    augmentation: Augmentation = NO_AUGMENTATION,
+    turn: int = 0,
+) -> Prompt:
+    """Decode the videos and images of a sample, as they are seen in its turn, and encode its conversation.
 
     Raises BadMedia or FileNotFoundError, which name the file, and ValueError if the text contains special tokens.
     """
     with ThreadPoolExecutor(options.threads) as pool:
-        loaded = list(pool.map(lambda media: load_media(media, options), sample.media))
+        places = range(len(sample.media))
+        loaded = list(pool.map(lambda place: augmentation.load(sample, place, turn, options), places))
     patches = torch.cat([one.pixel_values for one in loaded]) if loaded else torch.empty(0, PATCH_VALUES)
     grid_thw = torch.tensor([one.grid_thw for one in loaded], dtype=torch.long).view(-1, 3)
     seconds = torch.tensor([one.second_per_grid_t for one in loaded])
@@ -173,7 +178,7 @@ class PromptDataset(Dataset):
     def sample(self, item: BatchItem, offset: int = 0) -> Sample:
         """Return the sample of an item, or one behind it, as the item's turn sees it."""
         sample = self.samples[(item.index + offset) % len(self.samples)]
-        return self.options.augmentation.of(sample, item.turn)
+        return self.options.augmentation.choose(sample, item.turn)
 
     def __getitem__(self, item: BatchItem) -> Prompt | InputError:
         bad_media, options = "", self.options
@@ -182,7 +187,8 @@ class PromptDataset(Dataset):
                 sample = whole = self.sample(item, offset)
                 if options.max_prompt_length:
                     sample, _ = fit_prompt(whole, self.tokenizer, options)
-                prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, options.media)
+                how = options.media, options.augmentation, item.turn
+                prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, *how)
             except (BadMedia, FileNotFoundError, LongPrompt) as error:
                 bad_media = bad_media or f"sample {sample.id!r}: {error}"
                 choice, mend = options.on_bad_media, "replace the file, or skip such samples with --on_bad_video skip"

@@ -12,6 +12,7 @@ has the versions).
 P prompt tokens with videos and images expanded, M videos and images.
 """
 
+import os
 import re
 
 import torch
@@ -26,6 +27,9 @@ PLACEHOLDERS = ("<|video_pad|>", "<|image_pad|>")
 
 def load_tokenizer(model_id: str):
     """Load the tokenizer of a Qwen2.5-VL, from a folder or by its name on the hub. Raises InputError."""
+    if os.path.isfile(os.path.join(model_id, "adapter_config.json")):
+        merge = f"python -m grpo.export --adapter {model_id} --output MERGED"
+        raise InputError(f"--model_id {model_id!r} holds adapters: merge them ({merge}), or evaluate them as --adapter")
     try:
         config = AutoConfig.from_pretrained(model_id)
         tokenizer = AutoTokenizer.from_pretrained(model_id)
@@ -82,6 +86,12 @@ def encode_prompt(
     repeats[is_media] = media_lengths(grid_thw)
     is_media = is_media.repeat_interleave(repeats)  # (P,)
     return ids.repeat_interleave(repeats), mrope_positions(is_media, grid_thw, second_per_grid_ts, tokens_per_second)
+
+
+def encode_answer(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Return the token ids of an answer, (C,), its end included. Raises ValueError if it contains special tokens."""
+    check_text([("answer", text)])
+    return torch.tensor([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
 
 
 def text_part(text: str) -> dict[str, str]:

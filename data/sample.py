@@ -104,6 +104,11 @@ class Sample:
     answer: str
     extra: dict = field(default_factory=dict, hash=False)  # the other keys of its entry, for reward functions
 
+    @property
+    def question(self) -> str:
+        """The text of the last turn, to show."""
+        return TAG_PATTERN.sub("", self.turns[-1][1]).strip()
+
     def missing(self) -> list[str]:
         """Return those paths of its videos and images at which there is nothing."""
         return [path for media in self.media for path in media.missing()]

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from data.flags import SampleFlags, TrainingMediaFlags, parse_flags
+from data.flags import SampleFlags, TrainingMediaFlags, default_of, parse_flags
 from data.loader import resolve_data_flags
 from data.sample import InputError
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
@@ -34,6 +34,7 @@ class ModelFlags(SampleFlags):
     output_dir: str = flag(
         "", "new folder for curves, flags, checkpoints and the trained model", demo="output/demo", may_change=True
     )
+    supervised: bool = flag(False, "train on the true answers (supervised fine-tuning) in place of sampled ones")
     demo: bool = flag(
         False, "make synthetic beating hearts and a small model, train on them, show before and after", may_change=True
     )
@@ -251,6 +252,7 @@ def parse_config(argv: list[str]) -> Config:
         config = parse_flags(Config, argv, "python train.py", DEMO_DEFAULTS)
     resolve_data_flags(config)
     _check_samples(config)
+    _check_supervised(config)
     _check_what_is_trained(config)
     return config
 
@@ -259,9 +261,9 @@ def _check_samples(c: Config) -> None:
     if c.frame_jitter and c.frame_cache:
         raise InputError("--frame_jitter reads other frames in each epoch: leave out --frame_cache, or it")
     if c.demo:
-        for name in ("model_id", "data_path", "data_weights", "image_folder", "eval_data_path"):
+        for name in ("model_id", "data_path", "data_weights", "image_folder", "eval_data_path", "supervised"):
             if getattr(c, name):
-                raise InputError(f"--demo makes its own model and data: leave out --{name}, or --demo")
+                raise InputError(f"--demo makes and trains a model of its own: leave out --{name}, or --demo")
         return
     if c.demo_task != "easy":
         raise InputError("--demo_task is about the demo: add --demo, or leave it out")
@@ -276,6 +278,15 @@ def _check_samples(c: Config) -> None:
         for name in ("eval_steps", "eval_on_start", "metric_for_best_model"):
             if getattr(c, name) != getattr(Config, name):
                 raise InputError(f"--{name} is about held-out samples: name them with --eval_data_path")
+
+
+def _check_supervised(c: Config) -> None:
+    about_sampling = {field.name for section in (GroupFlags, ObjectiveFlags) for field in dataclasses.fields(section)}
+    about_sampling |= {"reward_weights", "log_completions"}
+    for field in dataclasses.fields(c):
+        is_used = field.name not in about_sampling or field.name == "max_completion_length"  # by evaluations
+        if c.supervised and not is_used and getattr(c, field.name) != default_of(field):
+            raise InputError(f"--{field.name} has no effect with --supervised: leave out one of them")
 
 
 def _check_what_is_trained(c: Config) -> None:

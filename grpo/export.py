@@ -19,7 +19,7 @@ from data.prompt import load_tokenizer
 from data.sample import InputError, first_line
 from grpo.model.card import model_card
 from grpo.model.load import ModelFiles, load_model, processor_files
-from grpo.ranks import print_rank0
+from grpo.ranks import exit_code
 from reward.flags import Bounds, flag
 
 NAMED = Bounds(bool, "is missing (python -m grpo.export --help explains the flags)")
@@ -54,19 +54,18 @@ def load_merged(adapter: str, model_id: str, dtype="auto"):
     """
     base_of(adapter)  # raises
     model = load_model(model_id, dtype)
-    misfit = f"--adapter {adapter!r} does not fit the model {model_id!r}"
     try:
         with safe_open(Path(adapter, "adapter_model.safetensors"), "pt") as file:
             stored = set(file.keys())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about keys that do not fit: raised as an error below
+        with warnings.catch_warnings(action="ignore"):  # about keys that do not fit, which are an error here
             peft_model = PeftModel.from_pretrained(model, adapter)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"--adapter {adapter!r}: its weights cannot be read ({first_line(error)})") from error
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # other shapes, or no such layers
-        raise InputError(f"{misfit} ({first_line(error)}): name its base with --model_id") from error
-    if odd := sorted(stored ^ set(get_peft_model_state_dict(peft_model))):
-        raise InputError(f"{misfit}: {len(odd)} weights have no counterpart, such as {odd[0]}: name its base")
+        if odd := sorted(stored ^ set(get_peft_model_state_dict(peft_model))):
+            raise ValueError(f"{len(odd)} weights have no counterpart, such as {odd[0]}")
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"--adapter {adapter!r} cannot be read, or does not fit the model {model_id!r} ({first_line(error)}): name "
+            "its base with --model_id"
+        ) from error
     return peft_model.merge_and_unload()
 
 
@@ -96,14 +95,13 @@ def export(adapter: str, output: str, model_id: str = "") -> None:
 
 def main(argv: list[str]) -> int:
     """Export; return 2, with one line, for what the user can fix."""
-    try:
+
+    def run() -> None:
         config = parse_flags(ExportConfig, argv, "python -m grpo.export", description=__doc__)
         export(**vars(config))
-    except InputError as error:
-        print_rank0(f"grpo.export: error: {error}", file=sys.stderr)
-        return 2
-    print(f"the merged model is in {config.output}")
-    return 0
+        print(f"the merged model is in {config.output}")
+
+    return exit_code(run, "grpo.export")
 
 
 if __name__ == "__main__":

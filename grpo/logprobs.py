@@ -44,13 +44,14 @@ def sampling_logprobs(hidden: Tensor, lm_head: Tensor, temperature: float, suppr
     return torch.log_softmax(logits.index_fill_(1, suppress_tokens, -torch.inf), dim=1)
 
 
-def _chosen_logprobs(hidden, ids, lm_head, temperature, suppress_tokens) -> tuple[Tensor, Tensor]:
-    """Return log-probability and entropy at each token: hidden (N, E), ids (N,) -> (N,), (N,)."""
+def _chosen_logprobs(hidden, ids, lm_head, temperature, suppress_tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probability, entropy and `is_top` (0 or 1) at each token: hidden (N, E), ids (N,) -> (N,) each."""
     logprobs = sampling_logprobs(hidden, lm_head, temperature, suppress_tokens)
-    with torch.no_grad():  # the entropy is only shown: as a term of the loss it would need a gradient
+    with torch.no_grad():  # both are only shown: as a term of the loss the entropy would need a gradient
         # clamp: a suppressed token would add 0 · -inf = nan
         entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(dim=1)
-    return logprobs.gather(1, ids[:, None])[:, 0], entropy
+        is_top = (logprobs.argmax(dim=1) == ids).float()
+    return logprobs.gather(1, ids[:, None])[:, 0], entropy, is_top
 
 
 def media_features(model, prompts: list[Prompt]) -> list[Tensor]:
@@ -103,11 +104,12 @@ def completion_logprobs(
     completion_mask: list[Tensor],
     temperature: float,
     suppress_tokens: Tensor,
-) -> list[tuple[Tensor, Tensor]]:
-    """Compute the log-probability and the entropy at every completion token of some prompts' groups, in one row.
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Compute what the model says of every completion token of some prompts' groups, in one row.
 
-    completion_ids, completion_mask: per prompt (G, C), each with its own C. Returns per prompt two (G, C), float32, 0
-    where the mask is False; only the log-probabilities carry gradients.
+    completion_ids, completion_mask: per prompt (G, C), each with its own C. Returns per prompt three (G, C), float32, 0
+    where the mask is False: the log-probability, which alone carries gradients; the entropy; whether no token was more
+    probable, 1 or 0.
     """
     G = len(completion_ids[0])
     tokens, positions = [], []
@@ -139,8 +141,8 @@ def completion_logprobs(
     results = [checkpoint(_chosen_logprobs, *chunk, *head, use_reentrant=False) for chunk in chunks]
     results.append(_chosen_logprobs(*last, *head))
     num_tokens = [len(ids) for ids in chosen]
-    logprobs, entropy = (torch.cat(parts).split(num_tokens) for parts in zip(*results, strict=True))
+    per_prompt = zip(*(torch.cat(parts).split(num_tokens) for parts in zip(*results, strict=True)), strict=True)
     return [
-        tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values) for values in pair)
-        for mask, *pair in zip(completion_mask, logprobs, entropy, strict=True)
+        tuple(torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values) for values in found)
+        for mask, found in zip(completion_mask, per_prompt, strict=True)
     ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Prompt
+from data.prompt import encode_answer
 from grpo.decoding import decoder_for, prefill
 from grpo.logprobs import sampling_logprobs
 from grpo.model.load import SpecialTokens
@@ -136,6 +137,16 @@ def generate(
         group = slice(b * G, (b + 1) * G)
         C = int(mask[group].sum(dim=1).max())  # other groups may have gone on for longer
         rollouts.append(Rollout(prompt, ids[group, :C], mask[group, :C], logprobs[group, :C], ~running[group]))
+    return rollouts
+
+
+def true_answers(prompts: list[Prompt], tokens: SpecialTokens) -> list[Rollout]:
+    """Return the true answer to each prompt, as if it had been sampled: a group of one."""
+    rollouts = []
+    for prompt in prompts:
+        ids = encode_answer(prompt.sample.answer, tokens.tokenizer).to(tokens.device)[None]  # (1, C)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        rollouts.append(Rollout(prompt, ids, mask, torch.zeros_like(ids, dtype=torch.float32), mask[:, -1]))
     return rollouts
 
 

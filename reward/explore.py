@@ -16,7 +16,6 @@ without a number are left out. Without the flag, the shares are those of the fiv
 since they depend on the data.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import ndtr
 
+from data.dataset import Entries
+from data.entry import read_sample
 from data.flags import parse_flags
-from data.sample import InputError, Sample
+from data.sample import InputError, Sample, first_line
 from reward.extract import extract_number
 from reward.flags import Bounds, JudgeFlags, flag
-from reward.functions import RewardError, RewardFunction, load_reward_functions, one_line, score_answers
+from reward.functions import RewardError, RewardFunction, load_reward_functions, score_answers
 
 PROG = "python -m reward.explore"
 PLACES = np.array([0.20, 0.35, 0.50, 0.65, 0.80])  # of the truths that are drawn, in the valid range
@@ -63,11 +64,10 @@ def explore(
     The share is (biases, spreads). Raises RewardError if the reward fails or cannot be drawn.
     """
     curves = [curve(function, truth, args.valid_range) for truth in shown]
-    value, *others = np.unique(np.concatenate([rewards for _, rewards in curves]))
-    if not others:
+    if len(np.unique(np.concatenate([rewards for _, rewards in curves]))) == 1:
         raise RewardError(
-            f"--reward_funcs {function.name}: it gives {'None' if np.isnan(value) else f'{value:g}'} for every number, "
-            "so it judges something else, or a whole step, and cannot be drawn: leave it out"
+            f"--reward_funcs {function.name}: all numbers have the same reward, so it judges something else, or a "
+            "whole step, and cannot be drawn: leave it out"
         )
     places = np.linspace(0, len(truths) - 1, min(len(truths), MOST_TRUTHS)).round().astype(int)
     distinct, counts = np.unique(np.sort(truths)[places], return_counts=True)  # (T,)
@@ -153,41 +153,28 @@ def draw(found: dict, shown: np.ndarray, num_generations: int, whose: str) -> Fi
         right.imshow(equal, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for (i, j), share in np.ndenumerate(equal):
             right.text(j, i, f"{share:.0%}", ha="center", va="center", color="white" if share > 0.6 else "black")
-        right.set_xticks(range(len(SPREADS)), SPREADS)
-        right.set_yticks(range(len(BIASES)), BIASES)
+        right.set(xticks=range(len(SPREADS)), xticklabels=SPREADS, yticks=range(len(BIASES)), yticklabels=BIASES)
         right.set(xlabel="spread of the answers (points)", ylabel="bias of the answers (points)")
         right.set_title(f"groups of {num_generations} with equal rewards\n({whose})", fontsize=10)
     return figure
 
 
 def read_truths(path: str) -> tuple[np.ndarray, int]:
-    """Return the numbers (n,) that a file's answers have, and how many have none; raise RewardError."""
-    where, found = f"--truths {path!r}", []
+    """Return the numbers (n,) that a file's answers have, and how many have none; raise InputError."""
+    mend = "name a file of samples or numbers"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        entries = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
-        for number, entry in enumerate(entries, start=1):
-            where = f"--truths {path!r}, entry #{number},"
-            if entry not in ("", "\r"):
-                found.append(extract_number(answer_of(entry)))
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        raise RewardError(f"{where} cannot be read ({one_line(error)}): name a file of samples or numbers") from error
-    numbers = [number for number in found if number is not None]
+    except (OSError, ValueError) as error:
+        raise InputError(f"--truths {path!r} cannot be read ({first_line(error)}): {mend}") from error
+    entries = Entries(path) if text.lstrip().startswith(("[", "{")) else filter(str.strip, text.split("\n"))
+    answers = [
+        read_sample(entry, path, place, f"#{place + 1}", "").answer if isinstance(entry, dict) else str(entry)
+        for place, entry in enumerate(entries)
+    ]
+    numbers = [number for answer in answers if (number := extract_number(answer)) is not None]
     if not numbers:
-        raise RewardError(f"--truths {path!r}: no number in {len(found)} entries: name a file of samples or numbers")
-    return np.array(numbers), len(found) - len(numbers)
-
-
-def answer_of(entry) -> str:
-    """Return the answer of a sample, or a number or text as it is; raise ValueError, TypeError or LookupError."""
-    if isinstance(entry, str) and entry.lstrip().startswith("{"):  # a line of JSONL
-        entry = json.loads(entry)
-    if isinstance(entry, str | int | float):
-        return str(entry)
-    last = entry["conversations"][-1]
-    if last["from"] not in ("gpt", "assistant"):
-        raise ValueError(f"its last turn is from {last['from']!r}")
-    return last["value"]
+        raise InputError(f"--truths {path!r}: no number in {len(answers)} entries: {mend}")
+    return np.array(numbers), len(answers) - len(numbers)
 
 
 def main(argv: list[str]) -> int:
@@ -206,8 +193,8 @@ def main(argv: list[str]) -> int:
         try:
             figure.savefig(args.output, format="png")
         except OSError as error:
-            reason = f"--output {args.output!r} cannot be written ({error.strerror}): name another place"
-            raise InputError(reason) from error
+            fix = f"cannot be written ({error.strerror}): name another place"
+            raise InputError(f"--output {args.output!r} {fix}") from error
         print(f"\nthe picture is in {args.output!r}")
         return 0
     except (InputError, RewardError) as error:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,7 +24,6 @@ ARGUMENTS = """
 BUILT_IN = {name: value for name, value in vars(reward).items() if callable(value)}
 LARGEST = 1e18  # reward: what is larger is a mistake, and float32 ends at 3e38
 LARGEST_WEIGHT = 1e6
-MOST_NAMED = 5  # samples in a message
 
 
 class RewardError(Exception):
@@ -59,20 +59,15 @@ def load_reward_functions(
     arguments, each given to the functions that have a parameter of this name; so is valid_range. A function may have an
     attribute `check`, which is called with its arguments, and raises ValueError where one is wrong.
     """
-    if not names:
-        raise RewardError("--reward_funcs: name at least one reward function")
     weights = weights or [1.0] * len(names)
-    if len(weights) != len(names):
-        raise RewardError(
-            f"--reward_weights: {len(weights)} weights for {len(names)} reward functions: give one for each, or none"
-        )
-    if not (any(weights) and all(abs(weight) <= LARGEST_WEIGHT for weight in weights)):  # nan, too
+    is_each = len(weights) == len(names) and all(abs(weight) <= LARGEST_WEIGHT for weight in weights)  # nan is not
+    if not (is_each and any(weights)):
         given = " ".join(f"{weight:g}" for weight in weights)
         raise RewardError(
-            f"--reward_weights {given}: give numbers from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}, not all of them 0"
+            f"--reward_weights {given}: give each of {len(names)} reward functions one from {-LARGEST_WEIGHT:g} to "
+            f"{LARGEST_WEIGHT:g}, not all of them 0, or leave the flag out"
         )
-    options = read_kwargs(kwargs)
-    functions = {}
+    options, functions = read_kwargs(kwargs), {}
     for name, weight in zip(names, weights, strict=True):
         function = load_reward_function(name)
         if functions.setdefault(function.name, function) is not function:
@@ -100,39 +95,31 @@ def read_kwargs(text: str) -> dict:
         raise RewardError(
             f"--reward_kwargs {text!r} is no JSON object ({error}): write it as '{{\"error_scale\": 8}}'"
         ) from error
-    if "valid_range" in options:
-        raise RewardError("--reward_kwargs: valid_range is a flag of its own: give it as --valid_range")
-    if own := [name for name in options if name in ARGUMENTS]:
-        raise RewardError(f"--reward_kwargs: {own[0]!r} is given to reward functions by the trainer: leave it out")
+    if own := options.keys() & {*ARGUMENTS, "valid_range"}:
+        raise RewardError(f"--reward_kwargs: {min(own)!r} is given by the trainer, or with --valid_range: leave it out")
     return options
 
 
 def load_reward_function(name: str) -> RewardFunction:
     """Find one function, and check that it can be called as reward functions are; raise RewardError."""
-    path, colon, function_name = name.rpartition(":")
-    if not colon:
-        if name not in BUILT_IN:
-            known = ", ".join(BUILT_IN)
-            raise RewardError(f"--reward_funcs {name!r}: there is no such function: take {known}, or file.py:function")
+    if name in BUILT_IN:
         return RewardFunction(name, BUILT_IN[name])
+    path, _, function_name = name.rpartition(":")
     where = f"--reward_funcs {name!r}:"
+    if not os.path.isfile(path):
+        raise RewardError(f"{where} no such function or file: take {', '.join(BUILT_IN)}, or file.py:function")
     try:
         source = Path(path).read_bytes()
-    except OSError as error:
-        raise RewardError(f"{where} {path!r} cannot be read ({error.strerror}): correct the path") from error
-    try:
         module = import_source(path, source)
     except (Exception, SystemExit) as error:
         message = f"{where} importing {path!r} failed ({one_line(error)}): correct it"
         raise RewardError(message, traceback.format_exc()) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise RewardError(f"{where} {path!r} has no function {function_name!r}: correct the name")
     try:
+        function = getattr(module, function_name)
         inspect.signature(function).bind_partial(**dict.fromkeys([*ARGUMENTS, "any key of the samples"]))
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise RewardError(
-            f"{where} it cannot be called as reward functions are ({error}): define it as "
+            f"{where} it cannot be called as reward functions are ({error}): correct the name, or define it as "
             "f(completions, assistant, **kwargs), with defaults for parameters of its own"
         ) from error
     return RewardFunction(function_name, function, digest=sha256(source).hexdigest())
@@ -156,21 +143,18 @@ def own_parameters(function: Callable) -> dict[str, inspect.Parameter]:
 
 def check_keys(functions: list[RewardFunction], keys: list[str]) -> None:
     """Raise RewardError if the samples' own keys clash with what functions are given, or one that is needed lacks."""
-    if taken := [key for key in keys if key in ARGUMENTS]:
-        raise RewardError(
-            f"the samples have a key {taken[0]!r}: reward functions are given something else under this name, rename it"
-        )
     for function in functions:
         parameters, is_built_in = own_parameters(function.call), function.call in BUILT_IN.values()
-        if taken := [key for key in keys if key in (parameters if is_built_in else function.options)]:
+        set_by_flags = parameters if is_built_in else function.options
+        if taken := {*ARGUMENTS, *set_by_flags}.intersection(keys):
             raise RewardError(
-                f"the samples have a key {taken[0]!r}, and reward function {function.name} a parameter of this name "
-                "that is set by flags: rename one"
+                f"the samples have a key {min(taken)!r}, under which reward function {function.name} is given "
+                "something else, by the trainer or by flags: rename it"
             )
         needed = {name for name, p in parameters.items() if p.default is p.empty}
-        if missing := sorted(needed - {*ARGUMENTS, *keys, *function.options}):
+        if missing := needed - {*ARGUMENTS, *keys, *function.options}:
             raise RewardError(
-                f"reward function {function.name} needs {missing[0]!r}, a key that no sample has: add it to the "
+                f"reward function {function.name} needs {min(missing)!r}, a key that no sample has: add it to the "
                 "samples, give it with --reward_kwargs, or give the parameter a default"
             )
 
@@ -241,14 +225,11 @@ def call_reward_function(
             rewards = [value if value is None or isinstance(value, str) else float(value) for value in found]
     except (Exception, SystemExit, OutOfTime) as error:
         names = list(dict.fromkeys(ids))  # which of them it was, the function alone knows
-        some = ", ".join(map(repr, names[:MOST_NAMED])) + ", …" * (len(names) > MOST_NAMED)
+        some = ", ".join(map(repr, names[:5])) + ", …" * (len(names) > 5)
         message = f"{name} raised {one_line(error)}, for samples {some}: fix the function or the samples"
         raise RewardError(message, traceback.format_exc()) from error
     if len(rewards) != len(ids):
-        raise RewardError(
-            f"{name} gave {len(rewards)} rewards for {len(ids)} completions, the first of sample {ids[0]!r}: "
-            "it must give one each"
-        )
+        raise RewardError(f"{name} gave {len(rewards)} rewards for {len(ids)} completions: it must give one each")
     for value, sample_id in zip(rewards, ids, strict=True):
         if isinstance(value, str) or (value is not None and not abs(value) <= LARGEST):  # nan, too
             raise RewardError(

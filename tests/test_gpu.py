@@ -73,7 +73,7 @@ def test_sampled_and_trained_log_probabilities_agree_in_bfloat16(model, prompts)
     ids, masks = [r.completion_ids for r in rollouts], [r.completion_mask for r in rollouts]
     with torch.no_grad():
         trained = completion_logprobs(model, prompts, ids, masks, 1.0, torch.tensor(SUPPRESSED, device=CUDA))
-    for rollout, (logprobs, _) in zip(rollouts, trained, strict=True):
+    for rollout, (logprobs, *_) in zip(rollouts, trained, strict=True):
         assert (rollout.logprobs - logprobs).abs().mean() < 0.02
 
 
@@ -83,7 +83,7 @@ def test_the_packed_pass_equals_hugging_faces_in_float32(tiny):
     twin, prompt = hf_twin(model), tiny.prompts[1].to(CUDA)
     ids = torch.randint(5, 200, (3, 6), device=CUDA)
     suppressed = tiny.suppress_tokens.to(CUDA)
-    ((logprobs, _),) = completion_logprobs(model, [prompt], [ids], [torch.ones_like(ids).bool()], 1.0, suppressed)
+    ((logprobs, *_),) = completion_logprobs(model, [prompt], [ids], [torch.ones_like(ids).bool()], 1.0, suppressed)
     P = len(prompt.prompt_ids)
     for g in range(3):
         logits = twin(

@@ -6,15 +6,14 @@ completions have `--completion_length` tokens. Under torchrun every rank has one
 """
 
 import ctypes
-import dataclasses
 import gc
 import json
 import os
-import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import torch
@@ -34,12 +33,13 @@ from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import init_optimizer_state, make_optimizer
 from grpo.model.random_model import SIZES, TOKENS_PER_SECOND, random_model
 from grpo.model.sharding import build_models, compute_dtype
-from grpo.ranks import abort_rank, start_processes
+from grpo.ranks import abort_rank, exit_code, start_processes
 from grpo.run.preflight import with_trial_advantages
 from grpo.run.tracking import peak_memory_gb
 from reward.flags import Bounds, flag
 from train import rollout_phase, update_phase
 
+PROG = "python -m grpo.benchmark"
 IDS = {"video_token_id": 1, "vision_start_token_id": 2, "vision_end_token_id": 3, "image_token_id": 4}
 VISION_TOKENS = list(IDS.values())
 IDS |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -90,8 +90,7 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory, which would count for the next measurement
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # reset the peak of resident memory: man 5 proc
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak of resident memory: man 5 proc
 
 
 def timed(function, *arguments) -> tuple[float, object]:
@@ -119,32 +118,33 @@ def measure(rollout, update) -> tuple[float, ...]:
     return in_rollout, in_update, in_rollout + in_update, peak
 
 
-def medians(runs: list[tuple[float, ...]]) -> dict[str, float] | None:
-    """Return the median of each figure over some runs; None without runs."""
-    return {name: statistics.median(run[i] for run in runs) for i, name in enumerate(FIGURES)} if runs else None
+def medians(runs: list[tuple[float, ...]]) -> dict[str, float]:
+    """Return the median of each figure over some runs."""
+    return dict(zip(FIGURES, map(median, zip(*runs, strict=True)), strict=True))
 
 
-def best_of(function, times: int = 5) -> float:
-    """Return the least seconds of a few calls."""
-    return min(timed(function)[0] for _ in range(times))
+def best_of_five(function) -> float:
+    """Return the least seconds of five calls."""
+    return min(timed(function)[0] for _ in range(5))
 
 
-def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_seconds: float, update_seconds: float):
+def shares_of_the_machine(model, prompt: Prompt, options: Options, figures: dict) -> dict:
     """Return what share of the memory bandwidth decoding reaches, and of the matrix products the update.
 
     model: unsharded. Attention and recomputation are not counted as work.
     """
     words = torch.ones(COPIED_BYTES // model.dtype.itemsize, dtype=model.dtype, device=model.device)
     there, side = torch.empty_like(words), MATRIX_SIDE[model.device.type]
-    bandwidth = 2 * COPIED_BYTES / best_of(lambda: there.copy_(words))  # read and written, bytes per second
+    bandwidth = 2 * COPIED_BYTES / best_of_five(lambda: there.copy_(words))  # read and written, bytes per second
     square = words[: side * side].view(side, side)
-    flops = 2 * side**3 / best_of(lambda: square @ square)
+    flops = 2 * side**3 / best_of_five(lambda: square @ square)
 
     def size(module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
     G, C = options.num_generations, options.completion_length
     P, S = len(prompt.prompt_ids), len(prompt.pixel_values)
+    decode_seconds = (figures["rollout_seconds"] - figures["prefill_seconds"]) / (C - 1)  # per token
     text, visual, merger = model.config.text_config, model.model.visual, size(model.model.visual.merger)
     layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
@@ -154,7 +154,7 @@ def shares_of_the_machine(model, prompt: Prompt, options: Options, decode_second
     return {
         "decode_tokens_per_second": G / decode_seconds,
         "decode_share_of_bandwidth": read / decode_seconds / bandwidth,
-        "update_share_of_flops": work / update_seconds / flops,
+        "update_share_of_flops": work / figures["update_seconds"] / flops,
         "machine": {"bandwidth_gb_per_second": bandwidth / 1e9, "tflop_per_second": flops / 1e12},
     }
 
@@ -183,18 +183,16 @@ def run(options: Options, device: torch.device) -> dict:
     prompt, advantages = random_prompt(options), torch.linspace(-1, 1, G, device=device)
 
     def rollout(length: int = C):
-        settings = dataclasses.replace(config, max_completion_length=length)
+        settings = replace(config, max_completion_length=length)
         return rollout_phase(models.sampling.sync(policy), [prompt], tokens, settings, step=1)
 
     def update(rollouts):
         return update_phase(models, optimizer, with_trial_advantages(rollouts), suppressed, config)
 
-    def baseline_rollout():
-        return repeated_rollout(sampling_model, prompt.to(device), G, C, suppressed)
-
-    def baseline_update(ids):
-        repeated_update(policy, optimizer, prompt.to(device), ids, advantages, suppressed)
-
+    baseline = (
+        lambda: repeated_rollout(sampling_model, prompt.to(device), G, C, suppressed),
+        lambda ids: repeated_update(policy, optimizer, prompt.to(device), ids, advantages, suppressed),
+    )
     ours, theirs = [], []
     for _ in range(options.runs):  # in turn, so that a machine that becomes slower slows both down
         ours.append(measure(rollout, update))
@@ -203,76 +201,75 @@ def run(options: Options, device: torch.device) -> dict:
             models.sampling.sync(policy)  # not part of the baseline's time
             for module in (policy, sampling_model):
                 use_hugging_faces_layers(module)
-            theirs.append(measure(baseline_rollout, baseline_update))
+            theirs.append(measure(*baseline))
             for module in (policy, sampling_model):
                 use_our_layers(module)
 
-    prefill_seconds = best_of(lambda: rollout(1))
-    figures = medians(ours) | {"baseline": medians(theirs), "baseline_out_of_memory": False}
-    figures["prefill_seconds"] = prefill_seconds
-    decode_seconds = (figures["rollout_seconds"] - prefill_seconds) / (C - 1)
-    return figures | shares_of_the_machine(sampling_model, prompt, options, decode_seconds, figures["update_seconds"])
+    figures = medians(ours) | {"prefill_seconds": best_of_five(lambda: rollout(1))}
+    figures["baseline"] = medians(theirs) if theirs else None
+    return figures | shares_of_the_machine(sampling_model, prompt, options, figures)
 
 
 def run_what_fits(options: Options, device: torch.device) -> dict:
     """Measure; if the baseline runs out of memory, measure without it; raise InputError if ours does."""
     try:
-        return run(options, device)
+        return run(options, device) | {"baseline_out_of_memory": False}
     except torch.OutOfMemoryError as error:
         line = "out of memory: lower a figure, or add --gradient_checkpointing true"
+        line += " or --baseline False" if options.baseline else ""
         if dist.get_world_size() > 1:  # this rank cannot tell the others
-            line += " or --baseline False" if options.baseline else ""
-            abort_rank(f"python -m grpo.benchmark: error: rank {dist.get_rank()}: {line}")
+            abort_rank(f"{PROG}: error: rank {dist.get_rank()}: {line}")
         if not options.baseline:
             raise InputError(line) from error
     # An interrupted pass leaves the model in an undefined state: start again, without the baseline.
     decoder_for.cache_clear()
     gc.collect()
-    return run_what_fits(dataclasses.replace(options, baseline=False), device) | {"baseline_out_of_memory": True}
+    return run_what_fits(replace(options, baseline=False), device) | {"baseline_out_of_memory": True}
 
 
 def table(figures: dict) -> str:
     """Return a table of the figures, ours beside the baseline's."""
     lines = [f"{'':24} {'ours':>10} {'baseline':>14} {'ratio':>8}"]
-    theirs = figures["baseline"]
+    theirs, machine = figures["baseline"], figures["machine"]
     missing = "out of memory" if figures["baseline_out_of_memory"] else "-"
     for name in FIGURES:
         other = f"{theirs[name]:14.3f} {theirs[name] / figures[name]:7.1f}x" if theirs else f"{missing:>14}"
         lines.append(f"{name.replace('_', ' '):24} {figures[name]:10.3f} {other}")
-    return "\n".join(lines) + (
-        f"\ndecoding: {figures['decode_tokens_per_second']:,.0f} tokens per second, "
+    lines.append(
+        f"decoding: {figures['decode_tokens_per_second']:,.0f} tokens per second, "
         f"{figures['decode_share_of_bandwidth']:.0%} of the memory bandwidth measured here "
-        f"({figures['machine']['bandwidth_gb_per_second']:,.0f} GB/s)\n"
-        f"update: {figures['update_share_of_flops']:.0%} of the matrix products measured here "
-        f"({figures['machine']['tflop_per_second']:,.2f} TFLOP/s)"
+        f"({machine['bandwidth_gb_per_second']:,.0f} GB/s)"
     )
+    lines.append(
+        f"update: {figures['update_share_of_flops']:.0%} of the matrix products measured here "
+        f"({machine['tflop_per_second']:,.2f} TFLOP/s)"
+    )
+    return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    """Run; print a table and write the JSON file on rank 0; return 2, after one line, for what the user can fix."""
-    try:
-        options = parse_flags(Options, argv, "python -m grpo.benchmark")
-        if options.json and not os.access(Path(options.json).absolute().parent, os.W_OK):
-            raise InputError(f"--json {options.json!r} cannot be written: name a file in a folder that is yours")
-        device = start_processes()
-        figures = run_what_fits(options, device)
-    except InputError as error:
-        print(f"python -m grpo.benchmark: error: {error}", file=sys.stderr)
-        return 2
+def benchmark(argv: list[str]) -> None:
+    """Measure; print a table and write the JSON file on rank 0. Raises InputError."""
+    options = parse_flags(Options, argv, PROG)
+    if options.json and not os.access(Path(options.json).absolute().parent, os.W_OK):
+        raise InputError(f"--json {options.json!r} cannot be written: name a file in a folder that is yours")
+    device = start_processes()
     figures = {
-        "options": dataclasses.asdict(options),
+        "options": asdict(options),
         "ranks": dist.get_world_size(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "precision": str(compute_dtype(device)),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        **figures,
+        **run_what_fits(options, device),
     }
     if dist.get_rank() == 0:
         print(table(figures))
         if options.json:
             Path(options.json).write_text(json.dumps(figures, indent=2))
-    dist.destroy_process_group()
-    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run; return 2, after one line, for what the user can fix."""
+    return exit_code(lambda: benchmark(argv), PROG)
 
 
 if __name__ == "__main__":

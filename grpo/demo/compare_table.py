@@ -4,65 +4,67 @@ import os
 import platform
 import statistics
 import time
+from pathlib import Path
 
-from grpo.demo.compare_runs import FIGURES, ROOT, Run, record_of
-
-RESULTS = ROOT / "reward" / "RESULTS.md"
 BY_HAND = "## What the tables say"  # from this heading on, the results are written by hand and kept
+FIGURES = {  # of an evaluation: title and digits in the table
+    "mae": ("MAE", 2),
+    "median_error": ("median error", 2),
+    "r2": ("R²", 3),
+    "ccc": ("CCC", 3),
+    "sd_ratio": ("sd(answer) / sd(truth)", 2),
+    "mae_40": ("MAE, truth below 40", 2),
+    "clipped_ratio": ("share cut", 3),
+    "out_of_range": ("answers outside 0–100", 1),
+    "distinct_answers": ("distinct answers", 1),
+}
 
 
-def table(head: list[str], rows: dict[str, list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Write a Markdown table."""
-    lines = [head, *([row, *cells] for row, cells in rows.items())]
-    first, *others = [f"| {' | '.join(line)} |" for line in lines]
-    return [first, "|---" * len(head) + "|", *others]
+    first, *others = [f"| {' | '.join(line)} |" for line in [head, *rows]]
+    return [first, "|---" * len(head) + "|", *others, ""]
 
 
-def means(runs: list[Run]) -> dict[str, list[str]]:
-    """Return mean and standard deviation over seeds of every figure, for each row whose runs are all done."""
-    rows = {}
-    for row in dict.fromkeys(run.row for run in runs):
-        found = [record_of(run) for run in runs if run.row == row]
-        if not all(found):
-            continue
-        rows[row] = []
-        for name, (_, digits) in FIGURES.items():
-            values = [record[name] for record in found]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            rows[row].append(f"{statistics.mean(values):.{digits}f}{spread}")
-    return rows
+def spread(values: list[float], digits: int) -> str:
+    """Write mean and standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def by_seed(runs: list[Run], seeds: list[int]) -> dict[str, list[str]]:
-    """Return the mean error by seed, for each row that all seeds have."""
-    rows = {}
-    for row in dict.fromkeys(run.row for run in runs):
-        found = [record_of(run) for run in runs if run.row == row]
-        if len(found) == len(seeds) and any(found):
-            rows[row] = [f"{record['mae']:.2f}" if record else "not done" for record in found]
-    return rows
-
-
-def write_results(runs: list[Run], new_seeds: list[int], conditions: list[str], command: str) -> None:
-    """Write reward/RESULTS.md: the conditions, a paragraph, and the tables; what was written by hand in it stays."""
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
-    records = [record for run in runs if (record := record_of(run))]
-    dates = sorted({record["date"] for record in records}) or [time.strftime("%Y-%m-%d")]
-    days = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
-    lines = ["# Which reward teaches best", "", f"`{command}`, {days}, on {machine}; each run on one core. Every"]
-    lines += ["run is a line of [`results.jsonl`](results.jsonl).", "", *conditions, ""]
-    if left := len(runs) - len(records):
-        not_done = f"{left} of {len(runs)} runs are not done yet: the same command continues."
-        lines += [f"{not_done} Their rows have no means yet.", ""]
-    for task in dict.fromkeys(run.task for run in runs):
-        own = [run for run in runs if run.task == task]
-        old = [run for run in own if run.seed not in new_seeds]
-        lines += [f"## {task}: seeds {', '.join(dict.fromkeys(str(run.seed) for run in old))}", ""]
-        lines += [*table(["", *(title for title, _ in FIGURES.values())], means(old)), ""]
+def tables(records: list[dict], seeds: list[int], new_seeds: list[int]) -> list[str]:
+    """Write the tables of each task from the records of its runs; a row appears once all its seeds are there."""
+    lines = []
+    for task in dict.fromkeys(record["task"] for record in records):
+        rows, of_rates = {}, []  # row -> seed -> record
+        for record in records:
+            if record["task"] == task:
+                name = record["row"] + (f", {record['when']}" if record["validation_mae"] is not None else "")
+                rows.setdefault(name, {})[record["seed"]] = record
+                if (record["seed"], record["when"]) == (seeds[0], "best") and record["row"].startswith("supervised"):
+                    of_rates.append(f"{record['row']}: {record['validation_mae']:.2f}")
+        means = [
+            [name, *(spread([found[seed][figure] for seed in seeds], n) for figure, (_, n) in FIGURES.items())]
+            for name, found in rows.items()
+            if found.keys() >= set(seeds)
+        ]
+        lines += [f"## {task}: seeds {', '.join(map(str, seeds))}", ""]
+        lines += table(["", *(title for title, _ in FIGURES.values())], means)
+        lines += [f"Error at the best evaluation of seed {seeds[0]}: {'; '.join(of_rates)}.", ""]
         if new_seeds:
-            seeds = list(dict.fromkeys(run.seed for run in own))
+            everywhere = [*seeds, *new_seeds]
+            whole = {name: found for name, found in rows.items() if found.keys() >= set(everywhere)}
+            cells = [[name, *(f"{found[seed]['mae']:.2f}" for seed in everywhere)] for name, found in whole.items()]
             lines += [f"Mean error by seed; nothing was chosen on seeds {', '.join(map(str, new_seeds))}:", ""]
-            lines += [*table(["MAE", *(f"seed {seed}" for seed in seeds)], by_seed(own, seeds)), ""]
-    text = RESULTS.read_text() if RESULTS.exists() else ""
+            lines += table(["MAE", *(f"seed {seed}" for seed in everywhere)], cells)
+    return lines
+
+
+def write_results(path: Path, command: str, conditions: list[str], lines: list[str]) -> None:
+    """Write the conditions and the tables; what was written by hand in the file stays."""
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    head = ["# Which reward teaches best", "", f"`{command}`, {time.strftime('%Y-%m-%d')}, on {machine}; each run on"]
+    head += ["one core. Every model that was judged is a line of [`results.jsonl`](results.jsonl).", ""]
+    text = path.read_text() if path.exists() else ""
     kept = text[text.index(BY_HAND) :] if BY_HAND in text else f"{BY_HAND}\n"
-    RESULTS.write_text("\n".join(lines) + "\n" + kept)
+    path.write_text("\n".join([*head, *conditions, "", *lines, kept]))

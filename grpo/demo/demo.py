@@ -1,44 +1,39 @@
 """`python train.py --demo`: everything a run needs, made on the spot, and what the run achieved.
 
-Draws beating hearts (`synthetic_echo.py`), builds a Qwen2.5-VL of the real class with a million parameters and its own
-tokenizer, and gives it a short supervised warm start on careless answers: it then answers in the right form,
-and badly. Then the ordinary loop runs on these folders, so that everything it gains is learned from rewards only.
+Draws beating hearts (`synthetic_echo.py`), and builds a Qwen2.5-VL of the real class with a million parameters and its
+own tokenizer. Two ordinary runs follow: supervised training on careless answers, after which the model answers in the
+right form, and badly; and GRPO, so that everything it gains from there is learned from rewards only.
 """
 
 import dataclasses
 import json
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from data.flags import default_of
-from data.loader import PromptDataset, prompt_options
-from data.prompt import load_tokenizer
+from data.flags import TrainingMediaFlags, default_of
 from data.sample import InputError
 from grpo.config import DEMO_DEFAULTS, Config, DemoTask
-from grpo.demo.supervised import SupervisedConfig, fit, load_prompts
 from grpo.demo.synthetic_echo import ANSWER, QUESTION, write_samples
 from grpo.demo.tiny_tokenizer import build_tokenizer
-from grpo.evaluate.answer import AnswerOptions, Prediction, answer, answers_of, truths_of
-from grpo.evaluate.metrics import figures
 from grpo.evaluate.report import number
 from grpo.model.layers import use_our_layers
-from grpo.model.load import load_model
-from grpo.model.random_model import TOKENS_PER_SECOND, TextSize, VisionSize, random_model
-from grpo.ranks import broadcast_object, raise_together
+from grpo.model.random_model import TextSize, VisionSize, random_model
+from grpo.ranks import any_rank, broadcast_object, print_rank0, raise_together
 from grpo.run.inputs import check_scorer
 from grpo.run.lock import lock_folder
 from grpo.run.scoring import load_scorer
-from grpo.run.survey import survey
 
 # True answers are few, careless ones many, as where experts read few cases; `reward/RESULTS.md` has other numbers, too.
 NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 80, 192
 WARM_START_STEPS = 800
+SUPERVISED = {"supervised": True, "global_batch_size": 8, "learning_rate": 1e-3, "warmup_ratio": 0.025}
+SUPERVISED |= {"weight_decay": 0.01}
 HIDDEN_SIZE, LAYERS = 128, 4  # of the model, which then has about 1 million parameters
 INIT_RANGE = 0.06  # standard deviation of the initial weights; with 0.02, learning starts late in such small layers
 # Words of the chat format, so that the tokenizer learns each as one token.
@@ -59,44 +54,69 @@ def build_model(tokenizer, seed: int, hidden_size: int, layers: int) -> Qwen2_5_
 
 
 def make_start(folder: Path, task: DemoTask, seed: int) -> None:
-    """Draw all hearts into `folder`/data, train a new model on the careless answers, and save it as `warm_start`."""
-    careless = write_samples(folder / "data", "careless", NUM_CARELESS, seed, task, is_careless=True)
+    """Draw all hearts into `folder`/data, and save a new model as `untrained`."""
+    write_samples(folder / "data", "careless", NUM_CARELESS, seed, task, is_careless=True)
     write_samples(folder / "data", "train", NUM_TRAIN, seed, task)
     write_samples(folder / "data", "heldout", NUM_HELDOUT, seed, task)
     tokenizer = build_tokenizer([QUESTION, ANSWER.format(0), CHAT_WORDS])
-    model = build_model(tokenizer, seed, HIDDEN_SIZE, LAYERS)
-    fit(model, load_prompts(careless, tokenizer), tokenizer, SupervisedConfig(steps=WARM_START_STEPS, seed=seed))
-    model.save_pretrained(folder / "warm_start")
-    tokenizer.save_pretrained(folder / "warm_start")
+    build_model(tokenizer, seed, HIDDEN_SIZE, LAYERS).save_pretrained(folder / "untrained")
+    tokenizer.save_pretrained(folder / "untrained")
 
 
-def prepare(config: Config) -> Config:
+def flags_of_warm_start(config: Config) -> Config:
+    """Return the flags of the warm start in the folder of a demo: supervised training on the careless answers."""
+    output = Path(config.output_dir)
+    media = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainingMediaFlags)}
+    return Config(
+        **media,
+        model_id=str(output / "untrained"),
+        data_path=[str(output / "data" / "careless.json")],
+        image_folder=str(output / "data" / "videos"),
+        output_dir=str(output / "warm_start"),
+        resume_from_checkpoint="auto",
+        seed=config.seed,
+        max_completion_length=config.max_completion_length,
+        max_steps=WARM_START_STEPS,
+        logging_steps=10,
+        **SUPERVISED,
+    )
+
+
+def flags_of_grpo(config: Config) -> Config:
+    """Return the flags of the demo's own run: GRPO on the true answers, from the warm start."""
+    output = Path(config.output_dir)
+    return dataclasses.replace(
+        config,
+        demo=False,
+        demo_task=Config.demo_task,
+        model_id=str(output / "warm_start" / "final"),
+        data_path=[str(output / "data" / "train.json")],
+        eval_data_path=[str(output / "data" / "heldout.json")],
+        image_folder=str(output / "data" / "videos"),
+    )
+
+
+def prepare(config: Config, train: Callable[[Config], bool]) -> Config | None:
     """Make data and a warm-started model in `output_dir`; return the ordinary flags that train on them. Collective.
 
-    A folder whose run has begun is only continued; one in which an earlier `prepare` was interrupted is used again.
+    train: runs training, and returns False if a signal stopped it; then None is returned. A folder whose run has begun
+    is only continued, and so is an interrupted warm start.
     """
     check_scorer(raise_together(load_scorer, config, []), config)  # a mistake is known before anything is made
     config = broadcast_object(raise_together(choose_folder, config))
     output = Path(config.output_dir)
-    data = output / "data"
-    if dist.get_rank() == 0 and not has_begun(output):
+    if not any_rank(dist.get_rank() == 0 and has_begun(output)):
         num_hearts = NUM_CARELESS + NUM_TRAIN + NUM_HELDOUT
-        print(f"Drawing {num_hearts} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
-        make_start(output, config.demo_task, config.seed)
-    dist.barrier()
-    config = dataclasses.replace(
-        config,
-        demo=False,
-        model_id=str(output / "warm_start"),
-        data_path=[str(data / "train.json")],
-        eval_data_path=[str(data / "heldout.json")],
-        image_folder=str(data / "videos"),
-    )
-    if dist.get_rank() == 0:
-        again = vars(dataclasses.replace(config, output_dir="output/again", demo_task=Config.demo_task))
-        flags = {f.name: again[f.name] for f in dataclasses.fields(Config) if again[f.name] != default_of(f)}
-        command = ["python", "train.py", *as_words(flags)]
-        print(f"The same run by hand:\n  {shlex.join(command)}\nIts curves:\n  tensorboard --logdir {output}")
+        print_rank0(f"Drawing {num_hearts} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
+        if dist.get_rank() == 0:
+            make_start(output, config.demo_task, config.seed)
+        dist.barrier()
+        if not train(flags_of_warm_start(config)):
+            return None
+    config = flags_of_grpo(config)
+    again = shlex.join(["python", *command_of(dataclasses.replace(config, output_dir="output/again"))])
+    print_rank0("GRPO from its answers; the same run by hand:", f"  {again}", "Its curves:")
+    print_rank0(f"  tensorboard --logdir {output}")
     return config
 
 
@@ -131,7 +151,7 @@ def choose_folder(config: Config) -> Config | None:
 
 def is_free(output: Path) -> bool:
     """True if a folder is not there, or holds nothing but what an interrupted `prepare` leaves."""
-    return {path.name for path in output.glob("*")} <= {"data", "warm_start", ".lock"}
+    return {path.name for path in output.glob("*")} <= {"data", "untrained", "warm_start", ".lock"}
 
 
 def has_begun(output: Path) -> bool:
@@ -139,69 +159,31 @@ def has_begun(output: Path) -> bool:
     return (output / "config.json").exists()
 
 
-def as_words(flags: dict) -> list[str]:
-    """Return flags as they are typed, a word each."""
-    words = []
-    for name, value in flags.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+def command_of(config: Config) -> list[str]:
+    """Return the command of a run, a word each: all flags that differ from their defaults."""
+    words = ["train.py"]
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        if value != default_of(field):
+            words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
+FIGURES = {"reward": "reward", "mae": "error", "bias": "bias", "pearson": "correlation", "clipped_ratio": "share cut"}
+
+
 def report(config: Config, began: float) -> None:
-    """Print how good the answers were before and are after, and write `demo_report.json`. Collective.
-
-    Beside each model's error stands the one after the best straight line through its answers, fitted on training
-    samples: what a constant or a scale would repair, that one need not learn.
-    """
-    output, options, rows = Path(config.output_dir), AnswerOptions(config, load_scorer(config, [])), {}
-    how = load_tokenizer(config.model_id), TOKENS_PER_SECOND, prompt_options(config)
-    files = config.data_path, config.eval_data_path
-    train, heldout = (PromptDataset(survey(paths, config, []).samples, *how) for paths in files)
-    truths = truths_of(list(heldout.samples), options)
-    for when, folder in {"before": config.model_id, "after": str(output / "final")}.items():
-        model = load_model(folder).eval()
-        fitted, judged = (answer_all(model, dataset, options) for dataset in (train, heldout))
-        found = figures(truths, answers_of(judged), config.valid_range, config.cuts)
-        rows[when] = {name: figure["value"] for name, figure in found.items()}
-        rows[when]["line_mae"] = error_of_line(fitted, judged)
-    if dist.get_rank() == 0:
-        print(f"\n{NUM_HELDOUT} held-out samples, greedy answers; errors in points:\n{table(rows)}")
-        rows["seconds"] = round(time.time() - began, 1)
-        path = output / "demo_report.json"
-        path.write_text(json.dumps(rows, indent=2) + "\n")
-        print(f"{rows['seconds']:.0f} seconds in all; written to {path}")
-    dist.barrier()
-
-
-TITLES = {"reward": "reward", "mae": "error", "line_mae": "after the best line", "bias": "bias"}
-TITLES |= {"pearson": "correlation", "clipped_ratio": "share cut"}
-
-
-def table(rows: dict[str, dict]) -> str:
-    """Write the main figures as a table, with those of the best constant answer as its last row."""
-    constant = {"reward": rows["after"]["zero_skill_reward"], "mae": rows["after"]["zero_skill_mae"]}
-    lines = [f"{'':14}" + "".join(f"{title:>{len(title) + 3}}" for title in TITLES.values())]
-    for when, row in (rows | {"best constant": constant}).items():
-        cells = [(title, number(row[name]) if name in row else "") for name, title in TITLES.items()]
-        lines.append(f"{when:14}" + "".join(f"{cell:>{len(title) + 3}}" for title, cell in cells))
-    return "\n".join(lines)
-
-
-def answer_all(model, dataset: PromptDataset, options: AnswerOptions) -> list[Prediction]:
-    """Answer all samples of a data set greedily, in their order; collective."""
-    found = {p.id: p for predictions, _ in answer(model, dataset, options) for p in predictions}
-    return [found[sample.id] for sample in dataset.samples]
-
-
-def error_of_line(fitted: list[Prediction], judged: list[Prediction]) -> float | None:
-    """Fit truth = a + b · answer on some predictions; return the line's mean error on others, None if there is none."""
-
-    def pairs(predictions: list[Prediction]) -> np.ndarray:
-        found = [(p.numbers[0], p.truth_number) for p in predictions if p.numbers[0] is not None]
-        return np.array(found, dtype=float).reshape(-1, 2).T  # answers, truths
-
-    (x, y), (judged_x, judged_y) = pairs(fitted), pairs(judged)
-    if len(np.unique(x)) < 2 or not len(judged_x):
-        return None
-    line = np.polynomial.Polynomial.fit(x, y, 1)
-    return float(np.abs(line(judged_x) - judged_y).mean())
+    """Print how good the run's answers were at each evaluation, beside the best constant one, and write it down."""
+    if dist.get_rank() != 0:
+        return
+    output = Path(config.output_dir)
+    evaluations = json.loads((output / "final" / "progress.json").read_text())["evaluations"]
+    rows = {f"step {one['step']}": {name: one.get(f"eval/{name}") for name in FIGURES} for one in evaluations}
+    rows["best constant"] = {name: evaluations[-1][f"eval/zero_skill_{name}"] for name in ("reward", "mae")}
+    print(f"\n{NUM_HELDOUT} held-out hearts, greedy answers; errors in points:")
+    print(f"{'':14}" + "".join(f"{title:>13}" for title in FIGURES.values()))
+    for when, row in rows.items():
+        print(f"{when:14}" + "".join(f"{number(row[name]) if name in row else '':>13}" for name in FIGURES))
+    seconds, path = round(time.time() - began, 1), output / "demo_report.json"
+    path.write_text(json.dumps(rows | {"seconds": seconds}, indent=2) + "\n")
+    print(f"{seconds:.0f} seconds in all; written to {path}")

@@ -39,10 +39,7 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int) -> None:
     """Write frames to an mp4 file.
 
     frames: (T, H, W, 3) uint8, RGB, T >= 1. fps: whole frames per second. Colours come back within JPEG's loss.
-    Raises ValueError for frames of another shape or dtype.
     """
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
-        raise ValueError(f"frames must be (T, H, W, 3) uint8 with T >= 1, got {frames.shape} {frames.dtype}")
     jpegs = [encode_jpeg(frame) for frame in frames]
     num_frames, height, width, _ = frames.shape
     ticks, milliseconds = num_frames * TICKS_PER_FRAME, num_frames * 1000 // fps

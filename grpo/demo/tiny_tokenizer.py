@@ -4,18 +4,13 @@ Same pipeline as Qwen2's tokenizer (NFC, its splitting regex with single digits,
 survives encode and decode), same special tokens, same chat format; only the vocabulary is small.
 """
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from data.sample import VISION_TOKENS
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS]
-
-# Qwen2's splitting: contractions, words with one leading non-letter, single digits, punctuation, newlines, spaces.
-SPLIT_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS]  # last in the vocabulary, as in Qwen
+MAX_VOCABULARY = 512  # bytes, merges and special tokens; few texts have few merges
 
 # Qwen2.5-VL's chat format. Jinja drops the newline behind a block tag, so line breaks of the format are explicit.
 CHAT_TEMPLATE = r"""
@@ -45,26 +40,16 @@ CHAT_TEMPLATE = r"""
 """
 
 
-def build_tokenizer(texts: list[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on texts and give it Qwen2.5-VL's special tokens and chat template.
 
-    vocab_size counts everything (256 bytes, merges, 8 special tokens, which come last as in Qwen) and is an upper
-    bound: few texts have few merges. EOS is <|im_end|>, padding <|endoftext|>. `save_pretrained` writes a folder
-    that `AutoTokenizer.from_pretrained` opens. Raises ValueError if vocab_size has no room for bytes and specials.
+    EOS is <|im_end|>, padding <|endoftext|>. `save_pretrained` writes a folder that `AutoTokenizer.from_pretrained`
+    opens.
     """
-    if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(f"vocab_size must be at least {256 + len(SPECIAL_TOKENS)}, got {vocab_size}")
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
+    bpe, qwen = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
+    bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = qwen.normalizer, qwen.pre_tokenizer, qwen.decoder
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        vocab_size=MAX_VOCABULARY - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -39,7 +39,7 @@ from grpo.model.load import load_model
 from grpo.model.sharding import compute_dtype
 from grpo.ranks import broadcast_object, exit_code, print_rank0, raise_together, start_processes
 from grpo.run.scoring import load_scorer
-from grpo.run.survey import check_same_on_all_ranks, check_truths, survey
+from grpo.run.survey import check_same_on_all_ranks, survey
 from reward.flags import POSITIVE, Bounds, RewardFlags, flag
 
 PROG = "python -m grpo.evaluate"
@@ -84,39 +84,31 @@ def parse(argv: list[str]) -> EvaluateConfig:
         config.model_id = base_of(config.adapter)
     for name in ("model_id", "data_path", "output_dir"):
         if getattr(config, name) in ("", [], [""]):
-            hint = "since the run has none" if config.run else "or a whole run with --run"
-            raise InputError(f"--{name} is missing: name it, {hint}")
+            raise InputError(f"--{name} is missing: name it, or a run that has it with --run")
     resolve_data_flags(config)
     if config.num_samples > 1 and not config.temperature:
-        raise InputError(
-            f"--num_samples {config.num_samples} --temperature {config.temperature:g}: greedy answers are all equal, "
-            "give a temperature of 0.01 or more"
-        )
+        raise InputError(f"--num_samples {config.num_samples}: greedy answers are all equal: give a --temperature")
     return config
 
 
 def defaults_of_run(given: EvaluateConfig) -> dict:
     """Return the flags that a run supplies: model, held-out samples, and how it prepared and sampled."""
-    path, final = Path(given.run, "config.json"), os.path.join(given.run, "final")
+    final = os.path.join(given.run, "final")
     names = {field.name for field in dataclasses.fields(EvaluateConfig)} - {"run", "adapter", "temperature"}
     if given.reward_funcs is not None:  # the run's weights and arguments are those of other functions
         names -= {"reward_weights", "reward_kwargs"}
     try:
-        run = json.loads(path.read_text())
+        run = json.loads(Path(given.run, "config.json").read_text())
         defaults = {name: value for name, value in run.items() if name in names}
         defaults |= {"data_path": run["eval_data_path"], "output_dir": os.path.join(given.run, "eval")}
-        if not run["lora_enable"]:
-            defaults["model_id"] = final
-        elif not given.model_id:
-            defaults["adapter"] = final
+        if not given.model_id:
+            defaults["adapter" if run["lora_enable"] else "model_id"] = final
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"--run {given.run!r} is no folder of a run: {path} cannot be read ({first_line(error)})"
-        ) from error
+        why = f"its config.json cannot be read ({first_line(error)})"
+        raise InputError(f"--run {given.run!r} is no folder of a run: {why}") from error
     if not (given.model_id or given.adapter or os.path.isdir(final)):
-        raise InputError(
-            f"--run {given.run!r} has no final/ yet: name a checkpoint-N in it with --model_id or --adapter"
-        )
+        mend = "name a checkpoint-N in it with --model_id or --adapter"
+        raise InputError(f"--run {given.run!r} has no final/ yet: {mend}")
     return defaults
 
 
@@ -130,8 +122,6 @@ def load_for_sampling(config: EvaluateConfig, device: torch.device):
     """Load the model, an adapter merged into it, in the precision in which training samples."""
     if config.adapter:
         model = load_merged(config.adapter, config.model_id, compute_dtype(device))
-    elif os.path.isfile(os.path.join(config.model_id, "adapter_config.json")):
-        raise InputError(f"--model_id {config.model_id!r} holds adapters: give it as --adapter")
     else:
         model = load_model(config.model_id, compute_dtype(device))
     model.to(device).eval()
@@ -152,7 +142,6 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     found = raise_together(survey, config.data_path, config, messages)
     scorer = raise_together(load_scorer, config, found.keys)
     check_same_on_all_ranks(found, functions=scorer.functions)
-    check_truths(found, "--data_path", config.data_path, config.valid_range, messages)
     print_rank0(*messages)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)
@@ -182,8 +171,8 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
 def running_error(done: dict[str, Prediction]) -> float:
     """Return the mean absolute error of the answers so far that have a number."""
     pairs = [(p.truth_number, number) for p in done.values() for number in p.numbers]
-    found = [abs(truth - number) for truth, number in pairs if truth is not None and number is not None]
-    return sum(found) / len(found) if found else float("nan")
+    errors = [abs(truth - number) for truth, number in pairs if None not in (truth, number)]
+    return sum(errors) / len(errors) if errors else float("nan")
 
 
 def main(argv: list[str]) -> int:

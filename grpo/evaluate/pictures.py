@@ -13,9 +13,10 @@ from sklearn.metrics import roc_curve
 
 from grpo.evaluate.metrics import Answers
 
-INK, PALE = "#1f4e79", "#8a8a8a"
+INK = "#1f4e79"
+DOTTED = dict(color="#8a8a8a", linewidth=0.8, linestyle=":")
 POINTS = dict(s=14, color=INK, alpha=0.5, linewidth=0)  # through which others show
-LINE_STYLES = ["-", "--", ":", "-."]
+CURVES = dict(color=["0.15", "0.35", "0.55", "0.75"], linestyle=["-", "--", ":", "-."])  # in turn
 
 
 def pictures(
@@ -28,18 +29,16 @@ def pictures(
     numbers = answers.valid_numbers(valid_range)  # (n, N)
     x, y = np.repeat(truths, numbers.shape[1]), numbers.ravel()
     is_valid = ~np.isnan(y)
-    missing = f", {(~is_valid).sum()} without a number" if not is_valid.all() else ""
-    count = f"{len(truths)} samples" + (f" x {numbers.shape[1]} answers" if numbers.shape[1] > 1 else "")
-    title = f"{plain(name)}: {count}{missing}"
-    filled = x, np.where(is_valid, y, np.median(truths))
-    x, y = x[is_valid], y[is_valid]
+    missing = f", {(~is_valid).sum()} without a number" * (not is_valid.all())
+    each = f" x {numbers.shape[1]} answers" * (numbers.shape[1] > 1)
+    title = f"{plain(name)}: {len(truths)} samples{each}{missing}"
     drawn = {
-        "scatter": scatter(x, y, figures, cuts, title),
-        "bland_altman": bland_altman(x, y, figures, title),
-        "errors": error_histogram(x, y, figures, title),
+        "scatter": scatter(x[is_valid], y[is_valid], figures, cuts, title),
+        "bland_altman": bland_altman(x[is_valid], y[is_valid], figures, title),
+        "errors": error_histogram(x[is_valid], y[is_valid], figures, title),
     }
-    if any(f"auc_{cut:g}" in figures for cut in cuts):
-        drawn["roc"] = roc(*filled, figures, cuts, title)
+    if cuts := [cut for cut in cuts if f"auc_{cut:g}" in figures]:  # with truths on both sides
+        drawn["roc"] = roc(x, np.where(is_valid, y, np.median(truths)), figures, cuts, title)
     return {key: png(figure) for key, figure in drawn.items()}
 
 
@@ -51,9 +50,8 @@ def scatter(x: np.ndarray, y: np.ndarray, figures: dict, cuts: list[float], titl
     low, high = values.min() - margin, values.max() + margin
     axes.plot([low, high], [low, high], color="black", linewidth=1)
     for cut in cuts:
-        if low < cut < high:
-            axes.axvline(cut, color=PALE, linewidth=0.8, linestyle=":")
-            axes.axhline(cut, color=PALE, linewidth=0.8, linestyle=":")
+        axes.axvline(cut, **DOTTED)
+        axes.axhline(cut, **DOTTED)
     axes.scatter(x, y, **POINTS)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     text = "MAE {mae}   (best constant {zero_skill_mae})\nRMSE {rmse}\nR² {r2}   r {pearson}\nCCC {ccc}"
@@ -65,13 +63,13 @@ def bland_altman(x: np.ndarray, y: np.ndarray, figures: dict, title: str) -> Fig
     """Draw differences over means, with the bias and the 95 % limits of agreement as numbers."""
     figure, axes = new_axes(title, "mean of true and predicted (points)", "predicted - true (points)")
     axes.scatter((x + y) / 2, y - x, **POINTS)
-    axes.axhline(0, color=PALE, linewidth=0.8, linestyle=":")
+    axes.axhline(0, **DOTTED)
     for key, style, label in (("bias", "-", "bias"), ("limit_high", "--", "+1.96 sd"), ("limit_low", "--", "-1.96 sd")):
         value = figures[key]["value"]
         if value is not None:
             axes.axhline(value, color="black", linewidth=1, linestyle=style)
-            place = dict(xy=(0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
-            axes.annotate(f"{label} {value:+.1f}", **place)
+            right = dict(transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=9)
+            axes.text(0.99, value, f"{label} {value:+.1f}", **right)
     axes.margins(y=0.15)
     return figure
 
@@ -91,15 +89,15 @@ def error_histogram(x: np.ndarray, y: np.ndarray, figures: dict, title: str) -> 
 
 
 def roc(x: np.ndarray, y: np.ndarray, figures: dict, cuts: list[float], title: str) -> Figure:
-    """Draw the ROC curve of "below the cut" for each cut that has truths on both sides."""
+    """Draw the ROC curve of "below the cut" for each cut."""
     figure, axes = new_axes(title, "false positive rate", "true positive rate")
-    axes.plot([0, 1], [0, 1], color=PALE, linewidth=0.8, linestyle=":")
-    for i, cut in enumerate(cut for cut in cuts if 0 < (x < cut).sum() < len(x)):
+    axes.plot([0, 1], [0, 1], **DOTTED)
+    axes.set_prop_cycle(**CURVES)
+    for cut in cuts:
         false_positives, true_positives, _ = roc_curve(x < cut, -y)
         area, accuracy = shown(figures[f"auc_{cut:g}"]), shown(figures[f"accuracy_{cut:g}"])
-        look = dict(color=str(0.15 + 0.2 * (i % 4)), linestyle=LINE_STYLES[i % 4], linewidth=1.8)
         label = f"below {cut:g}: AUC {area}, accuracy {accuracy}"
-        axes.plot(false_positives, true_positives, label=label, **look)
+        axes.plot(false_positives, true_positives, linewidth=1.8, label=label)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.legend(loc="lower right", fontsize=9, frameon=False)
     return figure

@@ -64,44 +64,15 @@ def report(
     print(f"written to {output}")
 
 
-LABELS = {
-    "n": "samples",
-    "parse_rate": "share with a number",
-    "reward": "mean reward",
-    "mae": "mean absolute error",
-    "median_error": "median absolute error",
-    "rmse": "root mean squared error",
-    "r2": "R²",
-    "pearson": "Pearson's r",
-    "ccc": "concordance (CCC)",
-    "bias": "bias (predicted - true)",
-    "limit_low": "lower limit of agreement",
-    "limit_high": "upper limit of agreement",
-    "within_5": "share within 5 points",
-    "sd_ratio": "sd of answers / sd of truths",
-    "distinct_answers": "different answers",
-    "out_of_range": "answers out of range",
-    "clipped_ratio": "share cut at the length limit",
-    "zero_skill_answer": "best constant answer",
-    "zero_skill_mae": "... its mean absolute error",
-    "zero_skill_reward": "reward of the best constant",
-}
-OF_CUTS = {"auc": "AUC", "accuracy": "accuracy", "mae": "mean absolute error"}
-
-
 def table(found: dict[str, dict]) -> str:
-    """Write the figures as a table, a column for each way of answering, with the 95 % intervals."""
-    lines = [f"{'':30}" + "".join(f"{way:>12}{'95 % interval':>20}" for way in found)]
+    """Write the figures, named as in metrics.json, with the 95 % intervals; a column for each way of answering."""
+    lines = [f"{'':20}" + "".join(f"{way:>14}{'95 % interval':>20}" for way in found)]
     for name in next(iter(found.values())):
-        kind, _, cut = name.partition("_")
-        label = LABELS.get(name) or (f"{OF_CUTS[kind]}, below {cut}" if kind in OF_CUTS else name)
-        line = f"{label:30}"
-        for figures_of_way in found.values():
-            figure = figures_of_way[name]
+        lines.append(f"{name:20}")
+        for figure in (figures_of_way[name] for figures_of_way in found.values()):
             low, high = figure["low"], figure["high"]
             interval = "" if low is None or low == high else f"{number(low)} to {number(high)}"
-            line += f"{number(figure['value']):>12}{interval:>20}"
-        lines.append(line)
+            lines[-1] += f"{number(figure['value']):>14}{interval:>20}"
     return "\n".join(lines)
 
 

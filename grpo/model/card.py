@@ -16,10 +16,10 @@ CARD = """---
 base_model: {base}
 library_name: {library}
 pipeline_tag: video-text-to-text
-tags: [grpo, qwen2_5_vl]
+tags: [{tag}, qwen2_5_vl]
 ---
 
-# Qwen2.5-VL trained with GRPO
+# Qwen2.5-VL trained with {method}
 
 Step {step} of {total_steps}, from `{base_as_code}`, on {num_samples} samples (SHA-256 of their
 files: {digests}){form}.
@@ -59,7 +59,10 @@ def model_card(progress: dict, is_adapter: bool) -> str:
         last = progress["evaluations"][-1]
         rows = "".join(f"| {label} | {last[name]:.3f} |\n" for name, label in FIGURES.items() if name in last)
         evaluation = f"\n## Held-out samples, after step {last['step']}\n\n| greedy answers | |\n|---|---|\n{rows}"
+    is_supervised = progress["flags"]["supervised"]
     shown = {
+        "tag": "sft" if is_supervised else "grpo",
+        "method": "supervised fine-tuning" if is_supervised else "GRPO",
         "flags": json.dumps(progress["flags"], indent=2),
         "base": json.dumps(base),  # JSON is YAML
         "base_as_code": "".join(c for c in base if c.isprintable() and c != "`"),

@@ -1,7 +1,7 @@
 """Load a Qwen2.5-VL, know its special tokens, and save it as an ordinary Hugging Face folder."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,10 +20,11 @@ PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json",
 
 @dataclass
 class SpecialTokens:
-    """Token ids with a role in sampling, on the model's device."""
+    """Token ids with a role in sampling, on the model's device, and the tokenizer."""
 
     eos_token_ids: Tensor  # a completion ends with one of these
     suppress_tokens: Tensor  # never sampled: the model would look for a video behind a placeholder in a completion
+    tokenizer: object = None
 
     @property
     def device(self) -> torch.device:
@@ -31,7 +32,7 @@ class SpecialTokens:
 
     def without_eos(self) -> "SpecialTokens":
         """Return a copy in which no token ends a completion, so that all have full length."""
-        return SpecialTokens(torch.full_like(self.eos_token_ids, -1), self.suppress_tokens)
+        return replace(self, eos_token_ids=torch.full_like(self.eos_token_ids, -1))
 
 
 def load_model(model_id: str, dtype=torch.float32) -> Qwen2_5_VLForConditionalGeneration:
@@ -56,9 +57,8 @@ def special_tokens(model, tokenizer, device) -> SpecialTokens:
     eos = model.generation_config.eos_token_id
     eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     suppressed = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS))
-    return SpecialTokens(
-        eos_token_ids=torch.tensor(sorted(eos), device=device), suppress_tokens=torch.tensor(suppressed, device=device)
-    )
+    ids = (torch.tensor(ids, device=device) for ids in (sorted(eos), suppressed))
+    return SpecialTokens(*ids, tokenizer)
 
 
 def processor_files(model_id: str) -> list[str]:

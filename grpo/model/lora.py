@@ -9,7 +9,7 @@ token, and no dropout (`SamplingModel` in `grpo/model/sharding.py`).
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,14 +88,11 @@ def disable_adapters(model) -> Iterator[None]:
 
     That is the initial policy only if nothing but adapters is trained (`trains_only_adapters`).
     """
-    layers = lora_layers(model).values()
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
+    with ExitStack() as at_the_end:
+        for layer in lora_layers(model).values():
+            layer.enable_adapters(False)
+            at_the_end.callback(layer.enable_adapters, True)
         yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 def trains_only_adapters(model) -> bool:
@@ -106,14 +103,12 @@ def trains_only_adapters(model) -> bool:
 @contextmanager
 def without_dropout(model) -> Iterator[None]:
     """Compute without dropout; a backward pass that recomputes activations must be inside, too."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
-    for layer in layers:
-        layer.eval()
-    try:
+    with ExitStack() as at_the_end:
+        for layer in model.modules():
+            if isinstance(layer, nn.Dropout) and layer.training:
+                layer.eval()
+                at_the_end.callback(layer.train)
         yield
-    finally:
-        for layer in layers:
-            layer.train()
 
 
 @dataclass

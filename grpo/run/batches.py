@@ -21,21 +21,17 @@ def resolve_batch_sizes(config: Config, world_size: int) -> Config:
     total, device = config.global_batch_size, config.per_device_train_batch_size
     accumulation = config.gradient_accumulation_steps
     given = {"--per_device_train_batch_size": device, "--gradient_accumulation_steps": accumulation}
-    ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
-    factors = [ranks, *(f"{name} {value}" for name, value in given.items() if value is not None)]
+    factors = [f"{world_size} rank" + "s" * (world_size > 1), *(f"{name} {n}" for name, n in given.items() if n)]
     product = world_size * (device or 1) * (accumulation or 1)
-    if total is None:
-        total = product
-    elif total % product or (device is not None and accumulation is not None and total != product):
-        relation = "a multiple of" if device is None or accumulation is None else "equal to"
+    total = total or product
+    if total % product or (device and accumulation and total != product):
+        relation = "equal to" if device and accumulation else "a multiple of"
         arithmetic = f"{product} = {' x '.join(factors)}" if len(factors) > 1 else factors[0]
         raise InputError(f"--global_batch_size {total} is not {relation} {arithmetic}: change it, or leave it out")
-    if device is None:
-        accumulation = accumulation or 1
-        device = total // (world_size * accumulation)
+    device = device or total // product
     return dataclasses.replace(
         config,
         global_batch_size=total,
         per_device_train_batch_size=device,
-        gradient_accumulation_steps=accumulation or total // (world_size * device),
+        gradient_accumulation_steps=total // (world_size * device),
     )

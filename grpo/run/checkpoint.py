@@ -14,8 +14,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from grpo.config import Config
 from grpo.model.card import model_card
 from grpo.model.load import ModelFiles
 from grpo.model.lora import Adapter
-from grpo.ranks import print_rank0, raise_together
+from grpo.ranks import any_rank, print_rank0, raise_together
 
 STATE, PROGRESS = "trainer_state", "progress.json"
 INDEX = f"{STATE}/.metadata"  # written last: a folder that has it is a whole checkpoint
@@ -63,7 +63,7 @@ def load(folder: Path | None, step: int, model, optimizer, schedule) -> None:
             schedule.step()
     if folder is None:
         return
-    try:
+    with explained(folder, "read", ": move it away, and resume from the one before"):
         stored = dcp.FileSystemReader(folder / STATE).read_metadata().state_dict_metadata
         for name, parameter in model.named_parameters():
             for key in [key for key in stored if key.startswith(f"optimizer.{name}.")]:  # none before the first update
@@ -71,10 +71,6 @@ def load(folder: Path | None, step: int, model, optimizer, schedule) -> None:
                 like = parameter.detach() if size == parameter.shape else torch.empty(size, device=parameter.device)
                 optimizer.state[parameter][key.rpartition(".")[2]] = torch.zeros_like(like)
         dcp.load(trainer_state(model, optimizer), checkpoint_id=folder / STATE)
-    except (Exception, CheckpointException) as error:  # a damaged file can fail in any way that unpickling can
-        raise InputError(
-            f"{str(folder)!r} cannot be read ({reason(error)}): move it away, and resume from the one before"
-        ) from error
 
 
 def save(config: Config, name: str, files: ModelFiles, state: dict, progress: dict, is_needed: bool) -> bool:
@@ -84,13 +80,14 @@ def save(config: Config, name: str, files: ModelFiles, state: dict, progress: di
     the checkpoint is not needed, print a line and return False.
     """
     folder = Path(config.output_dir, name)
-    unfinished = folder.with_name(f"{name}.unfinished")
+    unfinished, saving = folder.with_name(f"{name}.unfinished"), explained(folder, "saved")
     try:
-        raise_together(attempt, folder, write_model, unfinished, files, progress)
+        raise_together(saving(write_model), unfinished, files, progress)
         if state:
-            raise_together(check_shared, unfinished)
-            raise_together(attempt, folder, partial(dcp.save, state, checkpoint_id=unfinished / STATE))
-        raise_together(attempt, folder, publish, unfinished, folder, config.save_total_limit)
+            if any_rank(not unfinished.is_dir()):
+                raise InputError(f"{config.output_dir!r} is another folder on some nodes: name a shared --output_dir")
+            raise_together(saving(partial(dcp.save, checkpoint_id=unfinished / STATE)), state)
+        raise_together(saving(publish), unfinished, folder, config.save_total_limit)
     except InputError as error:
         if dist.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -101,23 +98,19 @@ def save(config: Config, name: str, files: ModelFiles, state: dict, progress: di
     return True
 
 
-def attempt(folder: Path, write: Callable[..., None], *arguments) -> None:
-    """Call a function that writes; if it fails, raise InputError about `folder`, which says why."""
+@contextmanager
+def explained(folder: Path, what: str, mend: str = "") -> Iterator[None]:
+    """Raise InputError about `folder` for anything that fails in here; what: is being done to it."""
     try:
-        write(*arguments)
-    # For a full disk, libraries raise OSError, SafetensorError and plain Exception.
+        yield
+    # A damaged file or a full disk can fail in any way: OSError, SafetensorError, plain Exception.
     except (Exception, CheckpointException) as error:
         if worker_failure(error):  # PyTorch raises it wherever the main thread is
             raise
-        free = shutil.disk_usage(folder.parent).free / 2**30  # since a full disk is worded in many ways
-        raise InputError(f"{str(folder)!r} cannot be saved ({reason(error)}; {free:.2f} GB are free there)") from error
-
-
-def reason(error: BaseException) -> str:
-    """Return what went wrong on the first rank that failed, in one line."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {first_line(error)}"
+        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        free = f"{shutil.disk_usage(folder.parent).free / 2**30:.2f} GB are free there"
+        why = f"{type(first).__name__}: {first_line(first)}; {free}"
+        raise InputError(f"{str(folder)!r} cannot be {what} ({why}){mend}") from error
 
 
 def tidy(output: Path) -> None:
@@ -137,12 +130,6 @@ def write_model(unfinished: Path, files: ModelFiles, progress: dict) -> None:
     files.write(unfinished)
     (unfinished / PROGRESS).write_text(json.dumps(progress, indent=2))
     (unfinished / "README.md").write_text(model_card(progress, is_adapter=isinstance(files.model, Adapter)))
-
-
-def check_shared(folder: Path) -> None:
-    """Raise InputError if this rank does not see the folder that rank 0 has made."""
-    if not folder.is_dir():
-        raise InputError(f"{str(folder.parent)!r} is not the same folder on all nodes: name a shared --output_dir")
 
 
 def publish(unfinished: Path, folder: Path, save_total_limit: int) -> None:

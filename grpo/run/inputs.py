@@ -16,7 +16,7 @@ from grpo.run.batches import resolve_batch_sizes
 from grpo.run.lock import lock_folder
 from grpo.run.resume import ResumeState, find_resume_state
 from grpo.run.scoring import Scorer, load_scorer
-from grpo.run.survey import Survey, check_truths, note_truths_outside, survey
+from grpo.run.survey import Survey, survey
 from reward.debug_log import log_path
 from reward.zero_skill import zero_skill
 
@@ -41,19 +41,17 @@ def load_inputs(config: Config) -> Inputs:
     config = resolve_batch_sizes(config, dist.get_world_size())
     workers, threads = config.dataloader_num_workers, prompt_options(config).media.threads
     messages = [f"{workers} data workers per rank, each of which decodes {threads} videos at a time"]
-    data = survey(config.data_path, config, messages, is_training=True)
+    tokenizer = load_tokenizer(config.model_id)
+    answers = tokenizer if config.supervised else None
+    data = survey(config.data_path, config, messages, is_training=True, tokenizer=answers)
     heldout = survey(config.eval_data_path, config, messages) if config.eval_data_path else None
-    if heldout:
-        check_truths(heldout, "--eval_data_path", config.eval_data_path, config.valid_range, messages)
-    note_truths_outside(data, config.data_path, config.valid_range, messages)
     scorer = load_scorer(config, data.keys + (heldout.keys if heldout else []))
     check_scorer(scorer, config)
     epochs = Epochs(data.samples.sizes, config.seed, config.data_weights)
-    tokenizer = load_tokenizer(config.model_id)
     if os.path.isdir(config.output_dir):
         take_folders(config)  # what is in it does not change from here on
     resume = find_resume_state(config, epochs, data, heldout, scorer)
-    is_wanted = dist.get_rank() == 0 and not resume.is_complete
+    is_wanted = dist.get_rank() == 0 and not (resume.is_complete or config.supervised)
     found = zero_skill(scorer.functions, data.samples, data.truths, scorer.keys) if is_wanted else None
     messages += [str(found)] if found else []
     reward = found.reward if found else None
@@ -64,7 +62,7 @@ def check_scorer(scorer: Scorer, config: Config) -> None:
     """Raise InputError where functions of the whole step have nothing to compare, or evaluations no reward."""
     weighted = [function for function in scorer.functions if function.weight]
     together = [function.name for function in weighted if function.is_whole_step]
-    if together and config.global_batch_size == 1:
+    if together and config.global_batch_size == 1 and not config.supervised:
         raise InputError(f"--global_batch_size 1: reward function {together[0]} compares a step's prompts: take more")
     if config.metric_for_best_model == "eval/reward" and len(together) == len(weighted):
         raise InputError(

@@ -1,6 +1,5 @@
 """One run per folder: a lock that the kernel releases when the process ends, however it ends."""
 
-import errno
 import fcntl
 import os
 import socket
@@ -25,13 +24,13 @@ def lock_folder(folder: str) -> None:
     file = open(path, "a+")  # noqa: SIM115  not closed, on purpose
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise InputError(
+            f"--output_dir {folder!r} is in use by {file.read() or 'another run'}: wait for it, end it, or name "
+            "another folder"
+        ) from error
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.seek(0)
-            holder = file.read() or "another run"
-            raise InputError(
-                f"--output_dir {folder!r} is in use by {holder}: wait for it, end it, or name another folder"
-            ) from error
         print_rank0(f"{str(path)!r} cannot be locked ({error.strerror}): make sure that no other run writes there")
         return
     _held[path] = file

@@ -8,13 +8,14 @@ import torch.distributed as dist
 
 from data.epochs import BatchItem
 from data.loader import LongPrompt, Prompt, PromptDataset, checked, fit_prompt
+from data.prompt import encode_answer
 from data.sample import BadMedia, InputError
 from grpo.config import Config
 from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import init_optimizer_state
 from grpo.model.sharding import Models
 from grpo.ranks import abort_rank, all_gather_object, raise_together
-from grpo.rollout import Rollout, SamplingParams, ScoredRollout, generate
+from grpo.rollout import Rollout, SamplingParams, ScoredRollout, generate, true_answers
 from grpo.run.tracking import peak_memory_gb
 
 NUM_THREADS = 16  # that open videos, which is mostly waiting for disks
@@ -27,19 +28,26 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-def length_of(dataset: PromptDataset, index: int) -> int:
-    """Count the prompt tokens of a sample as the first epoch sees it; 0 if it cannot be read or is too long."""
+def length_of(dataset: PromptDataset, index: int, has_answer: bool) -> int:
+    """Count the prompt tokens of a sample as the first epoch sees it; 0 if it cannot be read or is too long.
+
+    has_answer: count those of the true answer, too.
+    """
     try:
-        return fit_prompt(dataset.sample(BatchItem(0, index)), dataset.tokenizer, dataset.options)[1]
+        sample, length = fit_prompt(dataset.sample(BatchItem(0, index)), dataset.tokenizer, dataset.options)
+        return length + (len(encode_answer(sample.answer, dataset.tokenizer)) if has_answer else 0)
     except (BadMedia, FileNotFoundError, LongPrompt, ValueError, InputError):
         return 0  # reported when the sample is trained on
 
 
-def longest_prompt(dataset: PromptDataset) -> tuple[int, int]:
-    """Return the length of the longest prompt and the index of its sample; the ranks share the work. Collective."""
+def longest_prompt(dataset: PromptDataset, has_answer: bool = False) -> tuple[int, int]:
+    """Return the length of the longest prompt and the index of its sample; the ranks share the work. Collective.
+
+    has_answer: of the longest prompt and true answer together.
+    """
     own = range(dist.get_rank(), len(dataset.samples), dist.get_world_size())
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        lengths = list(pool.map(lambda i: length_of(dataset, i), own))
+        lengths = list(pool.map(lambda i: length_of(dataset, i, has_answer), own))
     return max(all_gather_object(max(zip(lengths, own, strict=True), default=(0, 0))))
 
 
@@ -60,11 +68,15 @@ def trial_step(
 ) -> None:
     """Do a step with completions of full length and made-up advantages, and answer as many prompts as an evaluation."""
     tokens = tokens.without_eos()
-    rollouts = rollout_phase(models.sampling.sync(models.policy), prompts, tokens, config, step=0)
+    model = models.sampling.sync(models.policy)
+    if config.supervised:
+        rollouts = true_answers(prompts, tokens)
+    else:
+        rollouts = rollout_phase(model, prompts, tokens, config, step=0)
     update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
     if config.eval_data_path:
         together = prompts[:1] * config.per_device_eval_batch_size
-        generate(models.sampling.model, together, tokens, SamplingParams.of(config, 1, temperature=1.0))
+        generate(model, together, tokens, SamplingParams.of(config, 1, temperature=1.0))
 
 
 def memory_preflight(
@@ -74,12 +86,13 @@ def memory_preflight(
 
     The optimizer must not have stepped yet. Out of memory, it raises InputError; with several ranks it ends this rank.
     """
-    _, index = longest_prompt(dataset)
+    _, index = longest_prompt(dataset, has_answer=config.supervised)
     (prompt,) = raise_together(checked, [dataset[BatchItem(0, index)]])
     sample = prompt.sample  # another one, if its videos are broken and --on_bad_video is skip
+    sampled = f"{config.num_generations} completions of {config.max_completion_length} tokens"
     what = (
         f"sample {sample.id!r} with {len(sample.media)} videos or images ({len(prompt.prompt_ids):,} prompt tokens, "
-        f"{config.num_generations} completions of {config.max_completion_length} tokens, "
+        f"{'its true answer' if config.supervised else sampled}, "
         f"{config.per_device_train_batch_size} such prompts at a time)"
     )
     learning_rates = [group["lr"] for group in optimizer.param_groups]

@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.sample import TAG_PATTERN
 from grpo.loss import has_zero_std
 from grpo.ranks import all_gather_object
-from grpo.rollout import ScoredRollout
+from grpo.rollout import Rollout, ScoredRollout
 from grpo.run.scoring import Scores
 from reward.extract import extract_number
 
@@ -40,23 +39,21 @@ class GroupRecord:
 
 @dataclass
 class StepRecords:
-    """The groups of all ranks in a step, by position and without padding, and why samples were left out."""
+    """What all ranks know of a step, padding left out."""
 
-    groups: list[GroupRecord]
-    bad_media: list[str]
+    groups: list[GroupRecord]  # by position; none in supervised training
+    bad_media: list[str]  # why samples were left out
     shortened: list[str]  # of which samples videos were left out, and how many
+    num_tokens: int  # of all completions
 
 
-def gather_records(scored: list[ScoredRollout], texts: list[list[str]], scores: Scores) -> StepRecords:
-    """Collect the records of all ranks; texts: G completions per rollout of this rank. Collective."""
-    groups, prompts = [], [one.rollout.prompt for one in scored]
-    for b, (one, prompt) in enumerate(zip(scored, prompts, strict=True)):
-        if prompt.is_padding:
-            continue
-        group = GroupRecord(
+def group_records(scored: list[ScoredRollout], texts: list[list[str]], scores: Scores) -> list[GroupRecord]:
+    """Describe the groups of this rank; texts: G completions per rollout."""
+    return [
+        GroupRecord(
             position=prompt.position,
             sample_id=prompt.sample.id,
-            question=TAG_PATTERN.sub("", prompt.sample.turns[-1][1]).strip(),
+            question=prompt.sample.question,
             truth=prompt.sample.answer,
             media=[media.name for media in prompt.sample.media],
             texts=texts[b],
@@ -67,12 +64,20 @@ def gather_records(scored: list[ScoredRollout], texts: list[list[str]], scores: 
             is_stopped=one.rollout.is_stopped.cpu(),
             advantages=one.advantages.cpu(),
         )
-        groups.append(group)
+        for b, one in enumerate(scored)
+        if not (prompt := one.rollout.prompt).is_padding
+    ]
+
+
+def gather_records(rollouts: list[Rollout], groups: list[GroupRecord]) -> StepRecords:
+    """Collect the records of all ranks, of which these are this rank's. Collective."""
+    prompts = [rollout.prompt for rollout in rollouts]
     bad_media = [prompt.bad_media for prompt in prompts if prompt.bad_media]
     shortened = [prompt.shortened for prompt in prompts if prompt.shortened]
-    of_ranks = zip(*all_gather_object((groups, bad_media, shortened)), strict=True)
-    groups, bad_media, shortened = (sum(lists, []) for lists in of_ranks)
-    return StepRecords(sorted(groups, key=lambda group: group.position), bad_media, shortened)
+    lengths = [int(rollout.completion_mask.sum()) for rollout in rollouts if not rollout.prompt.is_padding]
+    of_ranks = zip(*all_gather_object((groups, bad_media, shortened, lengths)), strict=True)
+    groups, bad_media, shortened, lengths = (sum(lists, []) for lists in of_ranks)
+    return StepRecords(sorted(groups, key=lambda group: group.position), bad_media, shortened, sum(lengths))
 
 
 def global_counts(scored: list[ScoredRollout]) -> tuple[int, int]:

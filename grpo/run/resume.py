@@ -36,7 +36,7 @@ def find_resume_state(
 ) -> ResumeState:
     """Find where the run starts; raise InputError if the flags or samples are not those of the checkpoint."""
     output, wanted = Path(config.output_dir), config.resume_from_checkpoint
-    total_steps = count_steps(config, len(epochs))
+    total_steps, where = count_steps(config, len(epochs)), f"--output_dir {str(output)!r}"
     metadata = {"flags": dataclasses.asdict(config), "total_steps": total_steps, "ranks": dist.get_world_size()}
     metadata |= {"num_samples": len(data.samples), "data": data.fingerprint}
     metadata["eval_data"] = heldout.fingerprint if heldout else None
@@ -47,26 +47,15 @@ def find_resume_state(
         if final.exists() and (done := read_progress(final, metadata)["step"]) >= total_steps:
             message = f"{output} is complete: {done} steps; the trained model is in {final}"
             return ResumeState(metadata, done, is_complete=True, messages=[message])
-        if newest:
-            return resume_at(newest, metadata)
-        if final.exists():
-            raise InputError(f"--output_dir {str(output)!r}: its run ended and left no checkpoint: name a new folder")
-        if origin:  # killed before its first checkpoint: it must not start from nothing
-            raise InputError(
-                f"--output_dir {str(output)!r}: its run was resumed from {origin!r} and has no checkpoint yet: "
-                f"give --resume_from_checkpoint {origin}"
-            )
-        return ResumeState(metadata)
-    named = Path(wanted).resolve()
-    if named in [path.resolve() for path in there.values()]:
-        if named != newest.resolve():
-            raise InputError(
-                f"--resume_from_checkpoint {wanted!r}: {newest.name} beside it is newer: move away what is newer, or "
-                "name a new --output_dir"
-            )
-    elif there or final.exists() or ((output / "config.json").exists() and wanted != origin):
+        if not newest and (final.exists() or origin):  # such a run must not start from nothing
+            mend = "name a new folder" if final.exists() else f"give --resume_from_checkpoint {origin}"
+            raise InputError(f"{where}: its run has no checkpoint to go on from: {mend}")
+        return resume_at(newest, metadata) if newest else ResumeState(metadata)
+    is_own = newest is not None and newest.resolve() == Path(wanted).resolve()
+    is_origin = not newest and not final.exists() and wanted == origin  # killed before its first checkpoint
+    if not is_own and not is_origin and (newest or final.exists() or (output / "config.json").exists()):
         raise InputError(
-            f"--output_dir {str(output)!r} holds another run: name a new folder, or continue it with "
+            f"{where} holds another run, or one that went further: name a new folder, or continue it with "
             "--resume_from_checkpoint auto"
         )
     return ResumeState(metadata) if wanted == "none" else resume_at(Path(wanted), metadata)
@@ -130,7 +119,7 @@ def differences_of(old: dict, new: dict) -> list[str]:
         same_model = name == "model_id" and os.path.realpath(now[name]) == os.path.realpath(was[name])
         if now[name] != was[name] and not same_model:
             found.append(f"--{name} {now[name]!r} was {was[name]!r}")
-    if any(new[name] != old[name] for name in ("num_samples", "data")):
+    if new["data"] != old["data"]:
         counts = f"{old['num_samples']}, now {new['num_samples']}"
         found.append(f"--data_path {' '.join(now['data_path'])!r} had other samples ({counts})")
     edited = [name for name, digest in new["rewards"].items() if old["rewards"].get(name, digest) != digest]

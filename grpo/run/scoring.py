@@ -90,10 +90,7 @@ def score(scorer: Scorer, rollouts: list[Rollout], texts: list[list[str]], step:
     return Scores(total, {function.name: values for function, values in zip(scorer.functions, each, strict=True)})
 
 
-@input_errors()
-def call(function: RewardFunction, columns: dict[str, list], step: int, timeout: float) -> np.ndarray:
-    """Return the rewards of one function, (n,), nan where it has no say; raise InputError."""
-    return call_reward_function(function, columns, step, timeout)
+call = input_errors()(call_reward_function)
 
 
 def call_on_whole_step(

@@ -22,9 +22,8 @@ def completions_table(groups: list, num_prompts: int) -> str:
     lines = ["| prompt | truth | completion | number | reward | advantage |", "|---|---|---|---|---|---|"]
     for group in groups[:num_prompts]:
         for i in bands(group.rewards):
-            cells = " | ".join(table_cell(cell) for cell in (group.question, group.truth, group.texts[i]))
-            numbers = number_text(group.numbers[i]), f"{group.rewards[i]:.3f}", f"{group.advantages[i]:+.3f}"
-            lines.append(f"| {cells} | {' | '.join(numbers)} |")
+            texts = map(table_cell, (group.question, group.truth, group.texts[i], number_text(group.numbers[i])))
+            lines.append(f"| {' | '.join(texts)} | {group.rewards[i]:.3f} | {group.advantages[i]:+.3f} |")
     return "\n".join(lines)
 
 
@@ -53,20 +52,21 @@ def contact_sheet(prompt: Prompt, group, step: int) -> np.ndarray:
     """Draw what the model saw of a prompt and what it answered: uint8 (height, 1200, 3).
 
     A strip of frames per video, as they were after the cap, sampling and resizing; below, the completions of the group
-    (a `GroupRecord`) with their rewards and advantages.
+    (a `GroupRecord`, None in supervised training) with their rewards and advantages.
     """
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf")), TEXT_SIZE)
     columns = int((WIDTH - 2 * MARGIN) / font.getlength("0"))
     strips = video_strips(prompt)
-    head = wrapped(f"step {step}, sample {group.sample_id}, {len(prompt.grid_thw)} videos and images", columns)
-    head += wrapped(f"question: {group.question}", columns) + wrapped(f"truth: {group.truth}", columns)
-    tail = [f"{'reward':>8} {'advantage':>9} {'number':>12}  completion"]
-    for i in range(min(len(group.texts), MAX_COMPLETIONS)):
+    sample = prompt.sample
+    head = wrapped(f"step {step}, sample {sample.id}, {len(prompt.grid_thw)} videos and images", columns)
+    head += wrapped(f"question: {sample.question}", columns) + wrapped(f"truth: {sample.answer}", columns)
+    texts = group.texts if group else []
+    tail = [f"{'reward':>8} {'advantage':>9} {'number':>12}  completion"] if group else []
+    for i in range(min(len(texts), MAX_COMPLETIONS)):
         begin = f"{group.rewards[i]:8.3f} {group.advantages[i]:+9.3f} {number_text(group.numbers[i]):>12}  "
-        first, *others = wrapped(group.texts[i], columns - len(begin)) or [""]
-        tail += [begin + first, *(" " * len(begin) + line for line in others)]
-    if len(group.texts) > MAX_COMPLETIONS:
-        tail.append(f"… and {len(group.texts) - MAX_COMPLETIONS} more")
+        tail += wrapped(texts[i], columns, begin) or [begin]
+    if len(texts) > MAX_COMPLETIONS:
+        tail.append(f"… and {len(texts) - MAX_COMPLETIONS} more")
 
     margin = np.full((MARGIN, WIDTH, 3), 255, np.uint8)
     parts, num_columns = [margin, text_block(head, font)], columns_for(len(strips))
@@ -115,6 +115,7 @@ def video_strips(prompt: Prompt) -> list[tuple[str, Image.Image]]:
     return strips
 
 
-def wrapped(text: str, columns: int) -> list[str]:
-    """Cut a text into at most 3 lines."""
-    return textwrap.wrap(one_line(text), columns, max_lines=MAX_LINES, placeholder=" …")
+def wrapped(text: str, columns: int, begin: str = "") -> list[str]:
+    """Cut a text into at most 3 lines; begin: stands before the first, and as much space before the others."""
+    indents = {"initial_indent": begin, "subsequent_indent": " " * len(begin)}
+    return textwrap.wrap(one_line(text), columns, **indents, max_lines=MAX_LINES, placeholder=" …")

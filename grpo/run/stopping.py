@@ -16,9 +16,9 @@ class StopRequest:
         self.is_requested, self.handlers = False, {}
 
     def listen(self) -> None:
-        """Let signals wait for the end of the step; before this call they end the program as usual."""
+        """Let signals wait for the end of the step; before the first call they end the program as usual."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self.handlers[number] = signal.signal(number, self.request)
+            self.handlers.setdefault(number, signal.signal(number, self.request))
 
     def request(self, number: int, frame) -> None:
         """Remember the first signal; at the second, end the process with the exit code that shells use for it."""

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from data.check.report import outside_line
 from data.dataset import Samples, add_id
 from data.loader import cores_per_rank, load_ahead
+from data.prompt import encode_answer
 from data.sample import InputError, Sample, with_system_prompt
 from data.video_cap import Choose, cap_videos, choice_of, varies
 from grpo.ranks import all_gather_object
@@ -44,41 +45,51 @@ def as_seen(sample: Sample, config, choose: Choose, is_training: bool) -> Sample
 
 
 class Facts(Dataset):
-    """Of each sample its id, truth, keys, missing files, and whether it is capped; or what is wrong with it."""
+    """What a run must know of each sample, or what is wrong with it."""
 
-    def __init__(self, samples: Samples, config):
-        self.samples, self.config = samples, config
+    def __init__(self, samples: Samples, config, tokenizer=None):
+        """tokenizer: to count the tokens of the answers, which are then checked as texts to train on."""
+        self.samples, self.config, self.tokenizer = samples, config, tokenizer
 
-    def __getitem__(self, index: int) -> tuple[str, float | None, list[str], list[str], bool] | InputError:
+    def __getitem__(self, index: int) -> tuple[str, float | None, list[str], list[str], bool, int] | InputError:
+        """Return id, truth, own keys, missing files, whether it is capped, and the length of the answer."""
+        length = 0
         try:
             sample = self.samples[index]
+            if self.tokenizer:
+                length = len(encode_answer(sample.answer, self.tokenizer))
         except InputError as error:
             return error
+        except ValueError as error:
+            return InputError(f"sample {sample.id!r}: {error}")
         capped = cap_videos(sample, self.config.max_videos, self.config.max_images)
         is_cut = len(capped.media) < len(sample.media)
-        return sample.id, extract_number(sample.answer), list(sample.extra), sample.missing(), is_cut
+        return sample.id, extract_number(sample.answer), list(sample.extra), sample.missing(), is_cut, length
 
 
-def survey(paths: list[str], config, messages: list[str], is_training: bool = False) -> Survey:
-    """Read and check all samples of some files; raise InputError. Adds a line to `messages` if videos are left out.
+def survey(paths: list[str], config, messages: list[str], is_training: bool = False, tokenizer=None) -> Survey:
+    """Read and check all samples of some files; raise InputError, also if there is no true number to evaluate.
 
-    Of many samples, each core that this rank has reads a part.
+    Adds lines to `messages`: if videos are left out, if truths are outside the range, and, where the true answers are
+    trained on (tokenizer), if some are longer than sampled ones may be. Of many samples, each core that this rank has
+    reads a part.
     """
     choose, samples = choice_of(config.video_cap), Samples(paths, config.image_folder)
     is_large = len(samples) >= MANY and config.dataloader_num_workers != 0
     parts = (range(first, min(first + PART, len(samples))) for first in range(0, len(samples), PART))
-    ids, truths, keys, missing, num_cut = {}, [], {}, {}, 0
-    for part in load_ahead(Facts(samples, config), parts, min(cores_per_rank(), MOST_PROCESSES) * is_large):
+    ids, truths, keys, missing, num_cut, lengths = {}, [], {}, {}, 0, []
+    for part in load_ahead(Facts(samples, config, tokenizer), parts, min(cores_per_rank(), MOST_PROCESSES) * is_large):
         for facts in part:
             if isinstance(facts, InputError):
                 raise facts
-            sample_id, truth, own_keys, gone, is_cut = facts
+            sample_id, truth, own_keys, gone, is_cut, length = facts
             add_id(ids, sample_id, samples.where(len(ids))[0].path)
             truths.append(truth)
             keys |= dict.fromkeys(own_keys)
             for path in gone:
                 missing.setdefault(path, sample_id)
             num_cut += is_cut
+            lengths.append(length)
     samples.refuse_missing(missing)
     samples.prepare = partial(as_seen, config=config, choose=choose, is_training=is_training)
     if num_cut:
@@ -87,7 +98,18 @@ def survey(paths: list[str], config, messages: list[str], is_training: bool = Fa
             f"{' '.join(paths)!r}: {num_cut} samples have more than --max_videos {config.max_videos} videos or "
             f"--max_images {config.max_images} images: the rest is left out{each}"
         )
-    return Survey(samples, np.array(truths, dtype=float), list(keys), [file.digest for file in samples.files])
+    if num_long := sum(length > config.max_completion_length for length in lengths):
+        messages.append(
+            f"{' '.join(paths)!r}: {num_long} answers are longer than --max_completion_length "
+            f"{config.max_completion_length} tokens (up to {max(lengths)}): they are trained whole, but evaluations "
+            "cannot reach their ends"
+        )
+    truths = np.array(truths, dtype=float)
+    if not is_training and np.isnan(truths).all():
+        raise InputError(f"{' '.join(paths)!r}: no answer in it contains a number: there is nothing to evaluate")
+    if line := outside_line(truths, config.valid_range):
+        messages.append(f"{' '.join(paths)!r}: {line}")
+    return Survey(samples, truths, list(keys), [file.digest for file in samples.files])
 
 
 def check_same_on_all_ranks(*found: Survey, functions: list[RewardFunction]) -> None:
@@ -99,16 +121,3 @@ def check_same_on_all_ranks(*found: Survey, functions: list[RewardFunction]) -> 
     for what, digests in {"samples": samples, "reward functions": files}.items():
         if any(others != digests for others in all_gather_object(digests)):
             raise InputError(f"the ranks have read different {what}: give all machines the same files, and start again")
-
-
-def check_truths(found: Survey, flag: str, paths: list[str], valid_range: list[float], messages: list[str]) -> None:
-    """Raise InputError if no truth has a number; add a line to `messages` if some are outside the range."""
-    if np.isnan(found.truths).all():
-        raise InputError(f"{flag} {' '.join(paths)!r}: no answer in it contains a number")
-    note_truths_outside(found, paths, valid_range, messages)
-
-
-def note_truths_outside(found: Survey, paths: list[str], valid_range: list[float], messages: list[str]) -> None:
-    """Add a line to `messages` if truths are outside the range."""
-    if line := outside_line(found.truths, valid_range):
-        messages.append(f"{' '.join(paths)!r}: {line}")

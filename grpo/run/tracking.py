@@ -38,6 +38,8 @@ NOT_DRAWN = ("eval/n", "eval/limit_", "eval/accuracy_", "eval/zero_skill_answer"
 # Of TensorBoard's tab "Custom Scalars": what to look at first, several curves in a chart.
 LAYOUT = {
     "overview": {
+        "loss": ["loss"],
+        "token accuracy": ["token_accuracy"],
         "reward": ["reward", "zero_skill_reward", "eval/reward", "eval/zero_skill_reward"],
         "error on held-out samples": ["eval/mae", "eval/zero_skill_mae"],
         "completion length": ["completions/mean_length", "completions/max_length"],
@@ -50,6 +52,10 @@ LAYOUT = {
         "cut at the length limit": ["completions/clipped_ratio", "eval/clipped_ratio"],
     },
 }
+
+# Tags of the layout that only sampling has, and only supervised training.
+OF_SAMPLING = ("reward", "zero_skill_reward", "frac_reward_zero_std", "completions/")
+OF_SUPERVISED = ("loss", "token_accuracy")
 
 # By which the best model is chosen: how good a figure is, the higher the better.
 GOODNESS: dict[BestModelMetric, Callable[[float], float]] = {
@@ -85,12 +91,13 @@ def summary(figures: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:{shown[name]}}" for name, value in there.items())
 
 
-def charts() -> dict:
-    """Return the layout as TensorBoard wants it, which takes tags for regular expressions."""
-    return {
-        group: {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in titles.items()}
-        for group, titles in LAYOUT.items()
-    }
+def charts(is_supervised: bool) -> dict:
+    """Return the charts that have curves as TensorBoard wants them; it takes tags for regular expressions."""
+    left_out, shown = OF_SAMPLING if is_supervised else OF_SUPERVISED, {}
+    for group, titles in LAYOUT.items():
+        kept = {title: [f"^{tag}$" for tag in tags if not tag.startswith(left_out)] for title, tags in titles.items()}
+        shown[group] = {title: ["Multiline", patterns] for title, patterns in kept.items() if patterns}
+    return shown
 
 
 class Tracker:
@@ -109,7 +116,8 @@ class Tracker:
         self.sheet_steps = config.logging_steps * math.ceil(total_steps / (100 * config.logging_steps))
         raise_together(self.begin)
         # TensorBoard hides what earlier files hold from this step on; at step 0 also what was evaluated there.
-        self.write(lambda writer: writer.add_custom_scalars(charts()), resume.step + 1 if resume.step else 0)
+        first = resume.step + 1 if resume.step else 0
+        self.write(lambda writer: writer.add_custom_scalars(charts(config.supervised)), first)
         self.bar = tqdm(
             total=total_steps,
             initial=resume.step,
@@ -142,14 +150,15 @@ class Tracker:
         metrics = rollout_metrics(records.groups) | metrics
         self.count(step, records, metrics)
         metrics |= {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/step": seconds}
-        metrics["run/tokens_per_second"] = sum(int(group.lengths.sum()) for group in records.groups) / seconds
+        metrics["run/tokens_per_second"] = records.num_tokens / seconds
         metrics["run/peak_memory_gb"] = peak_memory_gb()
         counted = ["skipped_samples", "bad_steps"]
         counted += ["shortened_prompts"] if self.config.on_long_prompt == "fewer_videos" else []
         metrics |= {f"run/{name}": self.counts[name] for name in counted}
         if self.zero_skill_reward is not None:
             metrics["zero_skill_reward"] = self.zero_skill_reward
-        self.bar.set_postfix_str(f"reward {metrics.get('reward', math.nan):.3f}, {seconds:.2f} s/step", refresh=False)
+        main = "loss" if self.config.supervised else "reward"
+        self.bar.set_postfix_str(f"{main} {metrics.get(main, math.nan):.3f}, {seconds:.2f} s/step", refresh=False)
         self.bar.update()
         self.write(lambda writer: self.add(writer, step, records.groups, metrics, prompt), step)
         if self.counts["bad_in_a_row"] >= self.config.max_bad_steps:
@@ -179,19 +188,21 @@ class Tracker:
 
     def add(self, writer: SummaryWriter, step: int, groups: list[GroupRecord], metrics: dict, prompt: Prompt) -> None:
         """Write a step's completions; at a logging step curves, distributions, some completions and frames, too."""
-        rollout_log.append(self.output, completion_lines(step, groups))
+        if groups:
+            rollout_log.append(self.output, completion_lines(step, groups))
         if step % self.config.logging_steps:
             return
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
         for name, values in distributions(groups).items():
             writer.add_histogram(name, values, step)
-        if not (groups and self.config.log_completions):
+        if not self.config.log_completions:
             return
-        writer.add_text("completions", completions_table(groups, self.config.log_completions), step)
-        own = [group for group in groups if group.position == prompt.position and not prompt.is_padding]
-        if own and (step % self.sheet_steps == 0 or step == self.config.logging_steps):
-            writer.add_image("contact_sheet", contact_sheet(prompt, own[0], step), step, dataformats="HWC")
+        if groups:
+            writer.add_text("completions", completions_table(groups, self.config.log_completions), step)
+        own = next((group for group in groups if group.position == prompt.position), None)
+        if not prompt.is_padding and (step % self.sheet_steps == 0 or step == self.config.logging_steps):
+            writer.add_image("contact_sheet", contact_sheet(prompt, own, step), step, dataformats="HWC")
 
     def is_evaluation_due(self, step: int) -> bool:
         """Say whether the policy is to be evaluated after this step and has not been yet."""

@@ -94,9 +94,9 @@ def test_packed_logprobs_and_gradients_equal_separate_rows(request, data, togeth
             tiny.suppress_tokens,
         )
     weights = [torch.randn(mask.shape, generator=torch.Generator().manual_seed(n)) for n, mask in enumerate(masks)]
-    sum((logprobs * w).sum() for (logprobs, _), w in zip(packed, weights, strict=True)).backward()
+    sum((logprobs * w).sum() for (logprobs, *_), w in zip(packed, weights, strict=True)).backward()
     loss = 0.0
-    for prompt, i, mask, w, (logprobs, _) in zip(tiny.prompts, ids, masks, weights, packed, strict=True):
+    for prompt, i, mask, w, (logprobs, *_) in zip(tiny.prompts, ids, masks, weights, packed, strict=True):
         rows = separate_rows(twin, prompt, i, mask, tiny.suppress_tokens)
         for g, row in enumerate(rows):
             assert (logprobs[g, : len(row)] - row).abs().max() < 1e-5
@@ -113,7 +113,7 @@ def test_packed_logprobs_equal_separate_rows_in_float64(tiny):
     ids, masks = completions_for(tiny.prompts[1:2], 3, 5, len(tiny.tokenizer), tiny.suppress_tokens)
     model = copy.deepcopy(tiny.model).double()
     # The log-probabilities are float32 by design, so compare the hidden states' effect in float32 but tightly.
-    ((logprobs, _),) = completion_logprobs(model, tiny.prompts[1:2], ids, masks, T, tiny.suppress_tokens)
+    ((logprobs, *_),) = completion_logprobs(model, tiny.prompts[1:2], ids, masks, T, tiny.suppress_tokens)
     rows = separate_rows(hf_twin(model), tiny.prompts[1], ids[0], masks[0], tiny.suppress_tokens)
     for g, row in enumerate(rows):
         assert (logprobs[g, : len(row)] - row).abs().max() < 2e-6
@@ -144,8 +144,8 @@ def test_the_videos_and_their_order_reach_the_logprobs(tiny):
     swapped = copy.copy(prompt)
     first, second, third = prompt.pixel_values.chunk(3)
     swapped.pixel_values = torch.cat([second, first, third])
-    ((one, _),) = completion_logprobs(tiny.model, [prompt], ids, masks, T, tiny.suppress_tokens)
-    ((other, _),) = completion_logprobs(tiny.model, [swapped], ids, masks, T, tiny.suppress_tokens)
+    ((one, *_),) = completion_logprobs(tiny.model, [prompt], ids, masks, T, tiny.suppress_tokens)
+    ((other, *_),) = completion_logprobs(tiny.model, [swapped], ids, masks, T, tiny.suppress_tokens)
     assert (one - other).abs().max() > 1e-3
 
 
@@ -159,7 +159,7 @@ def test_logits_in_chunks_equal_logits_at_once(tiny, monkeypatch):
         model = copy.deepcopy(tiny.model)
         results = completion_logprobs(model, tiny.prompts[:2], ids, masks, T, tiny.suppress_tokens)
         num_chunks = len(calls)
-        sum(chosen.sum() for chosen, _ in results).backward()
+        sum(chosen.sum() for chosen, *_ in results).backward()
         assert max(calls) <= tokens_per_chunk and len(calls) == 2 * num_chunks - 1  # all but the last are recomputed
         gradients.append(model.lm_head.weight.grad)
     assert relative(gradients[0], gradients[1]) < 1e-6
@@ -189,7 +189,7 @@ def test_logprobs_and_entropy_of_bfloat16_hidden_states_agree_with_float64():
 
 def test_entropy_is_that_of_the_sampling_distribution(tiny):
     ids, masks = completions_for(tiny.prompts[:1], 2, 3, len(tiny.tokenizer), tiny.suppress_tokens)
-    ((_, entropy),) = completion_logprobs(tiny.model, tiny.prompts[:1], ids, masks, 1e6, tiny.suppress_tokens)
+    ((_, entropy, _),) = completion_logprobs(tiny.model, tiny.prompts[:1], ids, masks, 1e6, tiny.suppress_tokens)
     allowed = len(tiny.tokenizer) - len(tiny.suppress_tokens)  # so hot that all allowed tokens are equally probable
     assert torch.allclose(entropy[masks[0]], torch.tensor(float(allowed)).log(), atol=1e-4)
     assert (entropy[~masks[0]] == 0).all()

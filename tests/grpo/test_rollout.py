@@ -50,7 +50,7 @@ def test_logprobs_recorded_while_sampling_agree_with_the_update(tiny):
     assert len({rollout.completion_ids.shape[1] for rollout in rollouts}) > 1  # groups of unequal lengths
     ids, masks = [r.completion_ids for r in rollouts], [r.completion_mask for r in rollouts]
     results = completion_logprobs(tiny.model, tiny.prompts, ids, masks, 0.7, tiny.suppress_tokens)
-    for rollout, (logprobs, _) in zip(rollouts, results, strict=True):
+    for rollout, (logprobs, *_) in zip(rollouts, results, strict=True):
         assert (rollout.logprobs - logprobs).abs().max() < 1e-4
         assert (rollout.logprobs[rollout.completion_mask] < 0).all()
 
@@ -61,7 +61,7 @@ def test_on_the_first_update_the_ratio_is_one_and_the_gradient_that_of_reinforce
     gradients = []
     for objective in ("grpo", "reinforce"):
         model = copy.deepcopy(tiny.model)
-        ((logprobs, _),) = completion_logprobs(
+        ((logprobs, *_),) = completion_logprobs(
             model, tiny.prompts[:1], [rollout.completion_ids], [rollout.completion_mask], 0.7, tiny.suppress_tokens
         )
         if objective == "grpo":

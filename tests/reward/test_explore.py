@@ -180,7 +180,7 @@ def sample(answer, speaker="gpt"):
     [
         json.dumps([sample("The EF is 55%."), sample("40.5"), sample("normal")], indent=1),
         "\n".join(json.dumps(sample(answer)) for answer in ("The EF is 55%.", "40.5", "normal")) + "\n",
-        '\ufeff[55, 40.5, "normal"]',
+        "\ufeff[55, 40.5, null]",
         '["EF: 55%", "40.5%", "none of the 3 videos"]',
         "55\r\n\r\n40.5%\r\nnormal\r\n",
         "\n\nThe EF is 55%.\n  40.5\nnormal",
@@ -213,27 +213,20 @@ def test_the_picture_has_a_row_per_reward_and_marks_flat_parts(default):
         (["--truths", "{}/no.json"], r"--truths '.*no.json' cannot be read \(.*No such file"),
         (["--truths", "{}"], r"--truths '.*' cannot be read \(.*Is a directory"),
         (["--truths", "{}/bytes"], r"--truths '.*bytes' cannot be read \(.*utf-8.*: name a file of samples or numbers"),
-        (["--truths", "{}/torn.json"], r"--truths '.*torn.json' cannot be read \(.*line 1 column"),
-        (
-            ["--truths", "{}/torn.jsonl"],
-            r"--truths '.*torn.jsonl', entry #2, cannot be read \(JSONDecodeError: .*name a",
-        ),
-        (
-            ["--truths", "{}/human.json"],
-            r"entry #1, cannot be read \(ValueError: its last turn is from 'human'.*name a",
-        ),
-        (["--truths", "{}/null.json"], r"entry #2, cannot be read \(TypeError: "),
+        (["--truths", "{}/torn.json"], r"torn.json': malformed JSON at line 1, column 6 "),
+        (["--truths", "{}/torn.jsonl"], r"torn.jsonl': malformed JSON at line 2, column 10 "),
+        (["--truths", "{}/human.json"], r"human.json': sample 's': the last two turns must be "),
         (["--truths", "{}/words.txt"], r"no number in 2 entries: name a file of samples or numbers"),
         (["--truths", "{}/empty.txt"], r"no number in 0 entries"),
-        (["--reward_funcs", "nonsense"], r"--reward_funcs 'nonsense': there is no such function: take "),
+        (["--reward_funcs", "nonsense"], r"--reward_funcs 'nonsense': no such function or file: take "),
         (["--reward_funcs", TWO[0], TWO[0]], r"--reward_funcs: 'numerical_video_reward' occurs twice"),
         (["--reward_kwargs", "{{"], r"--reward_kwargs '{{' is no JSON object"),
         (["--reward_kwargs", '{"eror_scale": 3}'], r"no reward function has a parameter 'eror_scale'"),
         (
             ["--reward_funcs", "concordance_reward"],
-            r"concordance_reward: it gives None for every number, so it judges .*, or a whole step",
+            r"concordance_reward: all numbers have the same reward, so it judges .*, or a whole step",
         ),
-        (["--reward_funcs", "format_reward"], r"format_reward: it gives 0 for every number, so it judges something"),
+        (["--reward_funcs", "format_reward"], r"format_reward: all numbers have the same reward, so it judges "),
         (["--valid_range", "9", "3"], r"--valid_range 9 3: give the lowest and the highest"),
         (["--valid_range", "0", "inf"], r"--valid_range 0 inf: give the lowest and the highest"),
         (["--valid_range", "0", "nan"], r"--valid_range 0 nan: give the lowest and the highest"),
@@ -250,7 +243,6 @@ def test_bad_input_is_one_line_that_names_it(tmp_path, capsys, flags, message):
     (tmp_path / "torn.json").write_text("[55, ")
     (tmp_path / "torn.jsonl").write_text(json.dumps(sample("55%")) + "\n" + '{"id": 3, ')
     (tmp_path / "human.json").write_text(json.dumps([sample("55%", "human")]))
-    (tmp_path / "null.json").write_text("[55, null]")
     (tmp_path / "words.txt").write_text("normal\nreduced\n")
     (tmp_path / "empty.txt").write_text("\n")
     code, text, errors = run(tmp_path, capsys, *(flag.replace("{}", str(tmp_path)) for flag in flags))
@@ -296,7 +288,7 @@ def test_a_file_that_cannot_be_imported_is_shown_with_its_traceback(tmp_path, ca
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return [None for pair in pairs]", "it gives None for every number"),
+        ("return [None for pair in pairs]", "all numbers have the same reward"),
         ("return [1.0]", "gave 1 rewards for 1001 completions"),
         ("return [float('inf') if x > y else 0 for y, x in pairs]", "gave inf for sample 'answer 20.1%, truth 20%'"),
         ("return ['0.5' if x > y else 0 for y, x in pairs]", "gave '0.5' for sample 'answer 20.1%, truth 20%'"),

@@ -93,17 +93,12 @@ def test_a_path_may_have_a_colon(mine, tmp_path):
 
 @pytest.mark.parametrize("name", ["numerical_reward", "extract", "", "mine.py"])
 def test_a_name_that_is_no_built_in_function_is_refused_with_those_there_are(name):
-    assert says(error_of(name), f"--reward_funcs {name!r}", "no such function", *BUILT_IN, "file.py:function")
-
-
-def test_no_function_at_all_is_refused():
-    assert says(error_of(), "--reward_funcs", "at least one")
+    assert says(error_of(name), f"--reward_funcs {name!r}", "no such function or file", *BUILT_IN, "file.py:function")
 
 
 def test_a_file_that_is_missing_or_a_folder_is_refused(tmp_path):
-    path = str(tmp_path / "none.py")
-    assert says(error_of(f"{path}:ones"), "--reward_funcs", f"{path!r} cannot be read (No such file or directory)")
-    assert says(error_of(f"{tmp_path}:ones"), f"{str(tmp_path)!r} cannot be read (Is a directory)")
+    for name in (f"{tmp_path / 'none.py'}:ones", f"{tmp_path}:ones"):
+        assert says(error_of(name), f"--reward_funcs {name!r}: no such function or file")
 
 
 def test_an_import_that_raises_is_shown_with_the_users_own_traceback(mine):
@@ -133,7 +128,7 @@ def test_a_file_that_exits_when_imported_does_not_end_the_program(mine):
 def test_a_name_that_is_no_function_of_the_file_is_refused(mine, name):
     path = mine(ONES + "number = 3\n")
     error = error_of(f"{path}:{name}")
-    assert says(error, f"{path!r} has no function {name!r}")
+    assert says(error, f"--reward_funcs '{path}:{name}': it cannot be called", "correct the name")
     assert error.details == ""
 
 
@@ -249,21 +244,13 @@ def test_weights_belong_to_functions_in_order_and_are_one_by_default():
     assert [function.weight for function in load(*names, weights=[0.5, 0.0, -2.0])] == [0.5, 0.0, -2.0]
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [0.0]])
-def test_a_wrong_number_of_weights_is_refused(weights):
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1.0, 2.0, 3.0], [0.0], [0.0, -0.0], *([0.5, x] for x in (math.nan, math.inf, -math.inf, 2e6))]
+)
+def test_weights_that_are_no_finite_number_for_each_function_are_refused(weights):
     error = error_of("format_reward", "concordance_reward", weights=weights)
-    assert says(error, f"--reward_weights: {len(weights)} weights for 2 reward functions")
-
-
-@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 2e6])
-def test_weights_that_are_not_finite_or_too_large_are_refused(weight):
-    error = error_of("format_reward", "concordance_reward", weights=[0.5, weight])
-    assert says(error, f"--reward_weights 0.5 {weight:g}", "from -1e+06 to 1e+06")
-
-
-def test_weights_that_are_all_zero_are_refused():
-    error = error_of("format_reward", "concordance_reward", weights=[0.0, -0.0])
-    assert says(error, "--reward_weights 0 -0", "not all of them 0")
+    given = " ".join(f"{weight:g}" for weight in weights)
+    assert says(error, f"--reward_weights {given}: give each of 2 reward functions one from -1e+06 to 1e+06, not all")
 
 
 # Arguments
@@ -282,7 +269,7 @@ def test_arguments_that_are_no_object_are_refused(text):
 @pytest.mark.parametrize("name", ARGUMENTS[::4])
 def test_arguments_that_the_trainer_gives_are_refused(name):
     error = error_of("concordance_reward", "smooth_numerical_reward", kwargs=json.dumps({name: 1}))
-    assert says(error, f"--reward_kwargs: {name!r} is given to reward functions by the trainer")
+    assert says(error, f"--reward_kwargs: {name!r} is given by the trainer")
 
 
 def test_an_argument_that_no_function_takes_is_refused():
@@ -330,7 +317,7 @@ def test_the_valid_range_is_given_to_functions_that_take_it():
     ranges = [function.options.get("valid_range") for function in load(*names, valid_range=[0.0, 50.0])]
     assert ranges == [[0.0, 50.0], [0.0, 50.0], None, None]
     error = error_of("smooth_numerical_reward", kwargs='{"valid_range": [100, 0]}')
-    assert says(error, "--reward_kwargs: valid_range is a flag of its own")
+    assert says(error, "--reward_kwargs: 'valid_range' is given by the trainer, or with --valid_range")
 
 
 @pytest.mark.parametrize("scale", ["0", "-6", '"8"', "null", "[6]"])
@@ -395,7 +382,7 @@ def test_keys_that_functions_take_or_that_nobody_asks_for_are_fine():
 @pytest.mark.parametrize("name", ARGUMENTS[::4])
 def test_a_key_named_like_what_functions_are_given_is_refused(name):
     error = keys_error_of(["age", name], lambda **kwargs: [])
-    assert says(error, f"the samples have a key {name!r}", "something else under this name", "rename it")
+    assert says(error, f"the samples have a key {name!r}", "something else", "rename it")
 
 
 def test_the_number_of_the_prompt_has_a_name_that_leaves_group_to_the_samples(mine):
@@ -414,12 +401,12 @@ def test_the_number_of_the_prompt_has_a_name_that_leaves_group_to_the_samples(mi
 
 def test_a_key_named_like_an_argument_that_is_set_by_flags_is_refused_with_the_function():
     error = keys_error_of(["age", "scale"], lambda scale, **kwargs: [], lambda **kwargs: [], scale=2)
-    assert says(error, "the samples have a key 'scale'", "reward function mine0", "set by flags: rename one")
+    assert says(error, "the samples have a key 'scale'", "reward function mine0 is given something else")
     functions = load("format_reward", "smooth_numerical_reward", valid_range=[0.0, 50.0])
-    with pytest.raises(RewardError, match="a key 'valid_range', and reward function smooth_numerical_reward"):
+    with pytest.raises(RewardError, match="a key 'valid_range', under which reward function smooth_numerical_reward"):
         check_keys(functions, ["valid_range"])
     check_keys(functions[:1], ["valid_range"])  # which does not take it
-    with pytest.raises(RewardError, match="a key 'error_scale', and reward function smooth_numerical_reward"):
+    with pytest.raises(RewardError, match="a key 'error_scale', under which reward function smooth_numerical_reward"):
         check_keys(functions, ["error_scale"])
 
 
@@ -489,7 +476,7 @@ def test_rewards_may_be_any_kind_of_number_or_none():
 def test_a_wrong_number_of_rewards_is_refused(given):
     with pytest.raises(RewardError) as caught:
         rewards_of(lambda **kwargs: given)
-    assert says(caught.value, f"reward function mine gave {len(given)} rewards for 2 completions", "sample 's0'")
+    assert says(caught.value, f"reward function mine gave {len(given)} rewards for 2 completions")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan"), 1.01 * LARGEST, -1.01 * LARGEST])

@@ -247,11 +247,3 @@ def test_a_video_with_too_few_frames_is_a_bad_video(tmp_path):
 def test_a_missing_file_is_no_bad_video(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.mp4"):
         load_video(tmp_path / "missing.mp4", VideoOptions())
-
-
-@pytest.mark.parametrize(
-    "frames", [np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 8), np.uint8)]
-)
-def test_write_mp4_refuses_what_is_no_clip(tmp_path, frames):
-    with pytest.raises(ValueError, match="uint8"):
-        write_mp4(tmp_path / "clip.mp4", frames, fps=8)

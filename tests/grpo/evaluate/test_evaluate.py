@@ -96,7 +96,7 @@ def test_a_run_is_evaluated_with_its_own_settings_to_the_last_digit(run, capsys)
     assert found["n"]["value"] == 10 and found["samples_without_true_number"] == 1 and found["samples"] == 11
     assert found["settings"]["nframes"] == 4 and found["answers"] == "greedy"
     printed = capsys.readouterr().out
-    assert f"{figures['mae']:.3f}" in printed and "1 samples not in the figures" in printed
+    assert f"mae{figures['mae']:>31.3f}" in printed and "1 samples not in the figures" in printed
 
 
 def test_a_prediction_holds_the_answer_and_what_was_read_from_it(answered):
@@ -249,7 +249,7 @@ def damaged(tiny, tmp_path: Path, name: str) -> list[str]:
         ("a small temperature", "--temperature 0.001"),
         ("an unknown flag", "did you mean --cuts?"),
         ("a turned range", "--valid_range 100 0"),
-        ("adapters as a model", "holds adapters: give it as --adapter"),
+        ("adapters as a model", "or evaluate them as --adapter"),
     ],
 )
 def test_bad_input_gets_one_line_and_nothing_is_written(tiny, tmp_path, capfd, name, words):
@@ -266,7 +266,7 @@ def test_a_missing_flag_is_named(tiny, tmp_path, capfd, missing):
     place = arguments.index(missing)
     del arguments[place : place + 2]
     assert command.main(arguments) == 2
-    assert f"{missing} is missing: name it, or a whole run with --run" in capfd.readouterr().err
+    assert f"{missing} is missing: name it, or a run that has it with --run" in capfd.readouterr().err
 
 
 def test_an_adapter_of_another_model_gets_one_line(tiny, adapters, tmp_path, capfd):
@@ -317,7 +317,7 @@ def test_a_run_without_what_is_evaluated_is_told_so(tiny, tmp_path, capfd):
     output = tmp_path / "out"
     assert train.main(flags(tiny, output, "--max_steps", "1")) == 0
     assert command.main(["--run", str(output)]) == 2
-    assert "--data_path is missing: name it, since the run has none" in capfd.readouterr().err
+    assert "--data_path is missing: name it, or a run that has it" in capfd.readouterr().err
     shutil.rmtree(output / "final")
     assert command.main(["--run", str(output), "--data_path", str(tiny.folder / "data.json")]) == 2
     assert "has no final/ yet: name a checkpoint-N" in capfd.readouterr().err

@@ -71,7 +71,7 @@ def score(model, tiny: Tiny, compute=None) -> list[torch.Tensor]:
     compute = compute or (lambda *arguments: completion_logprobs(model, *arguments))
     prompts, ids, masks = zip(*((r.prompt, r.completion_ids, r.completion_mask) for r in rollouts), strict=True)
     with torch.no_grad():
-        return [logprobs for logprobs, _ in compute(list(prompts), list(ids), list(masks), 0.7, tiny.suppress_tokens)]
+        return [logprobs for logprobs, *_ in compute(list(prompts), list(ids), list(masks), 0.7, tiny.suppress_tokens)]
 
 
 def sharded_score(model, tiny: Tiny) -> list[torch.Tensor]:

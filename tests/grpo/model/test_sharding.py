@@ -119,6 +119,7 @@ VARIANTS = {
     "sequence level": {"importance_sampling_level": "sequence", "num_iterations": 2},
     "with KL": {"beta": 0.1, "num_iterations": 2},
     UNEQUAL: {"seed": ZERO_ADVANTAGES},
+    "supervised": {"supervised": True},
 }
 
 
@@ -129,6 +130,7 @@ OTHER_ORDER = {
 }
 TEXT_ONLY = {
     "text only": Case({}, data="mixed"),
+    "text only, supervised": Case({"supervised": True}, data="mixed"),
     "text only, with KL": Case({"num_iterations": 2, "beta": 0.1}, data="mixed"),
 }
 FROZEN = {
@@ -148,7 +150,10 @@ CASES = {  # by the number of ranks and of those of a node
     | TEXT_ONLY
     | FROZEN
     | {"two passes": Case({"gradient_accumulation_steps": 2}, checkpointing=True)},
-    (4, 4): {variant: VARIANT_CASES[variant] for variant in ("dapo", "grpo, two iterations", "with KL", UNEQUAL)},
+    (4, 4): {
+        variant: VARIANT_CASES[variant]
+        for variant in ("dapo", "grpo, two iterations", "with KL", "supervised", UNEQUAL)
+    },
     (4, 2): {"dapo": VARIANT_CASES["dapo"]},
 }
 
@@ -241,7 +246,7 @@ def test_the_gradient_is_that_of_the_trained_tokens_divided_by_their_number(tiny
     loss, num_tokens, rollouts = 0.0, 0, rollouts_of(tiny)
     for one in with_advantages(rollouts):
         rollout, ids, mask = one.rollout, one.rollout.completion_ids, one.rollout.completion_mask
-        ((logprobs, _),) = completion_logprobs(model, [rollout.prompt], [ids], [mask], 0.7, tiny.suppress_tokens)
+        ((logprobs, *_),) = completion_logprobs(model, [rollout.prompt], [ids], [mask], 0.7, tiny.suppress_tokens)
         loss = loss - (logprobs * one.advantages[:, None])[one.loss_mask].sum()  # REINFORCE: the ratio is 1
         num_tokens += int(one.loss_mask.sum())
     assert 0 < num_tokens < sum(int(r.completion_mask.sum()) for r in rollouts if not r.prompt.is_padding)
@@ -364,8 +369,8 @@ def in_bfloat16(tiny: Tiny, device: torch.device, folder: str) -> dict:
     with torch.no_grad():
         ours = model.completion_logprobs(*arguments, 0.7, tiny.suppress_tokens)
         theirs = completion_logprobs(sampling.model, *arguments, 0.7, tiny.suppress_tokens)
-    same = all(torch.equal(a, b) for (a, _), (b, _) in zip(ours, theirs, strict=True))
-    difference = max((r.logprobs - a).abs().max().item() for r, (a, _) in zip(rollouts, ours, strict=True))
+    same = all(torch.equal(a, b) for (a, *_), (b, *_) in zip(ours, theirs, strict=True))
+    difference = max((r.logprobs - a).abs().max().item() for r, (a, *_) in zip(rollouts, ours, strict=True))
     return {"same": same, "difference": difference}
 
 

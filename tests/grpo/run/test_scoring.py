@@ -173,7 +173,7 @@ def test_where_one_function_has_no_say_the_others_count(tiny, tmp_path):
 BROKEN = {
     "no such name": (["--reward_funcs", "numerical_reward"], "numerical_video_reward"),
     "no such file": (["--reward_funcs", "nowhere.py:reward"], "nowhere.py"),
-    "weights": (["--reward_weights", "1", "2"], "--reward_weights: 2 weights for 1"),
+    "weights": (["--reward_weights", "1", "2"], "--reward_weights 1 2: give each of 1 reward functions one"),
     "no object": (["--reward_kwargs", "[1]"], "--reward_kwargs"),
     "no such argument": (["--reward_kwargs", '{"scale": 1}'], "'scale'"),
 }

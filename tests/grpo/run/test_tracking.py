@@ -30,15 +30,18 @@ def test_of_a_bias_only_the_size_counts():
     assert goodness(-1.0) > goodness(2.0) and goodness(1.0) > goodness(-2.0) > goodness(-3.0)
 
 
-def test_the_layout_names_curves_that_a_run_draws(tiny, tmp_path):
+@pytest.mark.parametrize("kind", [[], ["--supervised"]], ids=["GRPO", "supervised"])
+def test_the_layout_names_curves_that_a_run_draws(tiny, tmp_path, kind):
     data = tiny.folder / "data.json"
-    assert train.main(flags(tiny, tmp_path / "out", "--eval_data_path", data, "--max_steps", "1")) == 0
+    assert train.main(flags(tiny, tmp_path / "out", "--eval_data_path", data, "--max_steps", "1", *kind)) == 0
     drawn = curves(tmp_path / "out")
     named = [tag for titles in LAYOUT.values() for tags in titles.values() for tag in tags]
+    patterns = [pattern for titles in charts(bool(kind)).values() for _, tags in titles.values() for pattern in tags]
+    shown = [tag for pattern in patterns for tag in named if re.match(pattern, tag)]
+    assert len(shown) == len(patterns) and all(charts(bool(kind)).values())
     optional = {"eval/sd_ratio", "eval/ccc", "eval/r2"}  # undefined where all truths or answers are equal
-    assert set(named) - drawn.keys() <= optional
-    patterns = [pattern for titles in charts().values() for _, tags in titles.values() for pattern in tags]
-    assert [[tag for tag in named if re.match(pattern, tag)] for pattern in patterns] == [[tag] for tag in named]
+    assert set(shown) - drawn.keys() <= optional
+    assert {"eval/mae", "entropy", "loss" if kind else "reward"} <= set(shown)
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
     assert "custom_scalars__config__" in events.Tags()["tensors"]
 
