@@ -1,13 +1,12 @@
 """The samples of JSON and JSONL files (`entry.py` has the format), parsed where they are needed.
 
 Of JSONL only the place of each entry is in memory, so that files of many gigabytes cost neither the ranks nor their
-data workers anything. A JSON list is parsed whole once and kept as lines, which forked workers share: large files
-should be JSONL. Every mistake is an InputError of one line, before training starts.
+data workers anything. A JSON list is parsed whole once and kept as JSONL in memory, which forked workers share: large
+files should be JSONL. Every mistake is an InputError of one line, before training starts.
 """
 
 import codecs
 import hashlib
-import io
 import json
 import os
 from array import array
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from data.entry import read_sample
-from data.sample import DuplicateId, InputError, Sample
+from data.sample import DuplicateId, InputError, Sample, first_of
 
 
 class Entries(Sequence):
@@ -27,7 +26,6 @@ class Entries(Sequence):
         self.path = path
         self._starts = array("q")  # where each entry begins, and the end of the last one
         self._lines = array("q")  # the number of each entry's line
-        self._memory = None  # the entries of a JSON list, each as a line
         if os.path.exists(path) and not os.path.isfile(path):
             raise InputError(f"{path!r} is no ordinary file: give JSON or JSONL files of samples, no folder or pipe")
         try:
@@ -36,14 +34,14 @@ class Entries(Sequence):
             self._file.seek(0)
             start = len(codecs.BOM_UTF8) * (self._file.read(3) == codecs.BOM_UTF8)
             self._file.seek(start)
-            is_list = next((line for line in self._file if line.strip()), b"").lstrip().startswith(b"[")
-            lines = self._file
-            lines.seek(start)
-            if is_list:
+            first_line = next((line for line in self._file if line.strip()), b"")
+            self._file.seek(start)
+            if first_line.lstrip().startswith(b"["):
                 items, start = self._parse(self._file.read(), line=1), 0
-                self._memory = b"".join(json.dumps(item).encode() + b"\n" for item in items)
-                lines = io.BytesIO(self._memory)
-            for number, line in enumerate(lines, 1):  # splitlines() splits inside JSON strings, too
+                self._file = os.fdopen(os.memfd_create("samples"), "w+b")
+                self._file.writelines(json.dumps(item).encode() + b"\n" for item in items)
+                self._file.seek(0)
+            for number, line in enumerate(self._file, 1):  # splitlines() splits inside JSON strings, too
                 if line.strip():
                     self._starts.append(start)
                     self._lines.append(number)
@@ -65,8 +63,6 @@ class Entries(Sequence):
         """Read and parse an entry. Raises InputError, also if the file was changed in the meantime."""
         index = range(len(self))[index]  # raises IndexError, at which an iteration ends
         start, end = self._starts[index : index + 2]
-        if self._memory is not None:
-            return json.loads(self._memory[start:end])
         try:
             # At a place of its own, since forked workers share the file's position.
             text, status = os.pread(self._file.fileno(), end - start, start), self._read_status()
@@ -80,12 +76,12 @@ class Entries(Sequence):
         """Parse JSON that begins on a line of the file; raise InputError."""
         try:
             return json.loads(text.decode())
-        except json.JSONDecodeError as error:
-            where = f"line {line + error.lineno - 1}, column {error.colno}"
-            mend = "write the samples as [{...}, {...}], or each on one line of its own (JSONL)"
-            raise InputError(f"{self.path!r}: malformed JSON at {where} ({error.msg}): {mend}") from error
         except (ValueError, RecursionError) as error:  # no UTF-8, numbers of thousands of digits, nested too deeply
-            raise InputError(f"{self.path!r}: unreadable JSON from line {line} on ({error}): correct it") from error
+            is_found = isinstance(error, json.JSONDecodeError)
+            where = f"line {line + error.lineno - 1}, column {error.colno}" if is_found else f"line {line}"
+            mend = "write the samples as [{...}, {...}], or each on one line of its own (JSONL)"
+            reason = getattr(error, "msg", error)
+            raise InputError(f"{self.path!r}: malformed JSON at {where} ({reason}): {mend}") from error
 
 
 class Samples(Sequence):
@@ -103,31 +99,24 @@ class Samples(Sequence):
                 raise InputError(f"{file.path!r} is given twice: name it once, with a weight if it shall count more")
             if not len(file):
                 raise InputError(f"{file.path!r} contains no samples: give a file with at least one")
+        self.sizes = [len(file) for file in self.files]  # the number of samples of each
         self._ends = list(accumulate(self.sizes))
-
-    @property
-    def sizes(self) -> list[int]:
-        """The number of samples of each file."""
-        return [len(file) for file in self.files]
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        """Read a sample, or several. Raises InputError."""
+    def __getitem__(self, index: int) -> Sample:
+        """Read a sample. Raises InputError."""
         index = range(len(self))[index]  # raises IndexError, at which an iteration ends
-        if isinstance(index, range):
-            return [self[i] for i in index]
         file, place, default_id = self.where(index)
-        sample = read_sample(file[place], file.path, place, default_id, self.image_folder)
+        sample = read_sample(file[place], file.path, default_id, self.image_folder)
         return self.prepare(sample) if self.prepare else sample
 
     def where(self, index: int) -> tuple[Entries, int, str]:
         """Return a sample's file, its place in it, and the id that it has if it names none."""
         number = bisect_right(self._ends, index)
-        file = self.files[number]
-        place = index - self._ends[number] + len(file)
-        return file, place, f"#{place + 1}" if number == 0 else f"#{number + 1}.{place + 1}"
+        place = index - self._ends[number] + self.sizes[number]
+        return self.files[number], place, f"#{place + 1}" if number == 0 else f"#{number + 1}.{place + 1}"
 
     def each(self) -> Iterator[tuple[str, object, Sample | InputError]]:
         """Yield each entry: the id that it has if it names none, what is written, and its sample, not prepared.
@@ -140,7 +129,7 @@ class Samples(Sequence):
             (file, place, default_id), entry = self.where(index), None
             try:
                 entry = file[place]
-                sample = read_sample(entry, file.path, place, default_id, self.image_folder)
+                sample = read_sample(entry, file.path, default_id, self.image_folder)
                 add_id(ids, sample.id, file.path)
             except InputError as error:
                 sample = error
@@ -150,10 +139,26 @@ class Samples(Sequence):
         """Raise InputError if files are missing: path -> the id of the first sample that names it."""
         if missing:
             paths = " ".join(file.path for file in self.files)
-            first = ", ".join(f"{path!r} (sample {sample_id!r})" for path, sample_id in list(missing.items())[:3])
+            found = first_of([f"{path!r} (sample {sample_id!r})" for path, sample_id in missing.items()])
             mend = f"set --image_folder (now {self.image_folder!r}) to the folder that holds them, or correct the paths"
-            more = ", ..." * (len(missing) > 3)
-            raise InputError(f"{paths!r}: {len(missing)} file(s) missing: {first}{more}: {mend}")
+            raise InputError(f"{paths!r}: {len(missing)} file(s) missing: {found}: {mend}")
+
+
+def write_entries(entries: list[dict], path: str, flag: str) -> None:
+    """Write entries to a new JSON or JSONL file; raise InputError, naming a flag, and leave no file if that fails."""
+    start, between, end = ("", "\n", "\n") if path.endswith(".jsonl") else ("[\n", ",\n", "\n]\n")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "x") as file:
+            try:
+                file.write(start + between.join(map(json.dumps, entries)) + end)
+                file.flush()
+            except OSError:
+                os.unlink(path)
+                raise
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}): make room, or name another place"
+        raise InputError(f"--{flag} {path!r} {reason}") from error
 
 
 def add_id(ids: dict[str, str], sample_id: str, path: str) -> None:

@@ -17,56 +17,51 @@ import re
 from functools import lru_cache
 
 from data.media.fetch import check_address
-from data.sample import (
-    IMAGE_SUFFIXES,
-    TAG_PATTERN,
-    BadMedia,
-    InputError,
-    Media,
-    Sample,
-    TagMismatch,
-    check_text,
-    is_address,
-    shown,
-)  # fmt: skip
+from data.sample import IMAGE_SUFFIXES, TAG_PATTERN, InputError, Media, Sample, WrongTags, check_text, is_address, shown
 
 KEYS = ("id", "video", "image", "conversations")
 IMAGE_OPTIONS = ("resized_width", "resized_height", "min_pixels", "max_pixels")
 VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", *IMAGE_OPTIONS)
 LIKE_A_TAG = re.compile(r"<\s*(video|image)s?\s*>", re.IGNORECASE)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-TYPES = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+TYPES = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
 
 
-def read_sample(entry, data_path: str, place: int, default_id: str, image_folder: str) -> Sample:
-    """Check the entry that stands at a place of a file, from 0 on, and turn it into a Sample; raise InputError."""
-    where = f"{data_path!r}: entry #{place + 1}"
-    if not isinstance(entry, dict):
-        raise InputError(f"{where} is {_type_of(entry)}, not an object: write it as {{...}}")
-    sample_id = default_id if entry.get("id") is None else entry["id"]
-    if isinstance(sample_id, bool) or not isinstance(sample_id, str | int) or sample_id == "":
-        raise InputError(f"{where}: 'id' is {_type_of(sample_id)}: give a string or a whole number")
-    sample_id = str(sample_id)
-    where = f"{data_path!r}: sample {sample_id!r}"
-
-    extra = {key: value for key, value in entry.items() if key not in KEYS}
-    for key in extra:
-        if meant := _meant_key(key):
-            raise InputError(f"{where}: unknown key {key!r}, did you mean {meant!r}?")
-    *prompt, (_, answer) = _read_turns(entry.get("conversations"), where)
-    of_tag = {}
-    for kind in ("video", "image"):
-        tag, found = f"<{kind}>", _read_media(entry.get(kind), kind, f"{where}: {kind!r}", image_folder)
-        tags = sum(text.count(tag) for _, text in prompt)
-        if tags == 0:
-            first_user = [role for role, _ in prompt].index("user")
-            prompt[first_user] = ("user", f"{tag}\n" * len(found) + prompt[first_user][1])
-        elif tags != len(found):
-            mismatch = f"{tags} {tag} tag(s) in the human turns but {len(found)} in {kind!r}"
-            raise TagMismatch(f"{where}: {mismatch}: make the numbers equal, or remove all tags")
-        of_tag[tag] = iter(found)
+def read_sample(entry, data_path: str, default_id: str, image_folder: str) -> Sample:
+    """Check an entry of a file and turn it into a Sample, of a default id if it names none; raise InputError."""
+    where = f"{data_path!r}: entry {default_id}"
+    try:
+        _expect(entry, [dict], "it", "write it as {...}")
+        sample_id = default_id if entry.get("id") is None else entry["id"]
+        _expect(None if sample_id == "" else sample_id, [str, int], "'id'", "give a string or a whole number")
+        sample_id = str(sample_id)
+        where = f"{data_path!r}: sample {sample_id!r}"
+        extra = {key: value for key, value in entry.items() if key not in KEYS}
+        for key in extra:
+            if meant := _meant_key(key):
+                raise ValueError(f"unknown key {key!r}, did you mean {meant!r}?")
+        *prompt, (_, answer) = _read_turns(entry.get("conversations"))
+        of_tag = {}
+        for kind in ("video", "image"):
+            tag, found = f"<{kind}>", _read_media(entry.get(kind), kind, image_folder)
+            tags = sum(text.count(tag) for _, text in prompt)
+            if tags == 0:
+                first_user = [role for role, _ in prompt].index("user")
+                prompt[first_user] = ("user", f"{tag}\n" * len(found) + prompt[first_user][1])
+            elif tags != len(found):
+                mismatch = f"{tags} {tag} tag(s) in the human turns but {len(found)} in {kind!r}"
+                raise WrongTags(f"{where}: {mismatch}: make the numbers equal, or remove all tags")
+            of_tag[tag] = iter(found)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
     media = tuple(next(of_tag[tag]) for _, text in prompt for tag in TAG_PATTERN.findall(text))
     return Sample(sample_id, media, tuple(prompt), answer, extra)
+
+
+def _expect(value, types: list[type], name: str, mend: str) -> None:
+    """Raise ValueError if a JSON value is of none of some types. It is not shown, since it may be an address."""
+    if type(value) not in types:
+        raise ValueError(f"{name} is {TYPES.get(type(value), 'missing or empty')}: {mend}")
 
 
 @lru_cache(1000)
@@ -78,96 +73,71 @@ def _meant_key(key: str) -> str | None:
     return "id" if word == "id" else next(iter(difflib.get_close_matches(word, KEYS[1:], n=1, cutoff=0.8)), None)
 
 
-def _read_media(written, kind: str, where: str, image_folder: str) -> list[Media]:
-    """Read what stands under 'video' or 'image': nothing, one of it, or a list."""
-    if written is None:
-        return []
-    if not isinstance(written, list | str | dict):
-        raise InputError(f"{where} is {_type_of(written)}: give a path or a list of paths")
+def _read_media(written, kind: str, image_folder: str) -> list[Media]:
+    """Read what stands under 'video' or 'image': nothing, one of it, or a list. Raises ValueError."""
+    if not isinstance(written, list):
+        written = [] if written is None else [written]
     found = []
-    for one in written if isinstance(written, list) else [written]:
+    for one in written:
         options = dict(one) if isinstance(one, dict) else {kind: one}
-        if kind not in options:
-            raise InputError(f"{where} contains an object without {kind!r}: name its file there")
-        path = options.pop(kind)
+        path = options.pop(kind, None)
         if kind == "video" and isinstance(path, list) and path:
-            paths = tuple(_read_path(frame, where, image_folder) for frame in path)
+            paths = tuple(_read_path(frame, kind, image_folder) for frame in path)
         else:
-            paths = _read_path(path, where, image_folder)
+            paths = _read_path(path, kind, image_folder)
             if kind == "video" and (name := shown(path)).lower().endswith(IMAGE_SUFFIXES):
-                raise InputError(
-                    f"{where} contains {name!r}: put the frames of a video in a list of their own, [[...]]"
-                )
-        found.append(Media(kind, paths, _read_options(options, kind, where)))
+                raise ValueError(f"{kind!r} holds {name!r}: put the frames of a video in a list of their own, [[...]]")
+        found.append(Media(kind, paths, _read_options(options, kind)))
     return found
 
 
-def _read_path(written, where: str, image_folder: str) -> str:
+def _read_path(written, kind: str, image_folder: str) -> str:
     """Return an address as it is, and of a path where it leads to: as written if that file exists, else inside."""
-    if not isinstance(written, str) or not written.strip():
-        raise InputError(f"{where} contains {_type_of(written)}: every entry must be a path")
+    _expect(written or None, [str], f"a path in {kind!r}", f"give a string, or an object with one under {kind!r}")
     if is_address(written):
-        try:
-            check_address(written)
-        except BadMedia as error:
-            raise InputError(f"{where}: {error}") from error
+        check_address(written)
         return written
     inside = os.path.join(image_folder, written)
     is_meant = os.path.exists(written) and (os.path.isfile(written) or not os.path.isfile(inside))
     return written if is_meant else inside
 
 
-def _read_options(written: dict, kind: str, where: str) -> tuple[tuple[str, float], ...]:
-    """Read the options of one video or image; their values are bounded where it is opened."""
+def _read_options(written: dict, kind: str) -> tuple[tuple[str, float], ...]:
+    """Read the options of one video or image; their values are bounded where it is opened. Raises ValueError."""
     known = VIDEO_OPTIONS if kind == "video" else IMAGE_OPTIONS
     for name, value in written.items():
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, 1)
-            mend = f"did you mean {nearest[0]!r}?" if nearest else f"known ones are {', '.join(known)}"
-            raise InputError(f"{where}: unknown option {name!r}: {mend}")
+            raise ValueError(f"{kind!r} has an unknown option {name!r}: known ones are {', '.join(known)}")
         types = (int, float) if name in ("fps", "video_start", "video_end") else (int,)
         if type(value) not in types or not (0 < value <= 1e9 or name == "video_start" and value == 0):
             whole = "whole " * (float not in types)
-            raise InputError(f"{where}: {name!r} is {value!r}: give a {whole}number above 0, and at most 1e9")
+            raise ValueError(f"{kind!r}: {name!r} is {value!r}: give a {whole}number above 0, and at most 1e9")
     return tuple(sorted(written.items()))
 
 
-def _read_turns(written, where: str) -> list[tuple[str, str]]:
-    """Return all turns as (role, text): a prompt that ends with a user's turn, then the answer."""
-    if not isinstance(written, list) or not written:
-        raise InputError(f"{where} has no 'conversations': give a list of turns, the last one from 'gpt'")
-    turns = [_read_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(written, start=1)]
+def _read_turns(written) -> list[tuple[str, str]]:
+    """Return all turns as (role, text): a prompt that ends with a user's turn, then the answer. Raises ValueError."""
+    _expect(written or None, [list], "'conversations'", "give a list of turns, the last one from 'gpt'")
+    turns = [_read_turn(turn, f"turn {number}") for number, turn in enumerate(written, start=1)]
     if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
-        raise InputError(f"{where}: the last two turns must be the question, from 'human', and the answer, from 'gpt'")
+        raise ValueError("the last two turns must be the question, from 'human', and the answer, from 'gpt'")
     if not turns[-1][1].strip():
-        raise InputError(f"{where} has an empty answer: fill the last gpt turn")
-    try:
-        check_text(turns[:-1])
-        turns[-1][1].encode()
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise ValueError("it has an empty answer: fill the last gpt turn")
+    check_text(turns[:-1])
+    turns[-1][1].encode()  # half a character has no bytes
     return turns
 
 
-def _read_turn(turn, where: str) -> tuple[str, str]:
-    """Return one turn as (role, text)."""
-    if not isinstance(turn, dict):
-        raise InputError(f"{where} is {_type_of(turn)}: write it as {{'from': ..., 'value': ...}}")
-    for key in ("from", "value"):
-        if not isinstance(turn.get(key), str):
-            problem = f"is {_type_of(turn[key])}" if key in turn else "is missing"
-            raise InputError(f"{where}: {key!r} {problem}: give a string")
-    speaker, text = turn["from"], turn["value"]
-    if speaker not in ROLES:
-        raise InputError(f"{where}: unknown 'from' {speaker!r}: use 'human', 'gpt' or 'system'")
+def _read_turn(turn, name: str) -> tuple[str, str]:
+    """Return one turn as (role, text). Raises ValueError."""
+    _expect(turn, [dict], name, "write it as {'from': ..., 'value': ...}")
+    speaker, text = turn.get("from"), turn.get("value")
+    _expect(text, [str], f"{name}: 'value'", "give a string")
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        raise ValueError(f"{name}: unknown 'from' {speaker!r}: use 'human', 'gpt' or 'system'")
     for tag in LIKE_A_TAG.finditer(text):
         if tag[0] != (meant := f"<{tag[1].lower()}>"):
-            raise InputError(f"{where}: {tag[0]} in 'value': write {meant}")
+            raise ValueError(f"{name}: {tag[0]} in 'value': write {meant}")
     if ROLES[speaker] != "user" and (tag := TAG_PATTERN.search(text)):
-        raise InputError(f"{where}: {tag.group()} in a turn from {speaker!r}: move it to a human turn")
+        raise ValueError(f"{name}: {tag.group()} in a turn from {speaker!r}: move it to a human turn")
     return ROLES[speaker], text
-
-
-def _type_of(value) -> str:
-    """Name the type of a JSON value for an error message, which must not show what may be an address."""
-    return "an empty string" if isinstance(value, str) and not value.strip() else TYPES.get(type(value), "a number")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,7 @@ class InputError(Exception):
     """A mistake in the user's input; str() is one line to print: what is wrong, where, and how to fix it."""
 
 
-class TagMismatch(InputError):
+class WrongTags(InputError):
     """The numbers of a sample's tags and of its videos or images differ."""
 
 
@@ -29,7 +30,7 @@ class DuplicateId(InputError):
     """A sample has the id of an earlier one."""
 
 
-class BadMedia(Exception):
+class BadMedia(ValueError):
     """A file that exists but has no usable frames; the message is one line with its path and the reason."""
 
 
@@ -39,12 +40,13 @@ class TooFewFrames(BadMedia):
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Put the name of a file before what is wrong with it: of BadMedia, and of a ValueError, which becomes BadMedia."""
+    """Put the name of a file before what is wrong with it: a ValueError or OSError becomes BadMedia."""
     try:
         yield
-    except (BadMedia, ValueError) as error:
+    except (ValueError, OSError) as error:
         kind = TooFewFrames if isinstance(error, TooFewFrames) else BadMedia
-        raise kind(f"{name} {error}") from error
+        reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else error
+        raise kind(f"{name} {reason}") from error
 
 
 def is_address(path: str) -> bool:
@@ -60,6 +62,11 @@ def shown(path: str) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def first_of(names: list[str]) -> str:
+    """Return the first three names."""
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 @dataclass(frozen=True)
@@ -119,14 +126,10 @@ def keep_media(sample: Sample, is_kept: list[bool]) -> Sample:
     """Keep some of a sample's videos and images, each with its tag."""
     if all(is_kept):
         return sample
-    of_tag, turns = iter(is_kept), []
-    for role, text in sample.turns:
-        text, *others = re.split(f"({TAG_PATTERN.pattern})", text)
-        for tag, after in zip(others[::2], others[1::2], strict=True):
-            text += tag + after if next(of_tag) else after.removeprefix("\n")
-        turns.append((role, text))
-    media = tuple(one for one, kept in zip(sample.media, is_kept, strict=True) if kept)
-    return replace(sample, media=media, turns=tuple(turns))
+    of_tag = iter(is_kept)
+    with_newline = re.compile(rf"({TAG_PATTERN.pattern})\n?")
+    turns = [(role, with_newline.sub(lambda tag: tag[0] if next(of_tag) else "", text)) for role, text in sample.turns]
+    return replace(sample, media=tuple(compress(sample.media, is_kept)), turns=tuple(turns))
 
 
 def read_system_prompt(value: str) -> str:

@@ -8,31 +8,32 @@ reported, and the sample is "kept": an answer without a number, from which nothi
 one may be misspelt, and so is what the best constant answer earns. Nothing is written except the cleaned file.
 """
 
-import json
 import os
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 from tqdm import tqdm
 
-from data.check.media import FORKSERVER, PRELOAD, MediaProblem, check_in_own_process
+from data.check.media import FORKSERVER, PRELOAD, check_media
 from data.check.report import print_problems, print_report
-from data.dataset import Samples
+from data.dataset import Samples, write_entries
 from data.flags import MediaFlags, SampleFlags, parse_flags
 from data.loader import media_options, resolve_data_flags
 from data.media.patches import Grid
 from data.prompt import load_tokenizer
-from data.sample import DuplicateId, InputError, Media, Sample, TagMismatch, with_system_prompt
+from data.sample import BadMedia, DuplicateId, InputError, Media, Sample, TooFewFrames, WrongTags, with_system_prompt
 from data.video_cap import cap_videos, choice_of, varies
 from reward.extract import extract_number
 from reward.flags import Bounds, WeightedFlags, flag
 from reward.functions import ARGUMENTS, RewardError, check_keys, keys_of, load_reward_functions
 
+OF_ERROR = {WrongTags: "tags and files differ", DuplicateId: "duplicate id", InputError: "malformed sample"}
+OF_ERROR |= {FileNotFoundError: "missing file", TooFewFrames: "too few frames"}
 KEPT = ("no number in the truth", "over --max_videos", "over --max_images")
-PROBLEMS = ("malformed sample", "tags and files differ", "duplicate id", "missing file", "undecodable video")
-PROBLEMS += ("undecodable image", "too few frames", *KEPT)
+PROBLEMS = (*OF_ERROR.values(), "undecodable video", "undecodable image", *KEPT)
 
 
 @dataclass
@@ -51,48 +52,41 @@ class CheckConfig(WhatFlags, MediaFlags, WeightedFlags):
 
 
 def find_problems(
-    sample: Sample | InputError, checked: dict[Media, Grid | MediaProblem], args: CheckConfig
+    sample: Sample | InputError, checked: dict[Media, Grid | Exception], args: CheckConfig
 ) -> dict[str, str]:
-    """Return everything that is wrong with a sample: problem -> the first reason.
-
-    checked: the results of `check_media`; args: the flags about the caps.
-    """
+    """Return everything that is wrong with a sample: problem -> the first reason. checked: of `check_media`."""
     if isinstance(sample, InputError):
-        kinds = {TagMismatch: "tags and files differ", DuplicateId: "duplicate id"}
-        return {kinds.get(type(sample), "malformed sample"): str(sample)}
+        return {OF_ERROR[type(sample)]: str(sample)}
     problems = {}
     if taken := [key for key in sample.extra if key in ARGUMENTS]:
         problems["malformed sample"] = f"key {taken[0]!r}: reward functions are given something else under this name"
     max_videos = 0 if varies(args.video_cap) else args.max_videos  # where it varies, each is used in some epoch
     used = cap_videos(sample, max_videos, args.max_images, choice_of(args.video_cap)).media
-    bad = {media: checked[media] for media in sample.media if isinstance(checked[media], MediaProblem)}
-    for media, (problem, reason) in bad.items():
-        if media in used or problem == "missing file":  # the trainer decodes only what it uses, but all must exist
-            problems.setdefault(problem, reason)
+    for media in sample.media:
+        error = checked[media]
+        if isinstance(error, FileNotFoundError) or (media in used and isinstance(error, BadMedia)):  # all must exist
+            problems.setdefault(OF_ERROR.get(type(error), f"undecodable {media.kind}"), str(error))
     if extract_number(sample.answer) is None:
         problems["no number in the truth"] = f"{sample.answer!r}: a numerical reward gives every completion 0.5"
     for kind, most in (("video", args.max_videos), ("image", args.max_images)):
-        have = sum(media.kind == kind for media in sample.media)
-        if 0 < most < have:
-            unused = [reason for media, (_, reason) in bad.items() if media.kind == kind and media not in used]
-            problems[f"over --max_{kind}s"] = "; not used: ".join([f"{have} {kind}s, only {most} are used", *unused])
+        of_kind = [media for media in sample.media if media.kind == kind]
+        if 0 < most < len(of_kind):
+            bad = [str(checked[media]) for media in of_kind if not (media in used or isinstance(checked[media], Grid))]
+            over = f"{len(of_kind)} {kind}s, only {most} are used"
+            problems[f"over --max_{kind}s"] = "; not used: ".join([over, *bad])
     return problems
 
 
 def check(args: CheckConfig) -> int:
     """Check the data set, print the report, write the cleaned file if asked; return the exit code."""
-    options = media_options(args)
     functions = load_reward_functions(args.reward_funcs, args.reward_weights, args.reward_kwargs, args.valid_range)
-    entries = [
-        (name, entry, with_system_prompt(sample, args.system_prompt) if isinstance(sample, Sample) else sample)
-        for name, entry, sample in Samples(args.data_path, args.image_folder).each()
-    ]
-    keys = keys_of([sample for _, _, sample in entries if isinstance(sample, Sample)])
-    check_keys(functions, [key for key in keys if key not in ARGUMENTS])  # those are in the table
+    entries = list(Samples(args.data_path, args.image_folder).each())
+    samples = [sample for _, _, sample in entries if isinstance(sample, Sample)]
+    check_keys(functions, [key for key in keys_of(samples) if key not in ARGUMENTS])  # those are in the table
     tokenizer = load_tokenizer(args.model_id) if args.model_id else None
-    media = list(dict.fromkeys(media for _, _, sample in entries for media in getattr(sample, "media", ())))
+    media = list(dict.fromkeys(media for sample in samples for media in sample.media))
     with ThreadPoolExecutor(args.num_workers) as threads:
-        results = threads.map(partial(check_in_own_process, options=options), media)
+        results = threads.map(partial(check_media, options=media_options(args)), media)
         checked = dict(zip(media, tqdm(results, total=len(media), unit="file"), strict=True))
 
     found, valid = {problem: [] for problem in PROBLEMS}, []
@@ -103,30 +97,18 @@ def check(args: CheckConfig) -> int:
             found[problem].append((repr(str(entry["id"])) if has_id else name, reason))
         if problems.keys() <= set(KEPT):
             # An entry without an id gets it from its position, which may be another in the cleaned file.
+            sample = with_system_prompt(sample, args.system_prompt)
             valid.append((entry if has_id else entry | {"id": sample.id}, sample))
     print_problems(found, KEPT)
     if valid:
         print_report([sample for _, sample in valid], checked, args, tokenizer, functions)
-    num_left_out, num_images = len(entries) - len(valid), sum(one.kind == "image" for one in media)
-    counted = f"{len(media) - num_images} videos" + f", {num_images} images" * bool(num_images)
-    print(f"{len(entries)} samples, {counted}: {len(valid)} valid samples, {num_left_out} left out")
+    num_left_out, num = len(entries) - len(valid), Counter(one.kind for one in media)
+    counted = f"{len(entries)} samples, {num['video']} videos, {num['image']} images"
+    print(f"{counted}: {len(valid)} valid samples, {num_left_out} left out")
     if args.write_clean and valid:
-        write_entries([entry for entry, _ in valid], args.write_clean)
+        write_entries([entry for entry, _ in valid], args.write_clean, "write_clean")
         print(f"the valid samples are in {args.write_clean!r}")
     return int(num_left_out > 0)
-
-
-def write_entries(entries: list[dict], path: str) -> None:
-    """Write entries to a new JSON file, or JSONL by its name; raise InputError and leave no file if that fails."""
-    start, between, end = ("", "\n", "\n") if path.endswith(".jsonl") else ("[\n", ",\n", "\n]\n")
-    with open(path, "x") as file:
-        try:
-            file.write(start + between.join(map(json.dumps, entries)) + end)
-            file.flush()
-        except OSError as error:
-            os.unlink(path)
-            reason = f"cannot be written ({error.strerror}): name another place"
-            raise InputError(f"--write_clean {path!r} {reason}") from error
 
 
 def parse(argv: list[str]) -> CheckConfig:
@@ -136,19 +118,15 @@ def parse(argv: list[str]) -> CheckConfig:
         raise InputError("--data_path is missing: name the files to check")
     if config.max_prompt_length and not config.model_id:
         raise InputError("--max_prompt_length counts text, too: name the model with --model_id")
-    if os.path.lexists(config.write_clean):
-        raise InputError(f"--write_clean {config.write_clean!r} exists: name a new file")
-    if config.write_clean and not os.access(os.path.dirname(config.write_clean) or ".", os.W_OK):
-        raise InputError(f"--write_clean {config.write_clean!r} cannot be written: name another place")
+    place = os.path.dirname(config.write_clean) or "."
+    if config.write_clean and (os.path.lexists(config.write_clean) or not os.access(place, os.W_OK)):
+        raise InputError(f"--write_clean {config.write_clean!r} exists or cannot be written: name a new file")
     resolve_data_flags(config)
     return config
 
 
 def main(argv: list[str]) -> int:
-    """Run the check and return the exit code.
-
-    0: every sample is valid; 1: some are left out; 2: a flag is wrong or the file unreadable, which one line says.
-    """
+    """Run the check; return 0 if every sample is valid, 1 if some are left out, 2, with one line, for wrong input."""
     try:
         return check(parse(argv))
     except (InputError, OSError, RewardError) as error:

@@ -1,24 +1,18 @@
 """What `python -m data.check` prints: the table of problems, and what is known of the valid samples."""
 
-import argparse
-import statistics
-from collections.abc import Iterator
+from collections import Counter
 
 import numpy as np
 import torch
 
-from data.check.media import MediaProblem
 from data.media.images import has_frame_files
 from data.media.patches import Grid
 from data.prompt import encode_prompt, media_lengths
-from data.sample import InputError, Media, Sample, first_line
+from data.sample import Media, Sample, first_of
 from data.video_cap import cap_videos, choice_of
 from reward.extract import extract_number
-from reward.functions import RewardFunction, keys_of
+from reward.functions import keys_of
 from reward.zero_skill import zero_skill
-
-KINDS = {("video",): "videos only", ("image",): "images only", ("image", "video"): "videos and images", (): "text only"}
-FORMS = (*KINDS.values(), "frames in files", "options of their own")
 
 
 def print_problems(found: dict[str, list[tuple[str, str]]], kept: tuple[str, ...]) -> None:
@@ -31,25 +25,36 @@ def print_problems(found: dict[str, list[tuple[str, str]]], kept: tuple[str, ...
             print(f"    {samples[0][1]}")
 
 
-def first_of(names: list[str]) -> str:
-    """Return the first three names."""
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-
-
-def print_report(
-    samples: list[Sample],
-    checked: dict[Media, Grid | MediaProblem],
-    args: argparse.Namespace,
-    tokenizer,
-    functions: list[RewardFunction],
-) -> None:
+def print_report(samples: list[Sample], checked: dict[Media, Grid | Exception], args, tokenizer, functions) -> None:
     """Print what is known of valid samples: forms, sizes, rare keys, truths, and what a constant answer earns."""
+    forms = Counter()
+    for sample in samples:
+        forms[" and ".join(sorted({f"{media.kind}s" for media in sample.media})) or "text only"] += 1
+        forms["frames in files"] += any(has_frame_files(media) for media in sample.media)
+        forms["options of their own"] += any(media.options for media in sample.media)
     print(f"\n{'valid samples with':44}{'samples':>8}")
-    forms = [form for sample in samples for form in forms_of(sample)]
-    for form in FORMS:
-        if num := forms.count(form):
-            print(f"{form:44}{num:>8}")
-    print_sizes(samples, checked, args, tokenizer)
+    for form, num in (+forms).items():  # those that there are
+        print(f"{form:44}{num:>8}")
+    # What is over a cap is not counted in frames and tokens.
+    choose = choice_of(args.video_cap)
+    capped = [cap_videos(sample, args.max_videos, args.max_images, choose) for sample in samples]
+    lengths = [prompt_tokens(sample, checked, tokenizer) for sample in capped]
+    long = [repr(sample.id) for sample, num in zip(capped, lengths, strict=True) if num > args.max_prompt_length > 0]
+    if long:
+        print(f"{'over --max_prompt_length':44}{len(long):>8}  {first_of(long)}")
+    used = {media for sample in capped for media in sample.media}
+    rows = {
+        "videos per sample": [sum(media.kind == "video" for media in sample.media) for sample in samples],
+        "images per sample": [sum(media.kind == "image" for media in sample.media) for sample in samples],
+        "frames read per video": [2 * checked[media].t for media in used if media.kind == "video"],
+        "prompt tokens" if tokenizer else "video and image tokens (text not counted)": lengths,
+    }
+    print(f"\n{'valid samples':44}{'min':>8}{'median':>10}{'mean':>10}{'max':>8}")
+    for name, numbers in rows.items():
+        if any(numbers):
+            middle = f"{np.median(numbers):>10.1f}{np.mean(numbers):>10.1f}"
+            print(f"{name:44}{min(numbers):>8}{middle}{max(numbers):>8}")
+    print()
     keys = keys_of(samples)
     for key in keys:
         having = [repr(sample.id) for sample in samples if key in sample.extra]
@@ -59,15 +64,6 @@ def print_report(
     for line in (outside_line(truths, args.valid_range), zero_skill(functions, samples, truths, keys)):
         if line:
             print(line)
-
-
-def forms_of(sample: Sample) -> Iterator[str]:
-    """Yield those of the forms that a sample has."""
-    yield KINDS[tuple(sorted({media.kind for media in sample.media}))]
-    if any(media.kind == "video" and has_frame_files(media) for media in sample.media):
-        yield "frames in files"
-    if any(media.options for media in sample.media):
-        yield "options of their own"
 
 
 def outside_line(truths: np.ndarray, valid_range: list[float]) -> str | None:
@@ -82,40 +78,9 @@ def outside_line(truths: np.ndarray, valid_range: list[float]) -> str | None:
     )
 
 
-def prompt_tokens(sample: Sample, grids: list[Grid], tokenizer, model_id: str) -> int:
-    """Count the tokens of a prompt, without a tokenizer only those of its videos and images; raise InputError."""
-    grid_thw = torch.tensor(grids, dtype=torch.long).view(-1, 3)  # (M, 3)
+def prompt_tokens(sample: Sample, checked: dict[Media, Grid | Exception], tokenizer) -> int:
+    """Count the tokens of a prompt, without a tokenizer only those of its videos and images."""
+    grid_thw = torch.tensor([checked[media] for media in sample.media], dtype=torch.long).view(-1, 3)  # (M, 3)
     if not tokenizer:
         return int(media_lengths(grid_thw).sum())
-    try:
-        return len(encode_prompt(sample.turns, tokenizer, grid_thw, torch.ones(len(grid_thw)), 1)[0])
-    except Exception as error:  # a chat template may raise anything
-        reason = f"its tokenizer cannot encode sample {sample.id!r} ({first_line(error)})"
-        raise InputError(f"--model_id {model_id!r}: {reason}: take the tokenizer of a Qwen2.5-VL") from error
-
-
-def print_sizes(
-    samples: list[Sample], checked: dict[Media, Grid | MediaProblem], args: argparse.Namespace, tokenizer
-) -> None:
-    """Print the sizes of valid samples; what is over a cap is not counted in frames and tokens."""
-    choose = choice_of(args.video_cap)
-    capped = [cap_videos(sample, args.max_videos, args.max_images, choose) for sample in samples]
-    lengths = [
-        prompt_tokens(sample, [checked[media] for media in sample.media], tokenizer, args.model_id) for sample in capped
-    ]
-    long = [repr(sample.id) for sample, num in zip(capped, lengths, strict=True) if num > args.max_prompt_length > 0]
-    if long:
-        print(f"{'over --max_prompt_length':44}{len(long):>8}  {first_of(long)}")
-    used = {media for sample in capped for media in sample.media}
-    rows = {
-        "videos per sample": [sum(media.kind == "video" for media in sample.media) for sample in samples],
-        "images per sample": [sum(media.kind == "image" for media in sample.media) for sample in samples],
-        "frames read per video": [2 * checked[media].t for media in used if media.kind == "video"],
-        "prompt tokens" if tokenizer else "video and image tokens (text not counted)": lengths,
-    }
-    print(f"\n{'valid samples':44}{'min':>8}{'median':>10}{'mean':>10}{'max':>8}")
-    for name, numbers in rows.items():
-        if any(numbers):
-            median, mean = statistics.median(numbers), statistics.mean(numbers)
-            print(f"{name:44}{min(numbers):>8}{median:>10.1f}{mean:>10.1f}{max(numbers):>8}")
-    print()
+    return len(encode_prompt(sample.turns, tokenizer, grid_thw, torch.ones(len(grid_thw)), 1)[0])

@@ -36,13 +36,10 @@ def check_address(address: str) -> None:
             raise ValueError("is not an address: write https://host/path, with %20 for a space")
 
 
-def fetch(
-    address: str, cache: str = DEFAULT_CACHE, pauses: tuple[float, ...] = PAUSES, max_bytes: int = MAX_BYTES
-) -> str:
-    """Return the path of the file at an address, which is fetched unless it is in the cache. Raises BadMedia.
+def fetch(address: str, cache: str = DEFAULT_CACHE) -> str:
+    """Return the path of the file at an address, which is fetched unless it is in the cache.
 
-    pauses: seconds to wait before each further try, where another one may help. Raises InputError if the cache cannot
-    be written.
+    Raises BadMedia, and InputError if the cache cannot be written.
     """
     check_address(address)
     ending = re.sub(r"[^A-Za-z0-9._-]", "_", shown(address).rsplit("/", 1)[-1])[-60:]
@@ -54,19 +51,19 @@ def fetch(
         with open(f"{path}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():  # another process may just have fetched it
-                fetch_into(path, address, pauses, max_bytes)
+                fetch_into(path, address)
             Path(lock.name).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--media_cache {cache!r} cannot be written ({error.strerror}): name another place") from error
     return str(path)
 
 
-def fetch_into(path: Path, address: str, pauses: tuple[float, ...], max_bytes: int) -> None:
+def fetch_into(path: Path, address: str) -> None:
     """Fetch an address, with further tries where they may help, and give the whole file its name. Raises BadMedia."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    for pause in (*pauses, None):
+    for pause in (*PAUSES, None):
         try:
-            download(address, unfinished, max_bytes)
+            download(address, unfinished)
             os.replace(unfinished, path)
             return
         except urllib.error.HTTPError as error:
@@ -89,7 +86,7 @@ class OnlyHttp(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def download(address: str, path: Path, max_bytes: int) -> None:
+def download(address: str, path: Path) -> None:
     """Write what an address holds to a file; raise BadMedia where another try cannot help, else urllib's errors."""
     parts = urllib.parse.urlsplit(address)
     plain = parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1], fragment="").geturl()
@@ -102,12 +99,10 @@ def download(address: str, path: Path, max_bytes: int) -> None:
     opener = urllib.request.build_opener(OnlyHttp)
     with opener.open(request, timeout=SECONDS_WITHOUT_DATA) as response, open(path, "wb") as file:
         announced = int(response.headers.get("Content-Length") or -1)
-        if announced > max_bytes:
-            raise BadMedia(f"{shown(address)!r} has {announced:,} bytes, more than {max_bytes:,}")
         while chunk := response.read1(CHUNK):
             file.write(chunk)
-            if file.tell() > max_bytes:
-                raise BadMedia(f"{shown(address)!r} has more than {max_bytes:,} bytes")
+            if max(announced, file.tell()) > MAX_BYTES:
+                raise BadMedia(f"{shown(address)!r} has more than {MAX_BYTES:,} bytes")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not complete after {SECONDS_IN_ALL:g} seconds")
         if announced >= 0 and file.tell() != announced:

@@ -10,7 +10,6 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,23 +32,20 @@ class FrameCache:
     folder: str
     max_bytes: int
 
-    def frames(
-        self, path: str, options: VideoOptions, decode: Callable[[str, VideoOptions], tuple] = resized_frames
-    ) -> tuple[torch.Tensor, float]:
+    def frames(self, path: str, options: VideoOptions) -> tuple[torch.Tensor, float]:
         """Return what `resized_frames` does, from the folder where it is there.
 
         Frames: uint8 (T, 3, H, W), beside how many of them are in a second. Raises what `resized_frames` does, and
         InputError if the folder cannot be written.
         """
-        try:
-            status = os.stat(path)
-        except OSError:
-            return decode(path, options)  # which says what is wrong
+        if not os.path.isfile(path):
+            return resized_frames(path, options)  # which says what is wrong
+        status = os.stat(path)
         key = [os.path.abspath(path), status.st_size, status.st_mtime_ns, asdict(options), torch.__version__]
         entry = Path(self.folder, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40] + ENDING)
         found = read(entry)
         if found is None:
-            found = decode(path, options)
+            found = resized_frames(path, options)
             self.write(entry, *found)
         return found
 
@@ -62,10 +58,8 @@ class FrameCache:
                 np.savez(whole, frames=frames.numpy(), sampled_fps=sampled_fps)
                 os.replace(whole, entry)
         except OSError as error:
-            place = f"--frame_cache {self.folder!r}"
-            raise InputError(
-                f"{place} cannot be written ({error.strerror}): make room, or name another place"
-            ) from error
+            reason = f"cannot be written ({error.strerror}): make room, or name another place"
+            raise InputError(f"--frame_cache {self.folder!r} {reason}") from error
         if entry.name[0] == "0":  # every 16th entry on average, since it reads the whole folder
             self.remove_oldest()
 
@@ -76,10 +70,9 @@ class FrameCache:
             with suppress(FileNotFoundError):  # another process removes some, too
                 entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         total = sum(size for _, size, _ in entries)
-        if total <= self.max_bytes:
-            return
+        most = self.max_bytes if total <= self.max_bytes else KEPT_SHARE * self.max_bytes
         for _, size, path in sorted(entries):
-            if total <= KEPT_SHARE * self.max_bytes:
+            if total <= most:
                 break
             path.unlink(missing_ok=True)
             total -= size

@@ -13,7 +13,6 @@ from data.media.patches import PIXELS_PER_TOKEN, SIZE_FACTOR, TEMPORAL_PATCH_SIZ
 from data.sample import TooFewFrames, named
 
 DEFAULT_FPS = 2.0
-MIN_FRAMES, MAX_FRAMES = 4, 768
 MAX_FRAME_PIXELS = 768 * PIXELS_PER_TOKEN
 MAX_VIDEO_PIXELS = 128000 * PIXELS_PER_TOKEN * 0.9  # 90% of the model's context of 128,000 tokens
 MAX_ASPECT_RATIO = 200
@@ -34,8 +33,8 @@ class VideoOptions:
     resized_height: int | None = None
     min_pixels: int = 128 * PIXELS_PER_TOKEN  # bounds of width x height
     max_pixels: int = 768 * PIXELS_PER_TOKEN
-    min_frames: int = MIN_FRAMES  # bounds of the number of frames where fps decides
-    max_frames: int = MAX_FRAMES
+    min_frames: int = 4  # bounds of the number of frames where fps decides
+    max_frames: int = 768
     video_start: float = 0.0  # seconds; frames are read from this part only
     video_end: float | None = None
     jitter: float = 0.0  # how far the frames are moved, in steps between them, from -0.5 to 0.5
@@ -53,29 +52,25 @@ class VideoOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{count if name in FRAME_COUNTS else size}{name} must be positive, got {value}")
+        if self.fps is not None and self.nframes is not None:
+            raise ValueError(f"give {count}fps or {count}nframes, not both")
+        if self.nframes is not None and self.nframes < 2:
+            raise ValueError(f"{count}nframes must be at least 2, got {self.nframes}")
+        if self.max_frames < max(2, self.min_frames):
+            raise ValueError(f"max_frames {self.max_frames} must be at least 2 and min_frames {self.min_frames}")
+        if self.video_end is not None and self.video_end <= self.video_start:
+            raise ValueError(f"video_end {self.video_end} must be after video_start {self.video_start}")
         width, height, least, most = self.resized_width, self.resized_height, self.min_pixels, self.max_pixels
-        limit = max(MAX_FRAME_PIXELS, int(least * 1.05))
-        is_sized = width is not None and height is not None  # the bounds of the pixels then say nothing
-        problems = {
-            f"give {count}fps or {count}nframes, not both": self.fps is not None and self.nframes is not None,
-            f"give {size}resized_width and {size}resized_height together": (width is None) != (height is None),
-            f"{count}nframes must be at least 2, got {self.nframes}": self.nframes is not None and self.nframes < 2,
-            f"max_frames {self.max_frames} must be at least 2 and min_frames {self.min_frames}": (
-                self.max_frames < max(2, self.min_frames)
-            ),
-            f"video_end {self.video_end} must be after video_start {self.video_start}": (
-                self.video_end is not None and not self.video_start < self.video_end
-            ),
-            f"{size}resized_width {width} and {size}resized_height {height}: the longer side must be at most "
-            f"{MAX_ASPECT_RATIO} times the shorter one": (
-                is_sized and max(width, height) > MAX_ASPECT_RATIO * min(width, height)
-            ),
-            f"{size}min_pixels {least} is more than {size}max_pixels {most}": not is_sized and least > most,
-            f"{size}max_pixels {most} is above the limit of qwen-vl-utils: give {limit}": not is_sized and most > limit,
-        }
-        for problem, is_there in problems.items():
-            if is_there:
-                raise ValueError(problem)
+        if (width is None) != (height is None):
+            raise ValueError(f"give {size}resized_width and {size}resized_height together")
+        if width is None:
+            if least > most:
+                raise ValueError(f"{size}min_pixels {least} is more than {size}max_pixels {most}")
+            if most > (limit := max(MAX_FRAME_PIXELS, int(least * 1.05))):
+                raise ValueError(f"{size}max_pixels {most} is above the limit of qwen-vl-utils: give {limit}")
+        elif max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            sizes = f"{size}resized_width {width} and {size}resized_height {height}"
+            raise ValueError(f"{sizes}: the longer side must be at most {MAX_ASPECT_RATIO} times the shorter one")
 
 
 def choose_frames(total_frames: int, video_fps: float, options: VideoOptions) -> tuple[list[int], float]:
@@ -91,14 +86,12 @@ def choose_frames(total_frames: int, video_fps: float, options: VideoOptions) ->
 def frame_span(total_frames: int, video_fps: float, options: VideoOptions) -> range:
     """Return the frames from video_start to video_end, both inclusive; raise ValueError if there are none."""
     seconds = total_frames / video_fps
-    for name in ("video_start", "video_end"):
-        if (getattr(options, name) or 0) > seconds:
-            raise ValueError(f"lasts {seconds:g} seconds: {name} {getattr(options, name):g} is beyond its end")
-    first = math.ceil(options.video_start * video_fps)
-    last = total_frames - 1
-    if options.video_end is not None:
-        last = min(math.floor(options.video_end * video_fps), last)
-    return range(first, last + 1)
+    end = seconds if options.video_end is None else options.video_end
+    if max(options.video_start, end) > seconds:
+        part = f"video_start {options.video_start:g} to video_end {end:g}"
+        raise ValueError(f"lasts {seconds:g} seconds, and so has no part from {part}")
+    last = min(math.floor(end * video_fps), total_frames - 1)
+    return range(math.ceil(options.video_start * video_fps), last + 1)
 
 
 def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) -> list[int]:
@@ -113,7 +106,7 @@ def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) ->
         count = round(options.nframes / 2) * 2
         required = f"--nframes {options.nframes} asks for {count}"
     else:
-        wanted = total_frames / video_fps * (DEFAULT_FPS if options.fps is None else options.fps)
+        wanted = total_frames / video_fps * (options.fps or DEFAULT_FPS)
         least, most = math.ceil(options.min_frames / 2) * 2, math.floor(options.max_frames / 2) * 2
         count = math.floor(min(max(wanted, least), most, total_frames) / 2) * 2
         required = "at least 2 are needed"
@@ -132,9 +125,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: float) ->
     Raises ValueError if one side is more than 200 times the other.
     """
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ValueError(
-            f"has frames of {width}x{height} pixels: the longer side is more than {MAX_ASPECT_RATIO} times the shorter"
-        )
+        raise ValueError(f"has frames of {width}x{height} pixels: one side is over {MAX_ASPECT_RATIO} times the other")
     tiles = [max(1, round(side / SIZE_FACTOR)) for side in (height, width)]
     if math.prod(tiles) * PIXELS_PER_TOKEN > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)

@@ -28,10 +28,6 @@ def open_video(path: str, options: VideoOptions) -> tuple[VideoReader, list[int]
             # decord ignores a fault_tol of 0, hence the tiny number.
             reader = VideoReader(os.path.abspath(path), num_threads=1, fault_tol=1e-9)
             video_fps, times = reader.get_avg_fps(), reader.get_frame_timestamp(range(len(reader)))[:, 0]
-        except OSError as error:
-            raise BadMedia(f"cannot be read ({error.strerror})") from error
-        except UnicodeEncodeError as error:
-            raise BadMedia("has a name that decord cannot open: it is not UTF-8") from error
         except (DECORDError, RuntimeError, AssertionError, IndexError) as error:
             raise BadMedia("is not a video that decord can open") from error
         if not 0 < video_fps < math.inf:  # false for nan, too
@@ -70,19 +66,13 @@ def decode(path: str, reader: VideoReader, indices: list[int]) -> torch.Tensor:
     return torch.stack(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
 
 
-def read_frames(path: str, options: VideoOptions) -> tuple[torch.Tensor, float]:
-    """Decode the frames that the options ask for: uint8 (T, 3, H, W), and how many of them are in a second of video.
+def resized_frames(path: str, options: VideoOptions) -> tuple[torch.Tensor, float]:
+    """Decode and resize the frames that the options ask for: uint8 (T, 3, H, W), and how many of them are in a second.
 
     Raises FileNotFoundError if there is no such file, BadMedia if the frames cannot be decoded.
     """
     reader, indices, sampled_fps = open_video(path, options)
-    return decode(path, reader, indices), sampled_fps
-
-
-def resized_frames(path: str, options: VideoOptions) -> tuple[torch.Tensor, float]:
-    """Do as `read_frames`, and resize the frames as the options say."""
-    frames, sampled_fps = read_frames(path, options)
-    return resize_frames(path, frames, options), sampled_fps
+    return resize_frames(path, decode(path, reader, indices), options), sampled_fps
 
 
 def first_frame(path: str, options: VideoOptions) -> tuple[torch.Tensor, int]:

@@ -14,13 +14,12 @@ import time
 import numpy as np
 import pytest
 
-from data.check.__main__ import PROBLEMS, check, main, parse, write_entries
-from data.check.media import PRELOAD, _send_result, check_in_own_process, check_media
-from data.check.report import FORMS
-from data.dataset import load_samples
+from data.check.__main__ import PROBLEMS, check, main, parse
+from data.check.media import PRELOAD, check_media, send_grid
+from data.dataset import load_samples, write_entries
 from data.media.frames import VideoOptions
 from data.media.load import MediaOptions
-from data.sample import InputError, Media
+from data.sample import BadMedia, InputError, Media
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer
 from tests.conftest import OPTIONS, make_tiny
@@ -90,7 +89,7 @@ def test_every_problem_is_counted_and_named(folder, capsys):
     assert re.search(r"^missing file.*\n    no video at '.*/videos/x\\n\.mp4'$", text, re.MULTILINE)
     assert re.search(r"^undecodable.*\n    '.*/videos/d\.mp4' is not a video that decord can open$", text, re.MULTILINE)
     assert re.search(r"^too few.*\n    '.*/c\.mp4' has 3 frames, --nframes 4 asks for 4$", text, re.MULTILINE)
-    assert "11 samples, 6 videos: 3 valid samples, 8 left out" in text
+    assert "11 samples, 6 videos, 0 images: 3 valid samples, 8 left out" in text
     assert text.replace("\n", "").isprintable()
 
 
@@ -100,7 +99,7 @@ def test_misspelt_keys_are_malformed_samples(folder, capsys):
     code, text, table = run(folder, capsys, samples)
     assert code == 1 and table["malformed sample"] == (4, "left out", "'vidoe', 'conversation', 'key', ...")
     assert re.search(r"\n    '.*/train\.json': sample 'vidoe': unknown key 'vidoe', did you mean 'video'\?\n", text)
-    assert "5 samples, 1 videos: 1 valid samples, 4 left out" in text
+    assert "5 samples, 1 videos, 0 images: 1 valid samples, 4 left out" in text
 
 
 @pytest.mark.parametrize("width", [1, 2, 16, 72])
@@ -109,8 +108,8 @@ def test_a_narrow_video_is_checked_by_its_real_size(folder, capsys, width):
     assert run(folder, capsys, [entry("narrow", ["narrow.mp4"])])[0] == 0
     write_mp4(folder / "videos" / "thread.mp4", np.zeros((4, 201 * width, width, 3), np.uint8), fps=8)
     path, options = str(folder / "videos" / "thread.mp4"), MediaOptions(VideoOptions(nframes=4))
-    reason = f"{path!r} has frames of {width}x{201 * width} pixels: the longer side is more than 200 times the shorter"
-    assert check_media(Media("video", path), options) == ("undecodable video", reason)
+    reason = f"{path!r} has frames of {width}x{201 * width} pixels: one side is over 200 times the other"
+    assert str(check_media(Media("video", path), options)) == reason
 
 
 def test_more_than_three_ids_are_counted_not_listed(folder, capsys):
@@ -153,7 +152,7 @@ def test_a_full_disk_leaves_no_half_of_a_cleaned_file(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(InputError, match=r"--write_clean .*clean\.json' cannot be written \(File too large\)"):
-            write_entries([entry(f"s{i}") for i in range(99)], str(folder / "clean.json"))
+            write_entries([entry(f"s{i}") for i in range(99)], str(folder / "clean.json"), "write_clean")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (folder / "clean.json").exists()
@@ -182,7 +181,7 @@ def test_nothing_is_overwritten_and_nothing_else_written(folder, capsys, monkeyp
         (folder / "old.json", "exists"),
         (folder / "link.json", "exists"),
         (folder / "videos", "exists"),
-        (folder / "none" / "clean.json", "cannot be written"),
+        (folder / "none" / "clean.json", "exists or cannot be written: name a new file"),
     ):
         assert main(["--data_path", str(data), *SMALL, "--write_clean", str(path)]) == 2
         error = capsys.readouterr().err
@@ -192,7 +191,7 @@ def test_nothing_is_overwritten_and_nothing_else_written(folder, capsys, monkeyp
     config = parse(["--data_path", str(data), "--image_folder", str(folder / "videos"), "--write_clean", "clean.json"])
     monkeypatch.chdir(folder)
     (folder / "clean.json").write_text("written meanwhile")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(InputError, match=r"--write_clean 'clean.json' cannot be written .File exists."):
         check(config)
     assert (folder / "clean.json").read_text() == "written meanwhile"
     (folder / "clean.json").unlink()
@@ -268,23 +267,22 @@ def test_a_model_without_a_usable_tokenizer_is_one_line_and_exit_code_2(folder, 
         assert error.startswith(f"python -m data.check: error: --model_id {str(model_id)!r}")
 
 
-def crash(path, options):
+def crash(sender, media, options):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def hang(path, options):
+def hang(sender, media, options):
     time.sleep(600)
 
 
 def test_a_file_that_crashes_or_hangs_the_decoder_is_undecodable(folder):
-    problem, reason = check_in_own_process(Media("video", "a\n.mp4"), OPTIONS, function=crash)
-    assert problem == "undecodable video" and reason == r"'a\n.mp4' crashes the decoder (exit code -11)"
+    crashed = check_media(Media("video", "a\n.mp4"), OPTIONS, function=crash)
+    assert isinstance(crashed, BadMedia) and str(crashed) == r"'a\n.mp4' crashes the decoder (exit code -11)"
     began = time.monotonic()
-    problem, reason = check_in_own_process(Media("video", "a\n.mp4"), OPTIONS, timeout=0.2, function=hang)
-    assert problem == "undecodable video" and reason == r"'a\n.mp4' hangs the decoder: no frames within 0.2 s"
+    hangs = check_media(Media("video", "a\n.mp4"), OPTIONS, timeout=0.2, function=hang)
+    assert isinstance(hangs, BadMedia) and str(hangs) == r"'a\n.mp4' hangs the decoder: no frames within 0.2 s"
     assert time.monotonic() - began < 60
-    media = Media("video", str(folder / "videos" / "a.mp4"))
-    assert check_in_own_process(media, OPTIONS) == check_media(media, OPTIONS) == (2, 4, 4)
+    assert check_media(Media("video", str(folder / "videos" / "a.mp4")), OPTIONS) == (2, 4, 4)
 
 
 def test_the_check_prints_its_table_and_on_the_error_stream_a_bar_and_only_that(folder, capfd):
@@ -300,11 +298,9 @@ def test_the_check_prints_its_table_and_on_the_error_stream_a_bar_and_only_that(
 def test_the_process_of_a_file_keeps_the_words_of_ffmpeg_to_itself(folder, capfd):
     receiver, sender = multiprocessing.Pipe(duplex=False)
     media = Media("video", str(folder / "videos" / "d.mp4"))
-    process = multiprocessing.get_context("fork").Process(
-        target=_send_result, args=(sender, check_media, media, OPTIONS)
-    )
+    process = multiprocessing.get_context("fork").Process(target=send_grid, args=(sender, media, OPTIONS))
     process.start()
-    assert receiver.recv().problem == "undecodable video"
+    assert isinstance(receiver.recv(), BadMedia)
     process.join()
     assert capfd.readouterr().err == ""
 
@@ -372,16 +368,18 @@ def test_every_form_has_a_row_and_every_fault_of_an_image_a_line(mixed, tmp_path
     where = ["--image_folder", str(mixed.folder / "videos"), "--model_id", str(mixed.folder / "model")]
     assert main(["--data_path", str(tmp_path / "data.json"), *where, *SMALL]) == 1
     text = capsys.readouterr().out
-    rows = dict(re.findall(rf"^({'|'.join(FORMS)}) +(\d+)$", text, re.MULTILINE))
-    assert rows == {
-        "videos only": "3",
-        "images only": "1",
-        "videos and images": "1",
-        "text only": "2",
-        "frames in files": "2",
-        "options of their own": "3",
+    rows = {
+        "videos": 3,
+        "images": 1,
+        "images and videos": 1,
+        "text only": 2,
+        "frames in files": 2,
+        "options of their own": 3,
     }
-    assert re.search(r"^undecodable image +1  left out  'cut'\n    '.*cut\.jpg' is damaged", text, re.MULTILINE)
+    assert all(re.search(rf"^{form} +{num}$", text, re.MULTILINE) for form, num in rows.items())
+    assert re.search(
+        r"^undecodable image +1  left out  'cut'\n    '.*cut\.jpg' is no image that Pillow can read", text, re.MULTILINE
+    )
     lengths = [len(prompt.prompt_ids) for prompt in mixed.prompts]
     assert re.search(rf"^prompt tokens +{min(lengths)} .* {max(lengths)}$", text, re.MULTILINE)
     assert "8 samples, 4 videos, 4 images: 7 valid samples, 1 left out" in text

@@ -70,6 +70,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
+    monkeypatch.setattr(data.media.fetch, "PAUSES", (0.01, 0.01))
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -84,8 +85,8 @@ def server(monkeypatch):
     server.server_close()
 
 
-def get(server, path, cache, **options) -> bytes:
-    with open(fetch(f"{server.at}{path}", str(cache), **{"pauses": (0.01, 0.01)} | options), "rb") as file:
+def get(server, path, cache) -> bytes:
+    with open(fetch(f"{server.at}{path}", str(cache)), "rb") as file:
         return file.read()
 
 
@@ -110,7 +111,7 @@ def test_what_works_in_the_end_is_fetched(server, tmp_path, path):
         ("/404.mp4", "the server answers 404", 1),
         ("/500.mp4", "the server answers 500", 3),
         ("/broken.mp4", "the connection broke after 102,400 of 102,407 bytes", 3),
-        ("/huge.mp4", "has 1,000,000,000,000 bytes, more than", 1),
+        ("/huge.mp4", "has more than 1,000,000 bytes", 1),
         ("/endless.mp4", "has more than 1,000,000 bytes", 1),
         ("/empty.mp4", "is an empty file", 1),
         ("/to/file.mp4", "the server answers 302", 1),
@@ -118,9 +119,10 @@ def test_what_works_in_the_end_is_fetched(server, tmp_path, path):
         ("/to/loop.mp4", "the server answers 302", 5),
     ],
 )
-def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(server, tmp_path, path, words, times):
+def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(server, tmp_path, monkeypatch, path, words, times):
+    monkeypatch.setattr(data.media.fetch, "MAX_BYTES", 10**6)
     with pytest.raises(BadMedia) as caught:
-        get(server, path, tmp_path, max_bytes=10**6)
+        get(server, path, tmp_path)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert len(server.seen) == times or path == "/to/loop.mp4"
     assert not [entry for entry in tmp_path.iterdir() if not entry.name.endswith(".lock")]
@@ -128,12 +130,13 @@ def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(server, tmp_path,
 
 def test_a_server_that_sends_a_byte_at_a_time_is_given_up(server, tmp_path, monkeypatch):
     monkeypatch.setattr(data.media.fetch, "SECONDS_IN_ALL", 0.3)
+    monkeypatch.setattr(data.media.fetch, "PAUSES", ())
     began = time.monotonic()
     with pytest.raises(BadMedia, match=r"not complete after 0\.3 seconds"):
-        get(server, "/drip.mp4", tmp_path, pauses=())
+        get(server, "/drip.mp4", tmp_path)
     monkeypatch.setattr(data.media.fetch, "SECONDS_WITHOUT_DATA", 0.2)
     with pytest.raises(BadMedia, match="timed out"):
-        get(server, "/slow.mp4", tmp_path, pauses=())
+        get(server, "/slow.mp4", tmp_path)
     assert time.monotonic() - began < 10
 
 
@@ -151,7 +154,7 @@ def test_credentials_are_sent_to_their_host_and_shown_to_nobody(server, tmp_path
     fetch(f"{address}/to/a.mp4", str(tmp_path))
     assert server.seen[-1] == ("/a.mp4", None)  # where the redirect leads, they are not sent
     with pytest.raises(BadMedia) as caught:
-        fetch(f"{address}/404.mp4?token=hidden", str(tmp_path), ())
+        fetch(f"{address}/404.mp4?token=hidden", str(tmp_path))
     assert str(caught.value) == f"'{server.at}/404.mp4' cannot be fetched: the server answers 404"
     assert shown("https://a:b@host/x?y#z") == "https://host/x" and shown("https://host/a@b") == "https://host/a@b"
     assert not any("hidden" in entry.name or "cret" in entry.name for entry in tmp_path.iterdir())
@@ -207,7 +210,5 @@ def test_a_sample_of_addresses_is_that_of_their_files(server, tmp_path, tiny):
     assert "secret" not in str(caught.value) and "token" not in str(caught.value)
     entry["video"] = "ftp://me:secret@host/a.mp4?token=x"
     (tmp_path / "data.json").write_text(json.dumps([entry]))
-    with pytest.raises(
-        InputError, match=r"sample 's': 'video': 'ftp://host/a.mp4' is refused: only http and https"
-    ) as caught:
+    with pytest.raises(InputError, match=r"sample 's': 'ftp://host/a.mp4' is refused: only http and https") as caught:
         load_samples([str(tmp_path / "data.json")])

@@ -42,8 +42,11 @@ def test_a_part_of_a_video_is_from_its_first_to_its_last_frame_both_inclusive():
     ):
         assert frame_span(16, 8.0, VideoOptions(**part)) == frames
     assert frame_span(4, 8.0, VideoOptions()) == range(4)  # of half a second
-    for name, options in (("video_start", {"video_start": 2.5}), ("video_end", {"video_end": 2.5})):
-        with pytest.raises(ValueError, match=f"lasts 2 seconds: {name} 2.5 is beyond its end"):
+    for options, part in (
+        ({"video_start": 2.5}, "video_start 2.5 to video_end 2"),
+        ({"video_end": 2.5}, "video_start 0 to video_end 2.5"),
+    ):
+        with pytest.raises(ValueError, match=f"lasts 2 seconds, and so has no part from {part}$"):
             frame_span(16, 8.0, VideoOptions(**options))
     # Of frames 4 to 8, five in 5/8 seconds, four are read: 6.4 per second.
     some = VideoOptions(nframes=4, video_start=0.5, video_end=1.0)

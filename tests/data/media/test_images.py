@@ -13,10 +13,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.media.frames import VideoOptions, frame_span
 from data.media.images import ImageOptions, read_image
 from data.media.load import MediaOptions, load_media, media_grid
-from data.media.video import open_video, read_frames
+from data.media.video import open_video
 from data.sample import BadMedia, Media, TooFewFrames
 from grpo.demo.mp4 import write_mp4
-from tests.data.media.test_video import load_video
+from tests.data.media.test_video import load_video, read_frames
 
 SMALL = VideoOptions(nframes=4, resized_width=56, resized_height=56)
 ALL = MediaOptions(VideoOptions(resized_width=56, resized_height=56))
@@ -113,14 +113,14 @@ def broken_images(tmp_path) -> dict[str, str]:
         (tmp_path / name).write_bytes(data)
     return {
         "deep.png": "more than 8 bits per pixel",
-        "empty.png": "not an image that Pillow can open",
-        "text.png": "not an image that Pillow can open",
-        "cut.jpg": "is damaged",
-        "cut.png": "is damaged",
+        "empty.png": "cannot identify image file",
+        "text.png": "cannot identify image file",
+        "cut.jpg": "is no image that Pillow can read (image file is truncated",
+        "cut.png": "is no image that Pillow can read (",
         "one.png": "has 1x1 pixels",
-        "thread.png": "more than 200 times the shorter",
-        "bomb.png": "make it smaller",
-        "small_bomb.png": "make it smaller",
+        "thread.png": "over 200 times the other",
+        "bomb.png": "exceeds limit of",
+        "small_bomb.png": "exceeds limit of",
     }
 
 
@@ -193,7 +193,7 @@ def test_frames_that_are_no_video_are_refused(clip):
             "frame_11.png' is a frame of 56x28 pixels, the first one of its video has 56x56",
         ),
         ((str(clip / "one" / "a.png"),), TooFewFrames, "the list of 1 frames from"),
-        ((str(clip / "one" / "a.png"), str(clip / "notes.txt")), BadMedia, "not an image"),
+        ((str(clip / "one" / "a.png"), str(clip / "notes.txt")), BadMedia, "is no image"),
     ]:
         (clip / "notes.txt").write_text("x")
         with pytest.raises(error, match=words.replace("(", r"\(")):
@@ -242,8 +242,8 @@ def test_options_of_its_own_stand_in_place_of_the_flags(clip):
         ((("fps", 2), ("nframes", 4)), "give fps or nframes, not both"),
         ((("resized_width", 56),), "give resized_width and resized_height together"),
         ((("video_end", 0.5), ("video_start", 0.75)), "video_end 0.5 must be after video_start 0.75"),
-        ((("video_end", 9),), "lasts 1.25 seconds: video_end 9 is beyond its end"),
-        ((("video_start", 2),), "lasts 1.25 seconds: video_start 2 is beyond its end"),
+        ((("video_end", 9),), "lasts 1.25 seconds, and so has no part from video_start 0 to video_end 9"),
+        ((("video_start", 2),), "lasts 1.25 seconds, and so has no part from video_start 2 to"),
         ((("max_frames", 1),), "max_frames 1 must be at least 2"),
         ((("nframes", 8), ("video_end", 0.25)), "has 3 frames, --nframes 8 asks for 8"),
     ]:

@@ -12,11 +12,16 @@ from PIL import Image
 from data.media.frames import VideoOptions, frame_indices
 from data.media.load import MediaOptions, load_media, media_grid
 from data.media.patches import CLIP_MEAN, CLIP_STD
-from data.media.video import read_frames
+from data.media.video import decode, open_video
 from data.sample import BadMedia, Media
 from grpo.demo.mp4 import encode_jpeg, write_mp4
 from tests.data.media.test_frames import TOKEN
 from tests.data.media.test_patches import random_frames
+
+
+def read_frames(path: Path, options: VideoOptions) -> tuple[torch.Tensor, float]:
+    reader, indices, sampled_fps = open_video(path, options)
+    return decode(path, reader, indices), sampled_fps
 
 
 def load_video(path: Path, options: VideoOptions):
@@ -115,7 +120,7 @@ def test_a_narrow_video_becomes_the_patches_of_its_frames(tmp_path, width):
 def test_a_video_too_narrow_for_its_height_is_named_in_one_line(tmp_path):
     path = tmp_path / "clip.mp4"
     write_mp4(path, gray_clip(4, height=402, width=2), fps=8)
-    line = f"{str(path)!r} has frames of 2x402 pixels: the longer side is more than 200 times the shorter"
+    line = f"{str(path)!r} has frames of 2x402 pixels: one side is over 200 times the other"
     for read in (load_video, video_grid):
         with pytest.raises(BadMedia) as error:
             read(path, VideoOptions(nframes=4))

@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from data.loader import load_prompt
 from data.media.patches import resize
-from data.media.video import read_frames
 from grpo.run.show import WIDTH, bands, completions_table, contact_sheet, table_cell, video_strips
 from tests.conftest import OPTIONS
+from tests.data.media.test_video import read_frames
 from tests.grpo.run.test_records import GROUPS, group
 from tests.test_train import flags
 
