@@ -40,15 +40,7 @@ from grpo.model.load import SpecialTokens
 from grpo.model.lora import disable_adapters, without_dropout
 from grpo.model.sharding import Models
 from grpo.ranks import any_rank, exit_code, full_tensor, print_rank0, raise_together, start_processes
-from grpo.rollout import (
-    Rollout,
-    SamplingParams,
-    ScoredRollout,
-    generate,
-    generators,
-    rollouts_to_train,
-    true_answers,
-)
+from grpo.rollout import Rollout, SamplingParams, ScoredRollout, generate, generators, rollouts_to_train, true_answers
 from grpo.run.records import StepRecords, TokenSums, gather_records, global_counts, group_records, std_of_step
 from grpo.run.scoring import Scorer, score
 from grpo.run.start import start
