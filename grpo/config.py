@@ -13,7 +13,7 @@ from data.flags import SampleFlags, TrainingMediaFlags, default_of, parse_flags
 from data.loader import resolve_data_flags
 from data.sample import InputError
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
-from reward.flags import NOT_NEGATIVE, POSITIVE, UP_TO_1, Bounds, RewardFlags, flag
+from reward.flags import NAMED, NOT_NEGATIVE, POSITIVE, SHARE, UP_TO_1, Bounds, RewardFlags, flag
 
 DemoTask = Literal["easy", "hard"]
 BestModelMetric = Literal[
@@ -31,13 +31,9 @@ class ModelFlags(SampleFlags):
         "how often an epoch sees the samples of each file (once); 0.5: half of them",
         Bounds(lambda weights: all(0 < w <= 1000 for w in weights), "give numbers above 0, and at most 1000"),
     )
-    output_dir: str = flag(
-        "", "new folder for curves, flags, checkpoints and the trained model", demo="output/demo", may_change=True
-    )
+    output_dir: str = flag("", "new folder for curves and models", demo="output/demo", may_change=True)
     supervised: bool = flag(False, "train on the true answers (supervised fine-tuning) in place of sampled ones")
-    demo: bool = flag(
-        False, "make synthetic beating hearts and a small model, train on them, show before and after", may_change=True
-    )
+    demo: bool = flag(False, "make synthetic hearts and a small model, train, show before and after", may_change=True)
     demo_task: DemoTask = flag("easy", "the demo's hearts: a few clear clips, or up to 30 of differing quality")
 
 
@@ -60,12 +56,7 @@ class SamplingFlags:
         demo=1.0,
         decides=True,
     )
-    top_p: float = flag(
-        1.0,
-        "sample only from the most probable tokens that make up this probability; 1: from all",
-        Bounds(lambda x: 0 < x <= 1, "must be above 0, and at most 1"),
-        decides=True,
-    )
+    top_p: float = flag(1.0, "sample from the most probable tokens that add up to this; 1: all", SHARE, decides=True)
     top_k: int = flag(0, "sample only from this many most probable tokens; 0: from all", NOT_NEGATIVE, decides=True)
 
 
@@ -77,10 +68,7 @@ class GroupFlags(SamplingFlags):
     num_generations: int = flag(
         8,
         "completions sampled per prompt (G)",
-        Bounds(
-            lambda n: 2 <= n <= 1e9,
-            "a group needs at least 2 completions, since advantages are differences within the group",
-        ),
+        Bounds(lambda n: 2 <= n <= 1e9, "advantages are differences within a group of at least 2 completions"),
         demo=16,
     )
 
@@ -93,16 +81,10 @@ class ObjectiveFlags:
     loss_type: LossType = flag("dapo", "weight of a token: equal for all, per completion, or by the length limit")
     scale_rewards: ScaleRewards = flag("group", "what advantages are divided by: the group's or batch's std, or none")
     importance_sampling_level: ImportanceSamplingLevel = flag("token", "a ratio per token, or per completion (GSPO)")
-    beta: float = flag(
-        0.0, "weight of the KL divergence from the initial policy; 0: no reference model", NOT_NEGATIVE, demo=0.04
-    )
+    beta: float = flag(0.0, "weight of the KL divergence from a reference model; 0: none", NOT_NEGATIVE, demo=0.04)
     mask_truncated_completions: bool = flag(False, "do not train on completions that were cut at the length limit")
-    epsilon: float = flag(
-        0.05, "lower clipping: below 1 - epsilon, tokens with a negative advantage have no gradient", UP_TO_1
-    )
-    epsilon_high: float = flag(
-        0.1, "upper clipping: the same above 1 + epsilon_high, for a positive advantage", POSITIVE
-    )
+    epsilon: float = flag(0.05, "clipping: no gradient below a ratio of 1 - epsilon if the advantage is < 0", UP_TO_1)
+    epsilon_high: float = flag(0.1, "the same above 1 + epsilon_high, for a positive advantage", POSITIVE)
     num_iterations: int = flag(1, "updates per batch of rollouts", POSITIVE)
 
 
@@ -131,9 +113,7 @@ class BatchFlags:
     """How many prompts make a step, and how its work is split, which does not change results."""
 
     heading = "batches (sizes count prompts; any may be left out)"
-    global_batch_size: int | None = flag(
-        None, "prompts per step on all ranks (1 per rank if no size is given)", POSITIVE, demo=8
-    )
+    global_batch_size: int | None = flag(None, "prompts per step on all ranks (else 1 per rank)", POSITIVE, demo=8)
     per_device_train_batch_size: int | None = flag(
         None, "prompts of a rank that pass through the model together", POSITIVE, may_change=True
     )
@@ -152,19 +132,13 @@ class OptimizerFlags:
     """The optimizer."""
 
     heading = "optimizer"
-    learning_rate: float = flag(
-        1e-6, "peak learning rate of AdamW, reached after warm-up, then a cosine to 0", POSITIVE, demo=2e-4
-    )
-    vision_lr: float | None = flag(
-        None, "learning rate of the vision tower and its adapters (--learning_rate if not given)", POSITIVE
-    )
-    merger_lr: float | None = flag(None, "learning rate of the merger (--learning_rate if not given)", POSITIVE)
+    learning_rate: float = flag(1e-6, "AdamW's peak, reached after warm-up, then a cosine to 0", POSITIVE, demo=2e-4)
+    vision_lr: float | None = flag(None, "the vision tower's and its adapters' (default: --learning_rate)", POSITIVE)
+    merger_lr: float | None = flag(None, "the merger's (default: --learning_rate)", POSITIVE)
     weight_decay: float = flag(0.0, "weight decay of the weight matrices", NOT_NEGATIVE)
     warmup_ratio: float = flag(0.03, "share of the steps in which the learning rate rises", UP_TO_1)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", POSITIVE)
-    gradient_checkpointing: bool | None = flag(
-        None, "recompute activations to save memory (on a GPU: on)", may_change=True
-    )
+    gradient_checkpointing: bool | None = flag(None, "save memory by recomputation (on a GPU: on)", may_change=True)
 
 
 @dataclass
@@ -192,9 +166,7 @@ class EvaluationFlags(HeldOutFlags):
         0, "steps between evaluations; there is always one at the end", NOT_NEGATIVE, demo=50, may_change=True
     )
     eval_on_start: bool = flag(False, "evaluate before the first step, too", demo=True, may_change=True)
-    metric_for_best_model: BestModelMetric = flag(
-        "eval/mae", "the figure by which best/ is chosen, errors by their least"
-    )
+    metric_for_best_model: BestModelMetric = flag("eval/mae", "figure by which best/ is chosen (least error)")
 
 
 @dataclass
@@ -202,26 +174,17 @@ class RunFlags(Seed):
     """The run."""
 
     heading = "the run"
-    memory_preflight: bool | None = flag(
-        None, "first try a step on the longest prompt, for its memory (on a GPU: on)", may_change=True
-    )
+    memory_preflight: bool | None = flag(None, "first try a step on the longest prompt (on a GPU: on)", may_change=True)
     logging_steps: int = flag(1, "steps between points of the curves", POSITIVE, may_change=True)
     log_completions: int = flag(
         4, "prompts of a step whose best, middle and worst completion TensorBoard shows", NOT_NEGATIVE, may_change=True
     )
-    save_steps: int = flag(
-        0, "steps between checkpoints; 0: only where a signal stops the run", NOT_NEGATIVE, may_change=True
-    )
+    save_steps: int = flag(0, "steps between checkpoints; 0: only if a signal stops it", NOT_NEGATIVE, may_change=True)
     save_total_limit: int = flag(0, "checkpoints kept, the newest; 0: all of them", NOT_NEGATIVE, may_change=True)
     resume_from_checkpoint: str = flag(
-        "none",
-        "resume from this folder checkpoint-N; auto: the newest in --output_dir",
-        Bounds(bool, "name a folder checkpoint-N, or auto, or none"),
-        may_change=True,
+        "none", "resume from this folder checkpoint-N; auto: the newest in --output_dir", NAMED, may_change=True
     )
-    max_bad_steps: int = flag(
-        10, "stop after this many steps in a row without a finite loss and gradient", POSITIVE, may_change=True
-    )
+    max_bad_steps: int = flag(10, "stop after so many steps with no finite loss or gradient", POSITIVE, may_change=True)
 
 
 @dataclass
@@ -251,58 +214,41 @@ def parse_config(argv: list[str]) -> Config:
     if config.demo:  # other defaults, which flags beside it override
         config = parse_flags(Config, argv, "python train.py", DEMO_DEFAULTS)
     resolve_data_flags(config)
-    _check_samples(config)
-    _check_supervised(config)
-    _check_what_is_trained(config)
+    if not config.demo:
+        for name in ("model_id", "data_path", "output_dir"):
+            if getattr(config, name) in ("", [], [""]):
+                raise InputError(f"--{name} is missing (or try: python train.py --demo)")
+        weights, files = len(config.data_weights), len(config.data_path)
+        if weights not in (0, files):
+            raise InputError(f"--data_weights: {weights} weights for {files} files: give each one, or none")
+    check_contradictions(config)
     return config
 
 
-def _check_samples(c: Config) -> None:
-    if c.frame_jitter and c.frame_cache:
-        raise InputError("--frame_jitter reads other frames in each epoch: leave out --frame_cache, or it")
-    if c.demo:
-        for name in ("model_id", "data_path", "data_weights", "image_folder", "eval_data_path", "supervised"):
-            if getattr(c, name):
-                raise InputError(f"--demo makes and trains a model of its own: leave out --{name}, or --demo")
-        return
-    if c.demo_task != "easy":
-        raise InputError("--demo_task is about the demo: add --demo, or leave it out")
-    for name in ("model_id", "data_path", "output_dir"):
-        if getattr(c, name) in ("", [], [""]):
-            raise InputError(f"--{name} is missing (or try: python train.py --demo)")
-    if c.data_weights and len(c.data_weights) != len(c.data_path):
-        raise InputError(
-            f"--data_weights: {len(c.data_weights)} weights for {len(c.data_path)} files: give each one, or none"
-        )
-    if not c.eval_data_path:
-        for name in ("eval_steps", "eval_on_start", "metric_for_best_model"):
-            if getattr(c, name) != getattr(Config, name):
-                raise InputError(f"--{name} is about held-out samples: name them with --eval_data_path")
-
-
-def _check_supervised(c: Config) -> None:
-    about_sampling = {field.name for section in (GroupFlags, ObjectiveFlags) for field in dataclasses.fields(section)}
-    about_sampling |= {"reward_weights", "log_completions"}
-    for field in dataclasses.fields(c):
-        is_used = field.name not in about_sampling or field.name == "max_completion_length"  # by evaluations
-        if c.supervised and not is_used and getattr(c, field.name) != default_of(field):
-            raise InputError(f"--{field.name} has no effect with --supervised: leave out one of them")
-
-
-def _check_what_is_trained(c: Config) -> None:
-    for name in ("vision_lora", "lora_namespan_exclude", "lora_rank", "lora_alpha", "lora_dropout"):
-        if getattr(c, name) != getattr(Config, name) and not c.lora_enable:
-            raise InputError(f"--{name} is about adapters: add --lora_enable, or leave it out")
-    if c.vision_lora and not c.freeze_vision_tower:
-        raise InputError(
-            "--vision_lora puts adapters on a vision tower that is itself trained: add --freeze_vision_tower"
-        )
-    if c.freeze_vision_tower and c.freeze_merger and c.freeze_llm and not c.lora_enable:
-        raise InputError(
-            "--freeze_vision_tower --freeze_llm --freeze_merger leave nothing to train: leave one of them out, or add "
-            "--lora_enable"
-        )
-    if c.vision_lr is not None and c.freeze_vision_tower and not c.vision_lora:
-        raise InputError("--vision_lr has no effect with --freeze_vision_tower: leave out one of them")
-    if c.merger_lr is not None and c.freeze_merger:
-        raise InputError("--merger_lr has no effect with --freeze_merger: leave out one of them")
+def check_contradictions(c: Config) -> None:
+    """Raise InputError for a flag that is given although others leave it without effect or cannot go with it."""
+    of_sampling = {field.name for section in (GroupFlags, ObjectiveFlags) for field in dataclasses.fields(section)}
+    of_sampling |= {"reward_weights", "log_completions"}
+    of_sampling -= {"max_completion_length"}  # which evaluations use
+    of_own_model = ("model_id", "data_path", "data_weights", "image_folder", "eval_data_path", "supervised")
+    of_held_out = ("eval_steps", "eval_on_start", "metric_for_best_model")
+    of_adapters = ("vision_lora", "lora_namespan_exclude", "lora_rank", "lora_alpha", "lora_dropout")
+    has_old_tower = c.freeze_vision_tower and not c.vision_lora
+    is_all_frozen = c.freeze_vision_tower and c.freeze_llm and c.freeze_merger and not c.lora_enable
+    one = "leave out one of them"
+    rules = [  # flags, whether they are wrong, and why, with the mend
+        (["frame_cache"], c.frame_jitter, f"is of no use: --frame_jitter reads other frames in each epoch: {one}"),
+        (of_own_model, c.demo, f"has no effect: --demo makes and trains a model of its own: {one}"),
+        (["demo_task"], not c.demo, "is about the demo: add --demo, or leave it out"),
+        (of_held_out, not c.eval_data_path and not c.demo, "is about held-out samples: add --eval_data_path"),
+        (of_sampling, c.supervised, f"has no effect with --supervised: {one}"),
+        (of_adapters, not c.lora_enable, "is about adapters: add --lora_enable, or leave it out"),
+        (["vision_lora"], not c.freeze_vision_tower, "is for a frozen vision tower: add --freeze_vision_tower"),
+        (["freeze_llm"], is_all_frozen, f"and other --freeze_* leave nothing to train: {one}, or add --lora_enable"),
+        (["vision_lr"], has_old_tower, f"has no effect with --freeze_vision_tower: {one}"),
+        (["merger_lr"], c.freeze_merger, f"has no effect with --freeze_merger: {one}"),
+    ]
+    given = [field.name for field in dataclasses.fields(c) if getattr(c, field.name) != default_of(field)]
+    for names, is_wrong, why in rules:
+        if is_wrong and (useless := [name for name in given if name in names]):
+            raise InputError(f"--{useless[0]} {why}")

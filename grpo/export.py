@@ -20,9 +20,7 @@ from data.sample import InputError, first_line
 from grpo.model.card import model_card
 from grpo.model.load import ModelFiles, load_model, processor_files
 from grpo.ranks import exit_code
-from reward.flags import Bounds, flag
-
-NAMED = Bounds(bool, "is missing (python -m grpo.export --help explains the flags)")
+from reward.flags import NAMED, flag
 
 
 @dataclass

@@ -21,6 +21,8 @@ class Bounds(NamedTuple):
 
 POSITIVE = Bounds(lambda x: 0 < x <= 1e9, "must be above 0, and at most 1e9")
 NOT_NEGATIVE = Bounds(lambda x: 0 <= x <= 1e9, "must lie between 0 and 1e9")
+SHARE = Bounds(lambda x: 0 < x <= 1, "must be above 0, and at most 1")
+NAMED = Bounds(bool, "must be given")
 UP_TO_1 = Bounds(lambda x: 0 <= x <= 1, "must lie between 0 and 1")
 
 

@@ -119,7 +119,7 @@ def test_what_is_a_long_prompt_must_be_said():
 
 def test_bad_media_has_two_names_and_a_cache_of_moved_frames_is_refused():
     assert parse_config([*GIVEN, "--on_bad_media", "skip"]).on_bad_video == "skip"
-    with pytest.raises(InputError, match="--frame_jitter reads other frames in each epoch"):
+    with pytest.raises(InputError, match="--frame_cache is of no use: --frame_jitter reads other"):
         parse_config([*GIVEN, "--frame_jitter", "--frame_cache", "x"])
 
 
