@@ -29,9 +29,7 @@ class SampleFlags:
     model_id: str = flag("", "Qwen2.5-VL: a local folder or a hub name")
     data_path: list[str] = flag([], "JSON or JSONL files of samples (data/README.md)", may_change=True)
     image_folder: str = flag("", "folder of the videos whose path in the JSON does not exist as it is", may_change=True)
-    system_prompt: str = flag(
-        "", "text, or a file with it, before conversations without a system turn of their own", decides=True
-    )
+    system_prompt: str = flag("", "text or its file, before conversations without a system turn", decides=True)
 
 
 @dataclass
@@ -39,47 +37,21 @@ class MediaFlags:
     """What is seen of a sample's videos and images."""
 
     heading = "videos and images"
-    max_videos: int = flag(
-        5, "videos kept per sample, a memory setting; 0: all of them", NOT_NEGATIVE, demo=0, decides=True
-    )
-    video_cap: VideoCap = flag(
-        "first",
-        "which of more than --max_videos: the first, evenly spread ones, or others at random in each epoch",
-        decides=True,
-    )
+    max_videos: int = flag(5, "videos kept per sample, a memory setting; 0: all", NOT_NEGATIVE, demo=0, decides=True)
+    video_cap: VideoCap = flag("first", "which are kept: the first, evenly spread, or others each epoch", decides=True)
     max_images: int = flag(0, "images kept per sample; 0: all of them", NOT_NEGATIVE, decides=True)
-    fps: float | None = flag(
-        None, "frames per second read from a video (2 if --nframes is not given either)", decides=True
-    )
-    nframes: int | None = flag(
-        None, "frames read from every video (rounded to even), instead of --fps", demo=8, decides=True
-    )
-    video_resized_width: int | None = flag(
-        None, "width of the frames in pixels, rounded to a multiple of 28", demo=56, decides=True
-    )
-    video_resized_height: int | None = flag(
-        None, "height of the frames in pixels, rounded to a multiple of 28", demo=56, decides=True
-    )
-    video_min_pixels: int = flag(
-        128 * 28 * 28, "least pixels per frame, where width and height are not given", decides=True
-    )
-    video_max_pixels: int = flag(
-        768 * 28 * 28, "most pixels per frame, where width and height are not given", decides=True
-    )
+    fps: float | None = flag(None, "frames read per second of video (2, if no --nframes)", decides=True)
+    nframes: int | None = flag(None, "frames read per video, rounded to even, not by --fps", demo=8, decides=True)
+    video_resized_width: int | None = flag(None, "frame width, rounded to a multiple of 28", demo=56, decides=True)
+    video_resized_height: int | None = flag(None, "frame height, rounded to a multiple of 28", demo=56, decides=True)
+    video_min_pixels: int = flag(128 * 28 * 28, "least pixels per frame, where no size is given", decides=True)
+    video_max_pixels: int = flag(768 * 28 * 28, "most pixels per frame, where no size is given", decides=True)
     image_min_pixels: int = flag(4 * 28 * 28, "least pixels per image", decides=True)
     image_max_pixels: int = flag(16384 * 28 * 28, "most pixels per image", decides=True)
-    max_prompt_length: int = flag(
-        0, "tokens of a prompt, its videos and images included; 0: any", NOT_NEGATIVE, decides=True
-    )
-    media_cache: str = flag(
-        "", "folder for files at http(s) addresses, which are fetched once (default: in ~/.cache)", may_change=True
-    )
-    frame_cache: str = flag(
-        "", "folder for decoded frames, which later epochs and runs then need not decode", may_change=True
-    )
-    frame_cache_gb: float = flag(
-        100.0, "size of that folder; frames that were not used for longest are removed", POSITIVE, may_change=True
-    )
+    max_prompt_length: int = flag(0, "tokens of a prompt, those of media included; 0: any", NOT_NEGATIVE, decides=True)
+    media_cache: str = flag("", "folder for files from http(s) addresses (default: in ~/.cache)", may_change=True)
+    frame_cache: str = flag("", "folder for decoded frames, which later epochs and runs then reuse", may_change=True)
+    frame_cache_gb: float = flag(100.0, "its size; frames unused for longest are removed", POSITIVE, may_change=True)
 
 
 @dataclass
@@ -90,16 +62,10 @@ class LoaderFlags(MediaFlags):
         "error", "a longer prompt: stop, leave its sample out, or leave out the last of its videos", decides=True
     )
     on_bad_video: OnBadMedia = flag(
-        "error",
-        "a video or image that cannot be read: stop, or leave its sample out",
-        may_change=True,
-        alias="--on_bad_media",
+        "error", "unreadable video or image: stop, or leave its sample out", may_change=True, alias="--on_bad_media"
     )
     dataloader_num_workers: int | None = flag(
-        None,
-        "processes per rank that decode videos ahead (by the cores there are, at most 8); 0: decode in the loop",
-        NOT_NEGATIVE,
-        may_change=True,
+        None, "processes per rank that decode ahead (by the cores, at most 8); 0: none", NOT_NEGATIVE, may_change=True
     )
 
 

@@ -29,7 +29,7 @@ from data.media.images import ImageOptions
 from data.media.load import MediaOptions, media_grid
 from data.media.patches import PATCH_VALUES
 from data.prompt import encode_prompt
-from data.sample import BadMedia, InputError, Sample, keep_media, read_system_prompt
+from data.sample import BadMedia, InputError, Sample, keep_media, named, read_system_prompt
 
 
 @dataclass
@@ -79,7 +79,8 @@ def media_options(flags: MediaFlags, threads: int = 1) -> MediaOptions:
     """Return the flags about frames, images and their size; raise InputError for a contradiction."""
     size = flags.video_resized_width, flags.video_resized_height
     try:
-        video = VideoOptions(flags.fps, flags.nframes, *size, flags.video_min_pixels, flags.video_max_pixels)
+        with named("--fps, --nframes and --video_*:"):
+            video = VideoOptions(flags.fps, flags.nframes, *size, flags.video_min_pixels, flags.video_max_pixels)
         image = ImageOptions(flags.image_min_pixels, flags.image_max_pixels)
     except ValueError as error:
         raise InputError(str(error)) from error

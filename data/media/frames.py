@@ -5,7 +5,7 @@ https://github.com/QwenLM/Qwen2.5-VL, qwen-vl-utils/src/qwen_vl_utils/vision_pro
 """
 
 import math
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,38 +39,35 @@ class VideoOptions:
     video_end: float | None = None
     jitter: float = 0.0  # how far the frames are moved, in steps between them, from -0.5 to 0.5
 
-    is_own: InitVar[bool] = False  # of one video: errors then name options without the dashes of flags
-
     def with_own(self, own: dict[str, float]) -> "VideoOptions":
         """Return the options with a video's own in their place; raise ValueError, naming them, if they are wrong."""
         replaced = [names for names in (FRAME_COUNTS, SIZES) if own.keys() & names]
-        return replace(self, **{name: None for names in replaced for name in names} | own, is_own=bool(own))
+        return replace(self, **{name: None for names in replaced for name in names} | own)
 
-    def __post_init__(self, is_own: bool) -> None:
-        count, size = ("", "") if is_own else ("--", "--video_")  # before the names of flags
+    def __post_init__(self) -> None:
         for name in (*FRAME_COUNTS, *SIZES, "min_pixels", "max_pixels"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{count if name in FRAME_COUNTS else size}{name} must be positive, got {value}")
+                raise ValueError(f"{name} must be positive, got {value}")
         if self.fps is not None and self.nframes is not None:
-            raise ValueError(f"give {count}fps or {count}nframes, not both")
+            raise ValueError("give fps or nframes, not both")
         if self.nframes is not None and self.nframes < 2:
-            raise ValueError(f"{count}nframes must be at least 2, got {self.nframes}")
+            raise ValueError(f"nframes must be at least 2, got {self.nframes}")
         if self.max_frames < max(2, self.min_frames):
             raise ValueError(f"max_frames {self.max_frames} must be at least 2 and min_frames {self.min_frames}")
         if self.video_end is not None and self.video_end <= self.video_start:
             raise ValueError(f"video_end {self.video_end} must be after video_start {self.video_start}")
         width, height, least, most = self.resized_width, self.resized_height, self.min_pixels, self.max_pixels
         if (width is None) != (height is None):
-            raise ValueError(f"give {size}resized_width and {size}resized_height together")
+            raise ValueError("give resized_width and resized_height together")
         if width is None:
             if least > most:
-                raise ValueError(f"{size}min_pixels {least} is more than {size}max_pixels {most}")
+                raise ValueError(f"min_pixels {least} is more than max_pixels {most}")
             if most > (limit := max(MAX_FRAME_PIXELS, int(least * 1.05))):
-                raise ValueError(f"{size}max_pixels {most} is above the limit of qwen-vl-utils: give {limit}")
+                raise ValueError(f"max_pixels {most} is above the limit of qwen-vl-utils: give {limit}")
         elif max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            sizes = f"{size}resized_width {width} and {size}resized_height {height}"
-            raise ValueError(f"{sizes}: the longer side must be at most {MAX_ASPECT_RATIO} times the shorter one")
+            ratio = f"the longer side must be at most {MAX_ASPECT_RATIO} times the shorter one"
+            raise ValueError(f"resized_width {width} and resized_height {height}: {ratio}")
 
 
 def choose_frames(total_frames: int, video_fps: float, options: VideoOptions) -> tuple[list[int], float]:

@@ -205,7 +205,10 @@ def test_nothing_is_overwritten_and_nothing_else_written(folder, capsys, monkeyp
         ([], "--data_path"),
         (["--data_path", "x", "--nframe", "8"], "--nframe"),
         (["--data_path", "x", "--nframes", "eight"], "--nframes"),
-        (["--data_path", "x", "--nframes", "8", "--fps", "2"], "--fps or --nframes"),
+        (
+            ["--data_path", "x", "--nframes", "8", "--fps", "2"],
+            "--nframes and --video_*: give fps or nframes, not both",
+        ),
         (["--data_path", "x", "--video_resized_width", "56"], "together"),
         (["--data_path", "x", "--max_videos", "-1"], "--max_videos"),
         (["--data_path", "x", "--frame_cache", "y", "--frame_cache_gb", "inf"], "--frame_cache_gb inf"),
