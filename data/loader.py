@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import compress
 from multiprocessing.util import Finalize
 
 import torch
@@ -64,7 +65,7 @@ class PromptOptions:
     """How samples become prompts."""
 
     media: MediaOptions
-    on_bad_media: OnBadMedia = "error"
+    on_bad_video: OnBadMedia = "error"
     max_prompt_length: int = 0  # tokens; 0: any
     on_long_prompt: OnLongPrompt = "error"
     augmentation: Augmentation = NO_AUGMENTATION
@@ -106,20 +107,11 @@ def resolve_data_flags(flags: MediaFlags) -> None:
     if flags.dataloader_num_workers is None:
         flags.dataloader_num_workers = min(8, max(1, cores_per_rank() - 1))  # a core is left for the rank itself
     if flags.on_long_prompt != "error" and not flags.max_prompt_length:
-        choice = f"--on_long_prompt {flags.on_long_prompt}"
-        raise InputError(f"{choice} has no effect: say with --max_prompt_length what is long")
+        raise InputError(f"--on_long_prompt {flags.on_long_prompt} has no effect without --max_prompt_length: add it")
 
 
 class LongPrompt(Exception):
     """A prompt has more tokens than it may; the message says how many."""
-
-
-def is_left_out(choice: OnBadMedia | OnLongPrompt) -> bool:
-    """Say whether a sample that cannot be used is left out; else the run stops."""
-    left_out = {"skip": True, "error": False, "fewer_videos": False}  # the last: none of its videos are left
-    if choice not in left_out:
-        raise ValueError(f"data/loader.py does not know what to do by {choice!r}")
-    return left_out[choice]
 
 
 def load_prompt(
@@ -149,14 +141,13 @@ def fit_prompt(sample: Sample, tokenizer, options: PromptOptions) -> tuple[Sampl
 
     One that is too long loses its last videos, or else LongPrompt is raised. Also raises what `load_prompt` does.
     """
-    grids = [media_grid(media, options.media) for media in sample.media]
-    grid_thw, most = torch.tensor(grids, dtype=torch.long).view(-1, 3), options.max_prompt_length
+    grids, most = [media_grid(media, options.media) for media in sample.media], options.max_prompt_length
     videos = [place for place, media in enumerate(sample.media) if media.kind == "video"]
     for left in range(len(videos), -1, -1):
         is_kept = [place not in videos[left:] for place in range(len(sample.media))]
-        shorter = keep_media(sample, is_kept)
-        kept = grid_thw[torch.tensor(is_kept, dtype=torch.bool)]
-        length = len(encode_prompt(shorter.turns, tokenizer, kept, torch.ones(len(kept)), 1)[0])
+        shorter, kept = keep_media(sample, is_kept), list(compress(grids, is_kept))
+        grid_thw = torch.tensor(kept, dtype=torch.long).view(-1, 3)
+        length = len(encode_prompt(shorter.turns, tokenizer, grid_thw, torch.ones(len(kept)), 1)[0])
         if not most or length <= most:
             return shorter, length
         if options.on_long_prompt != "fewer_videos":
@@ -167,9 +158,9 @@ def fit_prompt(sample: Sample, tokenizer, options: PromptOptions) -> tuple[Sampl
 class PromptDataset(Dataset):
     """Maps a `BatchItem` to its decoded prompt.
 
-    With `on_bad_media="skip"` a sample with an unreadable file is replaced by the next readable one, as padding; with
-    `on_long_prompt="skip"` one whose prompt is too long likewise. Errors are returned, not raised, because an error
-    raised in a worker process prints a page of traceback.
+    Where the options say "skip", a sample with an unreadable file, or whose prompt is too long, is replaced by the next
+    usable one, as padding. Errors are returned, not raised, because an error raised in a worker process prints a page
+    of traceback.
     """
 
     def __init__(self, samples: Sequence[Sample], tokenizer, tokens_per_second: int, options: PromptOptions):
@@ -192,23 +183,20 @@ class PromptDataset(Dataset):
                 prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, *how)
             except (BadMedia, FileNotFoundError, LongPrompt) as error:
                 bad_media = bad_media or f"sample {sample.id!r}: {error}"
-                choice, mend = options.on_bad_media, "replace the file, or skip such samples with --on_bad_video skip"
-                if isinstance(error, LongPrompt):
-                    choice, mend = options.on_long_prompt, "raise it, or choose another --on_long_prompt"
-                if not is_left_out(choice):
-                    return InputError(f"{bad_media}; {mend}")
-                continue
+                choice = "on_long_prompt" if isinstance(error, LongPrompt) else "on_bad_video"
+                if getattr(options, choice) != "skip":
+                    return InputError(f"{bad_media}; mend this, or skip such samples with --{choice} skip")
             except InputError as error:  # the file of samples has changed, or a cache cannot be written
                 return error
             except ValueError as error:
                 return InputError(f"sample {sample.id!r}: {error}")
-            prompt.position, prompt.is_padding = item.position, item.is_padding or bool(bad_media)
-            if not item.is_padding:  # which repeats a sample of the same step, where its bad file is reported
-                prompt.bad_media = bad_media
-            cut = len(whole.media) - len(sample.media)
-            if cut and not prompt.is_padding:
-                prompt.shortened = f"sample {sample.id!r}: its prompt is too long, and has {cut} videos fewer"
-            return prompt
+            else:
+                prompt.position, prompt.is_padding = item.position, item.is_padding or bool(bad_media)
+                if not item.is_padding:  # which repeats a sample of the same step, where its bad file is reported
+                    prompt.bad_media = bad_media
+                if not prompt.is_padding and (cut := len(whole.media) - len(sample.media)):
+                    prompt.shortened = f"sample {sample.id!r}: its prompt is too long, and has {cut} videos fewer"
+                return prompt
         return InputError(f"no sample can be used; the first error: {bad_media}")
 
 

@@ -113,7 +113,7 @@ def test_the_size_of_the_frame_cache_is_a_number_of_gigabytes(size):
 
 
 def test_what_is_a_long_prompt_must_be_said():
-    with pytest.raises(InputError, match="--on_long_prompt skip has no effect: say with --max_prompt_length"):
+    with pytest.raises(InputError, match="--on_long_prompt skip has no effect without --max_prompt_length"):
         parse_config([*GIVEN, "--on_long_prompt", "skip"])
 
 
