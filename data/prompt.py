@@ -32,26 +32,18 @@ def load_tokenizer(model_id: str):
         raise InputError(f"--model_id {model_id!r} holds adapters: merge them ({merge}), or evaluate them as --adapter")
     try:
         config = AutoConfig.from_pretrained(model_id)
+        if config.model_type != "qwen2_5_vl":
+            raise ValueError(f"it is a {config.model_type} model")
         tokenizer = AutoTokenizer.from_pretrained(model_id)
-    except Exception as error:  # of any type, where a file was edited by hand
-        raise InputError(
-            f"--model_id {model_id!r}: its config and tokenizer cannot be read ({first_line(error)})"
-        ) from error
-    if config.model_type != "qwen2_5_vl":
-        raise InputError(f"--model_id {model_id!r} is a {config.model_type} model: give a Qwen2.5-VL")
-    missing = [token for token in VISION_TOKENS if token not in tokenizer.get_vocab()]
-    if missing or not tokenizer.chat_template:
-        lacking = ", ".join(missing) or "chat template"
-        raise InputError(f"--model_id {model_id!r}: its tokenizer has no {lacking}: take the tokenizer of a Qwen2.5-VL")
-    content = [{"type": "video"}, {"type": "image"}]
-    try:
+        if missing := set(VISION_TOKENS) - set(tokenizer.get_vocab()):
+            raise ValueError(f"its tokenizer has no {min(missing)}")
+        content = [{"type": "video"}, {"type": "image"}]
         text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    except Exception as error:
-        raise InputError(f"--model_id {model_id!r}: its chat template fails ({first_line(error)})") from error
-    if any(text.count(placeholder) != 1 for placeholder in PLACEHOLDERS):
-        raise InputError(
-            f"--model_id {model_id!r}: its chat template knows no videos or images: take that of a Qwen2.5-VL"
-        )
+        if any(text.count(placeholder) != 1 for placeholder in PLACEHOLDERS):
+            raise ValueError("its chat template knows no videos or images")
+    except Exception as error:  # of any type, where a file was edited by hand
+        why = f"its config, tokenizer or chat template cannot be used: {first_line(error)}"
+        raise InputError(f"--model_id {model_id!r} is no Qwen2.5-VL, or {why}") from error
     return tokenizer
 
 
@@ -71,16 +63,14 @@ def encode_prompt(
     check_text(turns)
     messages = []
     for role, text in turns:
-        messages.append({"role": role, "content": split_at_tags(text) if role == "user" else [text_part(text)]})
-    num_tags = sum(part["type"] != "text" for message in messages for part in message["content"])
-    if num_tags != len(grid_thw):
-        raise ValueError(f"the text has {num_tags} tags for {len(grid_thw)} videos and images")
-
+        parts = TAG_PATTERN.split(text) if role == "user" else [text]  # a text, a kind of media, a text, …, a text
+        content = [{"type": part} if i % 2 else {"type": "text", "text": part} for i, part in enumerate(parts)]
+        messages.append({"role": role, "content": content})
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = torch.tensor(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     is_media = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(PLACEHOLDERS)))
-    if int(is_media.sum()) != num_tags:
-        raise ValueError(f"the chat template wrote {int(is_media.sum())} placeholders for {num_tags} videos and images")
+    if (num_tags := int(is_media.sum())) != len(grid_thw):
+        raise ValueError(f"the text has {num_tags} tags for {len(grid_thw)} videos and images")
     # A special token always becomes exactly one id, so repeating the id equals tokenizing the repeated text.
     repeats = torch.ones_like(ids)
     repeats[is_media] = media_lengths(grid_thw)
@@ -92,20 +82,6 @@ def encode_answer(text: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor
     """Return the token ids of an answer, (C,), its end included. Raises ValueError if it contains special tokens."""
     check_text([("answer", text)])
     return torch.tensor([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
-
-
-def text_part(text: str) -> dict[str, str]:
-    """Wrap a text as one part of a chat message's content."""
-    return {"type": "text", "text": text}
-
-
-def split_at_tags(text: str) -> list[dict[str, str]]:
-    """Split text at its `<video>` and `<image>` tags into the content of a chat message."""
-    before, *others = TAG_PATTERN.split(text)
-    content = [text_part(before)]
-    for kind, after in zip(others[::2], others[1::2], strict=True):
-        content += [{"type": kind}, text_part(after)]
-    return content
 
 
 def media_lengths(grid_thw: torch.Tensor) -> torch.Tensor:
@@ -122,29 +98,26 @@ def mrope_positions(
     Equals `rope2d` of Qwen's own fine-tuning code. Raises ValueError if the prompt has more or fewer
     placeholders than the grids have tokens.
     """
-    lengths = media_lengths(grid_thw).tolist()
-    placeholders = is_media.nonzero().flatten()
-    if len(placeholders) != sum(lengths):
-        raise ValueError(f"the prompt has {len(placeholders)} placeholders for {sum(lengths)} tokens")
+    lengths, placeholders = media_lengths(grid_thw), is_media.nonzero().flatten()
+    if len(placeholders) != lengths.sum():
+        raise ValueError(f"the prompt has {len(placeholders)} placeholders for {lengths.sum()} tokens")
     # Seconds are multiplied before they are cut to whole positions. In float32, as in Qwen's code: in float64 a product
     # such as 45 * 1.4 falls on the other side of a whole number.
     steps = tokens_per_second * torch.as_tensor(second_per_grid_ts, dtype=torch.float32)  # (M,)
 
     spans = []
     done = 0  # number of prompt tokens that have their positions
-    done_media = 0  # number of placeholders among them
     position = 0  # of the next token
-    for (t, h, w), length, step in zip(grid_thw.tolist(), lengths, steps, strict=True):
-        num_text = int(placeholders[done_media]) - done
-        spans.append((torch.arange(num_text) + position).expand(3, -1))
-        position += num_text
+    starts = placeholders[lengths.cumsum(0) - lengths].tolist()  # (M,) the first token of each
+    for (t, h, w), start, step in zip(grid_thw.tolist(), starts, steps, strict=True):
+        spans.append((torch.arange(start - done) + position).expand(3, -1))
+        position += start - done
 
         h, w = h // MERGE_SIZE, w // MERGE_SIZE
         time = (torch.arange(t) * step).long()
         grid = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")  # 3 x (t, h/2, w/2)
         spans.append(torch.stack(grid).flatten(1) + position)
         position += max(int(time[-1]) + 1, h, w)
-        done += num_text + length
-        done_media += length
+        done = start + t * h * w
     spans.append((torch.arange(len(is_media) - done) + position).expand(3, -1))
     return torch.cat(spans, dim=1)  # (3, P)
