@@ -11,14 +11,13 @@ from grpo.config import Config
 
 def learning_rates(config: Config) -> dict[str, float | None]:
     """Return the peak learning rate of each component, None if it is frozen; some may have no parameters."""
-    vision_lr = config.learning_rate if config.vision_lr is None else config.vision_lr
-    merger_lr = config.learning_rate if config.merger_lr is None else config.merger_lr
+    vision_lr = config.vision_lr or config.learning_rate
     return {
         "language model": None if config.freeze_llm or config.lora_enable else config.learning_rate,
         "adapters of the language model": config.learning_rate,
         "vision tower": None if config.freeze_vision_tower else vision_lr,
         "adapters of the vision tower": vision_lr,
-        "merger": None if config.freeze_merger else merger_lr,
+        "merger": None if config.freeze_merger else config.merger_lr or config.learning_rate,
     }
 
 
@@ -81,14 +80,11 @@ def init_optimizer_state(optimizer) -> None:
 
 
 def components_table(model, config: Config) -> str:
-    """Return a table of the components: parameters, trained or not, learning rate."""
-    sizes = Counter()
+    """Return a table of the components: parameters, learning rate."""
+    sizes, rates = Counter(), learning_rates(config)
     for name, parameter in model.named_parameters():
         sizes[component_of(name)] += parameter.numel()
-    lines = [f"{'component':30} {'parameters':>15}   trained   learning rate"]
-    rates = learning_rates(config)
-    for component, size in sizes.items():
-        rate = "no                    -" if rates[component] is None else f"yes {rates[component]:>19g}"
-        lines.append(f"{component:30} {size:15,}   {rate}")
-    total, trained = sum(sizes.values()), sum(size for name, size in sizes.items() if rates[name] is not None)
-    return "\n".join([*lines, f"{'trained in total':30} {trained:15,}   of {total:,} ({trained / total:.1%})"])
+    lines = [f"{'component':30}{'parameters':>16}{'learning rate':>16}"]
+    lines += [f"{name:30}{size:16,}{rates[name] or 'frozen':>16}" for name, size in sizes.items()]
+    total, trained = sizes.total(), sum(size for name, size in sizes.items() if rates[name])
+    return "\n".join([*lines, f"{'trained in total':30}{trained:16,}   of {total:,} ({trained / total:.1%})"])

@@ -107,8 +107,7 @@ class SamplingModel:
 def load_sharded_weights(model, loaded, device: torch.device) -> None:
     """Fill the sharded `model`, in place, with the weights and buffers of rank 0's `loaded`; collective."""
     weights = {} if loaded is None else dict(loaded.named_parameters())
-    buffers = {} if loaded is None else {name: buffer.cpu() for name, buffer in loaded.named_buffers()}
-    buffers = broadcast_object(buffers)
+    buffers = broadcast_object(loaded and {name: buffer.cpu() for name, buffer in loaded.named_buffers()})
     model.to_empty(device=device)
     model.tie_weights()
     for name, buffer in model.named_buffers():
@@ -134,8 +133,7 @@ def build_models(loaded, config: Config, device: torch.device) -> Models:
 
     loaded: the unsharded model on rank 0, None on the others. Collective.
     """
-    described = (loaded.config.to_dict(), loaded.generation_config) if loaded is not None else None
-    described, generation = broadcast_object(described)
+    described, generation = broadcast_object(loaded and (loaded.config.to_dict(), loaded.generation_config))
     with torch.device("meta"):  # shapes only, no memory
         policy = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(described))
     use_our_layers(policy)

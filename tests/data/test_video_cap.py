@@ -112,5 +112,3 @@ def test_the_choices_are_those_of_their_names_and_only_a_random_one_varies():
         "random": [2, 7],  # of held-out samples
     }
     assert [cap for cap in get_args(VideoCap) if varies(cap)] == ["random"]
-    with pytest.raises(ValueError, match="--video_cap last: data/video_cap.py has no choice"):
-        choice_of("last")
