@@ -41,7 +41,7 @@ class MediaFlags:
     video_cap: VideoCap = flag("first", "which are kept: the first, evenly spread, or others each epoch", decides=True)
     max_images: int = flag(0, "images kept per sample; 0: all of them", NOT_NEGATIVE, decides=True)
     fps: float | None = flag(None, "frames read per second of video (2, if no --nframes)", decides=True)
-    nframes: int | None = flag(None, "frames read per video, rounded to even, not by --fps", demo=8, decides=True)
+    nframes: int | None = flag(None, "frames read per video, rounded to even, instead of --fps", demo=8, decides=True)
     video_resized_width: int | None = flag(None, "frame width, rounded to a multiple of 28", demo=56, decides=True)
     video_resized_height: int | None = flag(None, "frame height, rounded to a multiple of 28", demo=56, decides=True)
     video_min_pixels: int = flag(128 * 28 * 28, "least pixels per frame, where no size is given", decides=True)

@@ -13,7 +13,7 @@ from data.flags import SampleFlags, TrainingMediaFlags, default_of, parse_flags
 from data.loader import resolve_data_flags
 from data.sample import InputError
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
-from reward.flags import NAMED, NOT_NEGATIVE, POSITIVE, SHARE, UP_TO_1, Bounds, RewardFlags, flag
+from reward.flags import BELOW_1, NAMED, NOT_NEGATIVE, POSITIVE, SHARE, UP_TO_1, Bounds, RewardFlags, flag
 
 DemoTask = Literal["easy", "hard"]
 BestModelMetric = Literal[
@@ -31,7 +31,7 @@ class ModelFlags(SampleFlags):
         "how often an epoch sees the samples of each file (once); 0.5: half of them",
         Bounds(lambda weights: all(0 < w <= 1000 for w in weights), "give numbers above 0, and at most 1000"),
     )
-    output_dir: str = flag("", "new folder for curves and models", demo="output/demo", may_change=True)
+    output_dir: str = flag("", "new folder for curves, checkpoints, models", demo="output/demo", may_change=True)
     supervised: bool = flag(False, "train on the true answers (supervised fine-tuning) in place of sampled ones")
     demo: bool = flag(False, "make synthetic hearts and a small model, train, show before and after", may_change=True)
     demo_task: DemoTask = flag("easy", "the demo's hearts: a few clear clips, or up to 30 of differing quality")
@@ -81,7 +81,7 @@ class ObjectiveFlags:
     loss_type: LossType = flag("dapo", "weight of a token: equal for all, per completion, or by the length limit")
     scale_rewards: ScaleRewards = flag("group", "what advantages are divided by: the group's or batch's std, or none")
     importance_sampling_level: ImportanceSamplingLevel = flag("token", "a ratio per token, or per completion (GSPO)")
-    beta: float = flag(0.0, "weight of the KL divergence from a reference model; 0: none", NOT_NEGATIVE, demo=0.04)
+    beta: float = flag(0.0, "weight of the KL divergence from the initial policy; 0: none", NOT_NEGATIVE, demo=0.04)
     mask_truncated_completions: bool = flag(False, "do not train on completions that were cut at the length limit")
     epsilon: float = flag(0.05, "clipping: no gradient below a ratio of 1 - epsilon if the advantage is < 0", UP_TO_1)
     epsilon_high: float = flag(0.1, "the same above 1 + epsilon_high, for a positive advantage", POSITIVE)
@@ -96,11 +96,7 @@ class TrainedFlags:
     lora_enable: bool = flag(False, "train adapters (LoRA) on the language model, whose own weights stay frozen")
     lora_rank: int = flag(64, "rank of the adapters", POSITIVE)
     lora_alpha: int = flag(16, "the adapters' product is scaled by lora_alpha / lora_rank", POSITIVE)
-    lora_dropout: float = flag(
-        0.05,
-        "dropout in front of the adapters, in the update only",
-        Bounds(lambda x: 0 <= x < 1, "must be 0 or more, and below 1"),
-    )
+    lora_dropout: float = flag(0.05, "dropout in front of the adapters, in the update only", BELOW_1)
     vision_lora: bool = flag(False, "adapters on the vision tower too, with --freeze_vision_tower")
     lora_namespan_exclude: str = flag("", "no adapters on layers whose name contains one of: \"['o_proj', 'mlp']\"")
     freeze_vision_tower: bool = flag(False, "do not train the vision tower (the merger is a component of its own)")
@@ -114,17 +110,11 @@ class BatchFlags:
 
     heading = "batches (sizes count prompts; any may be left out)"
     global_batch_size: int | None = flag(None, "prompts per step on all ranks (else 1 per rank)", POSITIVE, demo=8)
-    per_device_train_batch_size: int | None = flag(
-        None, "prompts of a rank that pass through the model together", POSITIVE, may_change=True
-    )
-    gradient_accumulation_steps: int | None = flag(
-        None, "forward and backward passes of a rank per step: global / (per device x ranks)", POSITIVE, may_change=True
-    )
+    per_device_train_batch_size: int | None = flag(None, "prompts of a rank in one pass", POSITIVE, may_change=True)
+    gradient_accumulation_steps: int | None = flag(None, "passes of a rank per step", POSITIVE, may_change=True)
     # With another number of steps the learning rate goes on as in a run of the new length.
     num_train_epochs: float = flag(1.0, "epochs", POSITIVE, may_change=True)
-    max_steps: int = flag(
-        0, "steps, in place of --num_train_epochs; 0: whole epochs", NOT_NEGATIVE, demo=150, may_change=True
-    )
+    max_steps: int = flag(0, "steps; 0: as --num_train_epochs says", NOT_NEGATIVE, demo=150, may_change=True)
 
 
 @dataclass
@@ -132,7 +122,7 @@ class OptimizerFlags:
     """The optimizer."""
 
     heading = "optimizer"
-    learning_rate: float = flag(1e-6, "AdamW's peak, reached after warm-up, then a cosine to 0", POSITIVE, demo=2e-4)
+    learning_rate: float = flag(1e-6, "AdamW's peak rate after warm-up; then a cosine to 0", POSITIVE, demo=2e-4)
     vision_lr: float | None = flag(None, "the vision tower's and its adapters' (default: --learning_rate)", POSITIVE)
     merger_lr: float | None = flag(None, "the merger's (default: --learning_rate)", POSITIVE)
     weight_decay: float = flag(0.0, "weight decay of the weight matrices", NOT_NEGATIVE)
@@ -162,11 +152,9 @@ class EvaluationFlags(HeldOutFlags):
     """When a run is evaluated."""
 
     eval_data_path: list[str] = flag([], "JSON or JSONL files of held-out samples", may_change=True)
-    eval_steps: int = flag(
-        0, "steps between evaluations; there is always one at the end", NOT_NEGATIVE, demo=50, may_change=True
-    )
+    eval_steps: int = flag(0, "steps between evaluations (also one at the end)", NOT_NEGATIVE, demo=50, may_change=True)
     eval_on_start: bool = flag(False, "evaluate before the first step, too", demo=True, may_change=True)
-    metric_for_best_model: BestModelMetric = flag("eval/mae", "figure by which best/ is chosen (least error)")
+    metric_for_best_model: BestModelMetric = flag("eval/mae", "best/ is chosen by it; of errors, the least")
 
 
 @dataclass
@@ -184,7 +172,7 @@ class RunFlags(Seed):
     resume_from_checkpoint: str = flag(
         "none", "resume from this folder checkpoint-N; auto: the newest in --output_dir", NAMED, may_change=True
     )
-    max_bad_steps: int = flag(10, "stop after so many steps with no finite loss or gradient", POSITIVE, may_change=True)
+    max_bad_steps: int = flag(10, "stop after so many steps in a row of no finite gradient", POSITIVE, may_change=True)
 
 
 @dataclass

@@ -37,11 +37,11 @@ def base_of(adapter: str) -> str:
     """Return the base model that an adapter folder names, if any; raise InputError if it is not an adapter folder."""
     try:
         described = json.loads(Path(adapter, "adapter_config.json").read_text())
+        if described.get("peft_type") != "LORA":
+            raise ValueError("it is no LoRA adapter")
     except (OSError, ValueError) as error:
-        why = f"adapter_config.json cannot be read: {first_line(error)}"
-        raise InputError(f"--adapter {adapter!r} is no adapter folder ({why})") from error
-    if described.get("peft_type") != "LORA":
-        raise InputError(f"--adapter {adapter!r} is no LoRA adapter: give one that --lora_enable has trained")
+        why = f"adapter_config.json: {first_line(error)}"
+        raise InputError(f"--adapter {adapter!r} is no adapter folder of --lora_enable ({why})") from error
     return described.get("base_model_name_or_path") or ""
 
 

@@ -23,7 +23,9 @@ POSITIVE = Bounds(lambda x: 0 < x <= 1e9, "must be above 0, and at most 1e9")
 NOT_NEGATIVE = Bounds(lambda x: 0 <= x <= 1e9, "must lie between 0 and 1e9")
 SHARE = Bounds(lambda x: 0 < x <= 1, "must be above 0, and at most 1")
 NAMED = Bounds(bool, "must be given")
+BELOW_1 = Bounds(lambda x: 0 <= x < 1, "must be 0 or more, and below 1")
 UP_TO_1 = Bounds(lambda x: 0 <= x <= 1, "must lie between 0 and 1")
+RANGE = Bounds(lambda x: len(x) == 2 and -math.inf < x[0] < x[1] < math.inf, "give the lowest and highest, as in 0 100")
 
 
 def flag(
@@ -47,28 +49,16 @@ def flag(
     return dataclasses.field(default=default, metadata=described)
 
 
-def is_range(values: list[float]) -> bool:
-    """Say whether values are a lowest and a highest one."""
-    return len(values) == 2 and -math.inf < values[0] < values[1] < math.inf
-
-
-RANGE = Bounds(is_range, "give the lowest and the highest possible answer, as in 0 100")
-
-
 @dataclass
 class JudgeFlags:
     """Which functions judge an answer."""
 
     heading = "rewards (reward/README.md)"
     reward_funcs: list[str] = flag(
-        ["numerical_video_reward"],
-        "reward functions: names in reward/, or file.py:function",
-        demo=["smooth_numerical_reward"],
+        ["numerical_video_reward"], "names in reward/, or file.py:function", demo=["smooth_numerical_reward"]
     )
     reward_kwargs: str = flag("", "JSON object of arguments for the functions that take them: '{\"error_scale\": 8}'")
-    valid_range: list[float] = flag(
-        [0.0, 100.0], "lowest and highest possible answer; others count as no number", RANGE
-    )
+    valid_range: list[float] = flag([0.0, 100.0], "lowest and highest answer; others count as no number", RANGE)
 
 
 @dataclass

@@ -75,7 +75,7 @@ def test_help_shows_every_flag_once_in_its_section_with_its_defaults(capsys):
         "--help",
         *(f"--{field.name}" for section in Config.__bases__ for field in dataclasses.fields(section)),
     ]
-    assert "--nframes frames read per video, rounded to even, not by --fps (with --demo: 8)" in shown
+    assert "--nframes frames read per video, rounded to even, instead of --fps (with --demo: 8)" in shown
     assert "(default: 1e-06; with --demo: 0.0002)" in shown and "(default: 5; with --demo: 0)" in shown
     headings = [section.heading for section in Config.__bases__]
     assert len(headings) == 10 and all(f" {heading}: --" in shown for heading in headings)
