@@ -244,7 +244,7 @@ def damaged(tiny, tmp_path: Path, name: str) -> list[str]:
         ("no adapter", "is no adapter folder"),
         ("a cut that is no number", "--cuts: invalid float value: 'low'"),
         ("no such run", "is no folder of a run"),
-        ("no model", "its config and tokenizer cannot be read"),
+        ("no model", "its config, tokenizer or chat template cannot be used"),
         ("equal answers", "greedy answers are all equal"),
         ("a small temperature", "--temperature 0.001"),
         ("an unknown flag", "did you mean --cuts?"),
