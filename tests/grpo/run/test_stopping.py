@@ -10,7 +10,7 @@ import pytest
 
 from grpo.run.checkpoint import checkpoints
 from tests.conftest import children_of, make_tiny
-from tests.kill_and_resume import evaluating, kill_and_resume, result, rewarded, run_flags, start, wait
+from tests.kill_and_resume import kill_and_resume, result, rewarded, run_flags, start, wait
 
 AUTO = ["--resume_from_checkpoint", "auto"]
 # Adapters with dropout and a KL: with all that makes resuming hard.
@@ -49,9 +49,9 @@ def wait_for_step(log: Path, step: int) -> None:
 def test_signals_stop_all_ranks_after_the_step_and_the_resumed_run_equals_the_uninterrupted_one(tiny, tmp_path):
     """Stopped twice, by a signal to all, their workers too, and by one to the second rank alone; equal to the bit."""
     whole, output, logs = tmp_path / "whole", tmp_path / "stopped", (tmp_path / "1", tmp_path / "2")
-    flags = ["--max_steps", "7", *LORA]
+    flags = ["--max_steps", "6", *LORA]
     run(2, run_flags(tiny.folder, whole, *flags), logs[0])
-    for number, step, is_to_all in ((signal.SIGINT, 1, True), (signal.SIGUSR1, 4, False)):
+    for number, step, is_to_all in ((signal.SIGINT, 1, True), (signal.SIGUSR1, 3, False)):
         processes = start(2, run_flags(tiny.folder, output, *flags, *AUTO), logs[1])
         wait_for_step(logs[1], step)
         for process in processes if is_to_all else processes[-1:]:
@@ -59,13 +59,13 @@ def test_signals_stop_all_ranks_after_the_step_and_the_resumed_run_equals_the_un
                 os.kill(pid, number)
         assert wait(processes) == [0] * 2
         done = max(checkpoints(output))
-        assert step <= done < 7 and f"stopped after step {done}" in logs[1].read_text()
+        assert step <= done < 6 and f"stopped after step {done}" in logs[1].read_text()
         assert max(steps_of(logs[1])) == done  # the last step that was begun
     run(2, run_flags(tiny.folder, output, *flags, *AUTO), logs[1])
     assert scored(logs[1]) == scored(logs[0]) != []  # each step once
     found, expected = result(output), result(whole)
     assert found == expected and found.rollouts != b""
-    assert [step for step, _ in found.curves["loss"]] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step, _ in found.curves["loss"]] == [1, 2, 3, 4, 5, 6]
     assert max(value for _, value in found.curves["grad_norm"]) > 0
 
 
@@ -82,7 +82,7 @@ def test_a_second_signal_ends_the_program_at_once(tiny, tmp_path):
 
 def test_a_run_of_which_a_rank_is_killed_ends_as_one_of_which_none_was(tiny):
     """With this seed the second rank alone is killed; `python tests/kill_and_resume.py` kills as often as one likes."""
-    more = ["--max_steps", "4", *evaluating(tiny.folder), *rewarded()]
+    more = ["--max_steps", "4", "--eval_data_path", str(tiny.folder / "data.json"), "--eval_steps", "2", *rewarded()]
     assert kill_and_resume(tiny.folder, 2, 1, signal.SIGKILL, 11, more)
 
 
