@@ -35,6 +35,7 @@ def run_flags(folder: Path, output: Path, *more) -> list[str]:
     where = ["--model_id", folder / "model", "--data_path", folder / "data.json", "--image_folder", folder / "videos"]
     what = "--learning_rate 1e-3 --num_generations 4 --global_batch_size 2 --num_iterations 2".split()
     what += ["--max_completion_length", "16"]  # so that some contain a number, from which to learn
+    what += ["--log_completions", "0"]  # pictures take longer than a step
     return [str(flag) for flag in [*where, *FLAGS, *what, "--output_dir", output, *more]]
 
 
