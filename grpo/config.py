@@ -282,7 +282,7 @@ def _check_samples(c: Config) -> None:
 
 def _check_supervised(c: Config) -> None:
     about_sampling = {field.name for section in (GroupFlags, ObjectiveFlags) for field in dataclasses.fields(section)}
-    about_sampling |= {"reward_weights", "log_completions"}
+    about_sampling |= {"reward_weights"}
     for field in dataclasses.fields(c):
         is_used = field.name not in about_sampling or field.name == "max_completion_length"  # by evaluations
         if c.supervised and not is_used and getattr(c, field.name) != default_of(field):
