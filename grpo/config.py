@@ -216,7 +216,7 @@ def parse_config(argv: list[str]) -> Config:
 def check_contradictions(c: Config) -> None:
     """Raise InputError for a flag that is given although others leave it without effect or cannot go with it."""
     of_sampling = {field.name for section in (GroupFlags, ObjectiveFlags) for field in dataclasses.fields(section)}
-    of_sampling |= {"reward_weights", "log_completions"}
+    of_sampling |= {"reward_weights"}
     of_sampling -= {"max_completion_length"}  # which evaluations use
     of_own_model = ("model_id", "data_path", "data_weights", "image_folder", "eval_data_path", "supervised")
     of_held_out = ("eval_steps", "eval_on_start", "metric_for_best_model")

@@ -23,6 +23,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 from PIL import Image  # noqa: E402
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, nothing waits for a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
@@ -155,6 +156,25 @@ def run_ranks(function, world_size: int, *arguments, local_world_size: int | Non
     local = local_world_size or world_size
     arguments = (function, world_size, local, free_port(), arguments)
     mp.start_processes(as_rank, arguments, nprocs=world_size, start_method="forkserver")
+
+
+def as_torchrun(function, world_size: int, arguments: tuple, log: str) -> None:
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=world_size, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        max_restarts=0, start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, function)(*arguments)
+
+
+def start_torchrun(function, world_size: int, arguments: tuple, log: Path) -> multiprocessing.Process:
+    """Start torchrun's agent in a process, with a module-level function in the place of a script for its ranks."""
+    launcher = mp.get_context("forkserver").Process(target=as_torchrun, args=(function, world_size, arguments, log))
+    launcher.start()
+    return launcher
 
 
 @pytest.fixture

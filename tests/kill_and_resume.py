@@ -1,6 +1,6 @@
 """Kill a short run at random moments, saves included, and resume it each time; it must end as one that was left alone.
 
-    python tests/kill_and_resume.py --ranks 2 --kills 20 [--signal TERM]
+    python tests/kill_and_resume.py --ranks 2 --kills 20 [--signal TERM] [--supervised]
 
 A SIGKILL loses the steps since the last checkpoint, which are done again; a SIGTERM loses none. Weights are compared
 bit for bit, curves point for point, completions byte for byte. Exit code 1 if anything differs.
@@ -33,8 +33,10 @@ REWARDS = Path(__file__).parent / "grpo" / "rewards.py"
 def run_flags(folder: Path, output: Path, *more) -> list[str]:
     """A run of the tiny model in `folder`, quick but with all that makes resuming hard."""
     where = ["--model_id", folder / "model", "--data_path", folder / "data.json", "--image_folder", folder / "videos"]
-    what = "--learning_rate 1e-3 --num_generations 4 --global_batch_size 2 --num_iterations 2".split()
+    what = "--learning_rate 1e-3 --global_batch_size 2".split()
+    what += [] if "--supervised" in more else "--num_generations 4 --num_iterations 2".split()
     what += ["--max_completion_length", "16"]  # so that some contain a number, from which to learn
+    what += ["--log_completions", "0"]  # pictures take longer than a step
     return [str(flag) for flag in [*where, *FLAGS, *what, "--output_dir", output, *more]]
 
 
@@ -167,7 +169,8 @@ def main(argv: list[str]) -> int:
     arguments, more = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         make_mixed(Path(folder) / "tiny")
-        more += [*evaluating(Path(folder) / "tiny"), *rewarded(), *in_two_files(Path(folder) / "tiny")]
+        more += [] if "--supervised" in more else rewarded()
+        more += [*evaluating(Path(folder) / "tiny"), *in_two_files(Path(folder) / "tiny")]
         more += "--max_videos 1 --video_cap random --frame_jitter --num_train_epochs 2".split()
         number = getattr(signal, f"SIG{arguments.signal}")
         is_right = kill_and_resume(

@@ -106,7 +106,7 @@ def run(tiny, tmp_path_factory):
     """Six steps with an evaluation in the middle and at the end."""
     output = tmp_path_factory.mktemp("supervised") / "out"
     more = "--max_steps 6 --eval_steps 3 --save_steps 3 --learning_rate 1e-2 --max_completion_length 12".split()
-    assert train.main(flags(tiny, output, *evaluating(tiny, *more))) == 0
+    assert train.main(flags(tiny, output, *evaluating(tiny, *more, "--log_completions", "1"))) == 0
     return output
 
 
@@ -172,7 +172,7 @@ def test_the_pipeline_with_adapters_supervised_export_grpo_and_an_evaluation_of_
     "flag",
     [
         *("--num_generations 4", "--beta 0.1", "--epsilon 0.2", "--num_iterations 2", "--loss_type grpo"),
-        *("--reward_weights 2", "--temperature 1", "--top_k 5", "--log_completions 2", "--mask_truncated_completions"),
+        *("--reward_weights 2", "--temperature 1", "--top_k 5", "--mask_truncated_completions"),
     ],
 )
 def test_a_flag_that_has_no_effect_is_refused(tiny, tmp_path, capfd, flag):

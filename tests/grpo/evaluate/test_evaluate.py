@@ -1,5 +1,6 @@
 """python -m grpo.evaluate: the same answers and figures on any number of ranks, after any interruption; bad input."""
 
+import io
 import json
 import os
 import resource
@@ -40,7 +41,7 @@ def tiny(tmp_path_factory):
 
 def trained(tiny, output: Path, *more) -> Path:
     held = ["--eval_data_path", tiny.folder / "heldout.json", "--per_device_eval_batch_size", "2"]
-    assert train.main(flags(tiny, output, *LENGTH, *held, "--max_steps", "2", *more)) == 0
+    assert train.main(flags(tiny, output, *LENGTH, *held, "--max_steps", "2", "--log_completions", "0", *more)) == 0
     return output
 
 
@@ -71,6 +72,18 @@ def answered(tiny, tmp_path_factory):
     output = tmp_path_factory.mktemp("answered") / "out"
     assert command.main(by_hand(tiny, output)) == 0
     return output
+
+
+SAMPLED = ["--num_samples", "4", "--temperature", "1.0"]
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny, tmp_path_factory):
+    """The folder of an evaluation of several answers, and what it printed."""
+    output = tmp_path_factory.mktemp("sampled") / "out"
+    with redirect_stdout(io.StringIO()) as printed:
+        assert command.main(by_hand(tiny, output, *SAMPLED)) == 0
+    return output, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +125,16 @@ def test_a_prediction_holds_the_answer_and_what_was_read_from_it(answered):
     assert all(json.loads(line)["seconds"] > 0 for line in stored)
 
 
-def test_the_number_of_ranks_changes_nothing(tiny, tmp_path):
-    ways = {"greedy": [], "sampled": ["--num_samples", "3", "--temperature", "1.0"]}
-    for ranks in (1, 2, 3):
-        several = [by_hand(tiny, tmp_path / way / f"{ranks}", *more) for way, more in ways.items()]
+def test_the_number_of_ranks_changes_nothing(tiny, answered, sampled, tmp_path):
+    ways = {"greedy": ([], answered), "sampled": (SAMPLED, sampled[0])}
+    for ranks in (2, 3):
+        several = [by_hand(tiny, tmp_path / way / f"{ranks}", *more) for way, (more, _) in ways.items()]
         run_ranks(on_a_rank, ranks, several, [free_port() for _ in ways], str(tmp_path / "log"))
-    for way in ways:
-        one = predictions(tmp_path / way / "1")
-        assert len(one) == 11 and len(one[0]["answers"]) == (3 if way == "sampled" else 1)
+    for way, (_, whole) in ways.items():
+        one = predictions(whole)
+        assert len(one) == 11 and len(one[0]["answers"]) == (4 if way == "sampled" else 1)
         for ranks in ("2", "3"):
-            found, whole = tmp_path / way / ranks, tmp_path / way / "1"
+            found = tmp_path / way / ranks
             assert predictions(found) == one
             assert (found / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
 
@@ -149,13 +162,13 @@ def test_an_interrupted_evaluation_continues_and_answers_nothing_twice(tiny, tmp
     assert path.read_bytes() == kept and "auc_44" in metrics(output)  # other figures of the same answers
 
 
-def test_several_answers_give_single_median_and_best(tiny, tmp_path, capsys):
-    assert command.main(by_hand(tiny, tmp_path / "out", "--num_samples", "4", "--temperature", "1.0")) == 0
-    found = metrics(tmp_path / "out")
+def test_several_answers_give_single_median_and_best(sampled):
+    output, printed = sampled
+    found = metrics(output)
     assert found["answers"] == "single"
     assert found["best_of_4"]["reward"]["value"] >= found["reward"]["value"]
     assert found["best_of_4"]["parse_rate"]["value"] >= found["parse_rate"]["value"] > 0
-    lines = [line for line in predictions(tmp_path / "out") if line["truth_number"] is not None]
+    lines = [line for line in predictions(output) if line["truth_number"] is not None]
     every = [number for line in lines for number in line["numbers"]]
     assert found["parse_rate"]["value"] == pytest.approx(sum(n is not None for n in every) / 40)
     constant = statistics.median(line["truth_number"] for line in lines)
@@ -167,7 +180,7 @@ def test_several_answers_give_single_median_and_best(tiny, tmp_path, capsys):
         errors["best"].append(min(abs(n - truth) for n in valid or [constant]))
     maes = [found["mae"], found["median_of_4"]["mae"], found["best_of_4"]["mae"]]
     assert [mae["value"] for mae in maes] == pytest.approx([statistics.mean(e) for e in errors.values()])
-    assert "median of 4" in capsys.readouterr().out
+    assert "median of 4" in printed
 
 
 def test_adapters_are_evaluated_on_their_base(tiny, adapters, tmp_path):

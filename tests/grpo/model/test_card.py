@@ -22,7 +22,8 @@ def header(text: str) -> dict:
 @pytest.fixture(scope="module", params=[[], LORA], ids=["all weights", "adapters"])
 def run(request, tiny, tmp_path_factory):
     output = tmp_path_factory.mktemp("card") / "out"
-    more = ["--eval_data_path", tiny.folder / "data.json", "--max_steps", "2", "--save_steps", "1", *request.param]
+    more = ["--eval_data_path", tiny.folder / "data.json", "--max_steps", "2", "--save_steps", "1"]
+    more += ["--log_completions", "0", *request.param]
     assert train.main(flags(tiny, output, *more)) == 0
     return output, bool(request.param)
 

@@ -39,7 +39,7 @@ from tests.test_train import curves, flags, run_main, weights
 
 LORA = {"lora_enable": True, "lora_rank": 4, "lora_dropout": 0.0, "temperature": 0.7, "learning_rate": 1e-2}
 FROZEN = {"freeze_vision_tower": True, "freeze_merger": True}
-LORA_FLAGS = ["--lora_enable", "--lora_rank", "4", "--global_batch_size", "4", "--learning_rate", "1e-2"]
+LORA_FLAGS = "--lora_enable --lora_rank 4 --global_batch_size 4 --learning_rate 1e-2 --log_completions 0".split()
 
 
 def adapted(tiny: Tiny, device: torch.device, config: Config):
@@ -258,7 +258,7 @@ def run(tiny, tmp_path_factory):
     base = copy.deepcopy(tiny.model).to(torch.bfloat16)
     base.save_pretrained(folder / "base")
     tiny.tokenizer.save_pretrained(folder / "base")
-    more = [*LORA_FLAGS, "--model_id", folder / "base", "--save_steps", "1", "--num_train_epochs", "3"]
+    more = [*LORA_FLAGS, "--model_id", folder / "base", "--save_steps", "1", "--num_train_epochs", "2"]
     more += ["--freeze_vision_tower", "--vision_lora", "--lora_dropout", "0", "--gradient_checkpointing", "true"]
     printed = run_main(2, flags(tiny, folder / "out", *more), folder)
     return folder, printed
@@ -267,7 +267,7 @@ def run(tiny, tmp_path_factory):
 def test_a_run_with_adapters_samples_from_what_it_trains_and_says_what_it_trains(run):
     folder, printed = run
     found = curves(folder / "out")
-    assert len(found["grad_norm"]) == 3 and min(found["grad_norm"]) > 0
+    assert len(found["grad_norm"]) == 2 and min(found["grad_norm"]) > 0
     # Merged weights sample what adapters beside frozen weights compute, at every step.
     assert max(found["sampling/sampling_logp_difference/max"]) < 1e-4
     rows = {line[:30].strip(): line[30:].split() for line in printed.splitlines()}

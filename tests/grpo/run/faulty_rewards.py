@@ -1,8 +1,7 @@
-"""The program with a reward function that fails: `python -m tests.grpo.run.faulty_rewards FAULT RANK …`."""
+"""The program with a reward function that fails: `main([FAULT, RANK, …])`."""
 
 import os
 import resource
-import sys
 
 import train
 from tests.grpo.rewards import named
@@ -15,7 +14,3 @@ def main(arguments: list[str]) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault), int(fault)))
     weight = ["--reward_weights", "1e6"] if fault == "huge" else []
     return train.main([*arguments, *named("faulty_reward"), *weight])
-
-
-if __name__ == "__main__":
-    sys.exit(train.record(main)(sys.argv[1:]))

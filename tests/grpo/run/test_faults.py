@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import train
 from data.epochs import Epochs
 from grpo.ranks import printable
 from grpo.run.checkpoint import checkpoints
-from tests.conftest import ROOT, children_of, make_tiny, run_ranks
+from tests.conftest import children_of, make_tiny, run_ranks, start_torchrun
 from tests.grpo.run.faulty_rewards import main
 from tests.kill_and_resume import run_flags, start
 from tests.test_train import curves
@@ -40,17 +38,12 @@ def run_with(fault: str, faulty_rank: int, ranks: int, arguments: list, tmp_path
     return "".join((tmp_path / f"log.{rank}").read_text() for rank in range(ranks))
 
 
-def test_a_rank_that_dies_ends_the_others_within_a_minute(tiny, tmp_path):
-    """A bug on one rank. Of a rank that is killed the others learn without torchrun, too (test_resume.py)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["-m", "tests.grpo.run.faulty_rewards", "raises", "1", *run_flags(tiny.folder, tmp_path / "out", *STEPS)]
-    began = time.monotonic()
-    ended = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-        cwd=ROOT,
-    )  # fmt: skip
-    assert time.monotonic() - began < 60
-    assert ended.returncode != 0 and "Fault: a bug on one rank" in ended.stderr
+def test_a_rank_that_dies_ends_the_others_within_a_minute(tiny, tmp_path, processes):
+    """A bug on one rank. Of a rank that is killed the others learn without torchrun, too (test_stopping.py)."""
+    arguments = ["raises", "1", *run_flags(tiny.folder, tmp_path / "out", *STEPS)]
+    processes.append(start_torchrun(main, 2, (arguments,), tmp_path / "log"))
+    processes[0].join(60)
+    assert processes[0].exitcode not in (None, 0) and "Fault: a bug on one rank" in (tmp_path / "log").read_text()
     assert set(checkpoints(tmp_path / "out")) == {1}
 
 
@@ -85,28 +78,44 @@ def state(folder: Path) -> dict:
     return tensors
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_and_is_counted(tiny, tmp_path):
-    arguments = run_flags(tiny.folder, tmp_path / "out", *STEPS, "--scale_rewards", "none")
-    printed = run_with("huge", 1, 2, arguments, tmp_path)
+@pytest.fixture(scope="module")
+def huge(tiny, tmp_path_factory):
+    """A run whose second and third loss are not finite on the second of two ranks, and what it printed."""
+    folder = tmp_path_factory.mktemp("huge")
+    arguments = run_flags(tiny.folder, folder / "out", *STEPS, "--scale_rewards", "none")
+    return folder / "out", run_with("huge", 1, 2, arguments, folder)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_and_is_counted(huge):
+    output, printed = huge
     assert printed.count("is not finite") == 2
-    states = [state(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
+    states = [state(output / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
     assert any(name.endswith(".exp_avg") for name in states[0])
     for name, tensor in states[0].items():
         assert tensor.isfinite().all() and tensor.equal(states[1][name]) and tensor.equal(states[2][name]), name
     assert not all(tensor.equal(states[3][name]) for name, tensor in states[0].items())
-    found = curves(tmp_path / "out")
+    found = curves(output)
     assert found["run/bad_steps"] == [0, 1, 2, 2] and found["learning_rate"][3] < found["learning_rate"][1]
 
 
-def test_too_many_bad_steps_in_a_row_stop_all_ranks_with_advice_also_over_a_resume(tiny, tmp_path):
+def test_too_many_bad_steps_in_a_row_stop_all_ranks_with_advice_also_over_a_resume(tiny, huge, tmp_path):
+    """Resumed after the first of two."""
+    output = shutil.copytree(huge[0], tmp_path / "out", ignore=shutil.ignore_patterns("*-1", "*-3", "*-4", "final"))
     more = [*STEPS, "--scale_rewards", "none", "--max_bad_steps", "2", "--resume_from_checkpoint", "auto"]
-    arguments = run_flags(tiny.folder, tmp_path / "out", *more)
-    printed = run_with("huge", 1, 2, arguments, tmp_path, code=2)
+    printed = run_with("huge", 1, 2, run_flags(tiny.folder, output, *more), tmp_path, code=2)
+    assert "checkpoint-2: 2 of 4 steps are done" in printed
     (line,) = [line for line in printed.splitlines() if line.startswith("train.py: error: ")]
     assert "step 3" in line and "--max_bad_steps 2" in line and "--learning_rate" in line
-    assert set(checkpoints(tmp_path / "out")) == {1, 2}  # that of step 2 knows of one
-    printed = run_with("huge", 1, 2, arguments, tmp_path, code=2)
-    assert "checkpoint-2: 2 of 4 steps are done" in printed and "--max_bad_steps 2" in printed
+    assert set(checkpoints(output)) == {2}
+
+
+@pytest.fixture(scope="module")
+def two_steps(tiny, tmp_path_factory):
+    """The folder of a run with a checkpoint after its second step, where it was killed."""
+    folder = tmp_path_factory.mktemp("two")
+    run_with("", 0, 1, run_flags(tiny.folder, folder / "out", "--max_steps", "2", "--save_steps", "2"), folder)
+    shutil.rmtree(folder / "out" / "final")
+    return folder / "out"
 
 
 @pytest.mark.parametrize(
@@ -114,15 +123,10 @@ def test_too_many_bad_steps_in_a_row_stop_all_ranks_with_advice_also_over_a_resu
     [(1_500_000, 1, 0, 0), (600_000, 2, 1, 0), (100_000, 2, 0, 2)],
     ids=["optimizer's state", "that of one of two ranks", "weights"],
 )
-def test_a_full_disk_costs_a_checkpoint_but_not_the_run(tiny, tmp_path, limit, ranks, faulty, code):
-    output = tmp_path / "out"
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(tiny, two_steps, tmp_path, limit, ranks, faulty, code):
+    output = shutil.copytree(two_steps, tmp_path / "out")
     # Workers hand over tensors as files in memory, which the limit would not spare.
-    four = ["--max_steps", "4", "--dataloader_num_workers", "0", "--log_completions", "0"]  # pictures are large
-    before = run_flags(tiny.folder, output, *four, "--save_steps", "2")
-    run_with("", 0, ranks, before, tmp_path)
-    shutil.rmtree(output / "final")
-    shutil.rmtree(output / "checkpoint-4")
-    more = [*four, "--save_steps", "1", "--resume_from_checkpoint", "auto"]
+    more = [*STEPS, "--dataloader_num_workers", "0", "--resume_from_checkpoint", "auto"]
     printed = run_with(str(limit), faulty, ranks, run_flags(tiny.folder, output, *more), tmp_path, code)
     for step in (3, 4):
         (line,) = [line for line in printed.splitlines() if f"checkpoint-{step}' cannot be saved" in line]

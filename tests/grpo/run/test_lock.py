@@ -1,8 +1,8 @@
 """One run per folder, and no rank that outlives its launcher."""
 
+import ctypes
 import os
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -10,8 +10,9 @@ import pytest
 
 import train
 from data.sample import InputError
+from grpo import ranks
 from grpo.run.lock import lock_folder
-from tests.conftest import ROOT, children_of, hold
+from tests.conftest import children_of, hold, start_torchrun
 from tests.kill_and_resume import run_flags
 
 
@@ -60,22 +61,30 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_ranks_whose_launcher_was_killed_end_within_a_minute(tiny, tmp_path, request):
+def train_on_a_rank(arguments: list[str]) -> None:
+    ctypes.CDLL(None).prctl(1, 0)  # no signal when the launcher dies: scripts get none from torchrun, functions do
+    ranks.LAUNCHER_POLL_SECONDS = 0.2
+    train.main(arguments)
+
+
+def test_ranks_whose_launcher_was_killed_end_within_a_minute(tiny, tmp_path, processes):
     log, output = tmp_path / "log", tmp_path / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py"]
-    command += run_flags(tiny.folder, output, "--num_train_epochs", "100000")
-    with open(log, "w") as file:
-        launcher = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
-    request.addfinalizer(launcher.kill)
+    arguments = run_flags(tiny.folder, output, "--num_train_epochs", "100000")
+    launcher = start_torchrun(train_on_a_rank, 2, (arguments,), log)
+    processes.append(launcher)
     deadline = time.monotonic() + 120
-    while not list(output.glob("tensorboard/*")):
-        assert time.monotonic() < deadline and launcher.poll() is None, log.read_text()
+    # Ranks meet through the launcher; after a step they have met.
+    while not (output / "rollouts.jsonl").exists() or '"step": 2' not in (output / "rollouts.jsonl").read_text():
+        assert time.monotonic() < deadline and launcher.is_alive(), log.read_text()
         time.sleep(0.2)
-    ranks = children_of(launcher.pid)
-    assert len(ranks) == 2 and all(map(is_running, ranks))
+    started = children_of(launcher.pid)
+    assert len(started) == 2 and all(map(is_running, started))
     launcher.kill()
     deadline = time.monotonic() + 60
-    while any(map(is_running, ranks)):
-        assert time.monotonic() < deadline
+    while any(map(is_running, started)) and time.monotonic() < deadline:
         time.sleep(0.2)
+    late = [pid for pid in started if is_running(pid)]
+    for pid in late:
+        os.kill(pid, signal.SIGKILL)
+    assert not late
     assert f"torchrun (process {launcher.pid}) is gone: this rank ends" in log.read_text()

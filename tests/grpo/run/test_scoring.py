@@ -124,7 +124,7 @@ def test_the_news_that_a_data_worker_died_is_no_error_of_the_function_that_it_in
 
 
 def test_a_run_with_weighted_rewards_is_the_same_on_two_ranks(tiny, tmp_path):
-    more = ["--global_batch_size", "4", *TWO]
+    more = ["--global_batch_size", "4", "--log_completions", "0", *TWO]
     assert train.main(flags(tiny, tmp_path / "1", *more)) == 0
     run_main(2, flags(tiny, tmp_path / "2", *more), tmp_path)
     one, two = curves(tmp_path / "1"), curves(tmp_path / "2")

@@ -86,7 +86,9 @@ def test_a_contact_sheet_holds_all_videos_and_any_text(tiny, num_videos, columns
 
 
 def test_a_run_shows_a_contact_sheet_and_histograms(tiny, tmp_path):
-    assert train.main(flags(tiny, tmp_path / "out", "--max_steps", "3", "--logging_steps", "2")) == 0
+    assert (
+        train.main(flags(tiny, tmp_path / "out", *"--max_steps 3 --logging_steps 2 --log_completions 1".split())) == 0
+    )
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
     assert [image.step for image in events.Images("contact_sheet")] == [2]
     tags = {f"histograms/{name}" for name in ("reward", "advantage", "completion_length")}
