@@ -25,7 +25,9 @@ SHARE = Bounds(lambda x: 0 < x <= 1, "must be above 0, and at most 1")
 NAMED = Bounds(bool, "must be given")
 BELOW_1 = Bounds(lambda x: 0 <= x < 1, "must be 0 or more, and below 1")
 UP_TO_1 = Bounds(lambda x: 0 <= x <= 1, "must lie between 0 and 1")
-RANGE = Bounds(lambda x: len(x) == 2 and -math.inf < x[0] < x[1] < math.inf, "give the lowest and highest, as in 0 100")
+RANGE = Bounds(
+    lambda x: len(x) == 2 and -math.inf < x[0] < x[1] < math.inf, "give the lowest and the highest, as in 0 100"
+)
 
 
 def flag(
