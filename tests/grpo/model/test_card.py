@@ -62,7 +62,7 @@ def test_a_merged_model_has_a_card_of_an_ordinary_model(run, tmp_path):
 
 
 def test_names_cannot_break_the_card():
-    flags = {"model_id": "a: b\n---\n`#` \u202e\x1b[31m 'x'"}
+    flags = {"model_id": "a: b\n---\n`#` \u202e\x1b[31m 'x'", "supervised": False}
     progress = {"flags": flags, "step": 1, "total_steps": 2, "num_samples": 3, "data": ["0" * 64], "evaluations": []}
     text = model_card(progress, is_adapter=False)
     assert header(text)["base_model"] == flags["model_id"]
