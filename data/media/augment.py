@@ -34,7 +34,8 @@ class Augmentation:
 
     def load(self, sample: Sample, place: int, turn: int, options: MediaOptions) -> LoadedMedia:
         """Load one of a sample's videos or images as it is seen in this turn. Raises what `load_media` does."""
-        media, draw = sample.media[place], random.Random(f"{self.seed} {turn} {sample.id} {place}")
+        media, seed = sample.media[place], f"{self.seed} {turn} {sample.id} {place}"
+        draw = random.Random(seed.encode("utf-8", "surrogatepass"))  # an id may hold half a character
         if self.frame_jitter and media.kind == "video":
             media = replace(media, options=(*media.options, ("jitter", draw.uniform(-0.5, 0.5))))
         return load_media(media, options)
