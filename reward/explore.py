@@ -27,7 +27,7 @@ from scipy.special import ndtr
 from data.dataset import Entries
 from data.entry import read_sample
 from data.flags import parse_flags
-from data.sample import InputError, Sample, first_line
+from data.sample import InputError, Sample, first_line, writing
 from reward.extract import extract_number
 from reward.flags import Bounds, JudgeFlags, flag
 from reward.functions import RewardError, RewardFunction, load_reward_functions, score_answers
@@ -168,7 +168,7 @@ def read_truths(path: str) -> tuple[np.ndarray, int]:
         raise InputError(f"--truths {path!r} cannot be read ({first_line(error)}): {mend}") from error
     entries = Entries(path) if text.lstrip().startswith(("[", "{")) else filter(str.strip, text.split("\n"))
     answers = [
-        read_sample(entry, path, place, f"#{place + 1}", "").answer if isinstance(entry, dict) else str(entry)
+        read_sample(entry, path, f"#{place + 1}", "").answer if isinstance(entry, dict) else str(entry)
         for place, entry in enumerate(entries)
     ]
     numbers = [number for answer in answers if (number := extract_number(answer)) is not None]
@@ -190,11 +190,8 @@ def main(argv: list[str]) -> int:
         print(f"{whose}, {numbers}" + (f"; {left_out} without a number left out" if left_out else ""))
         print(table(found, shown, args.num_generations))
         figure = draw(found, shown, args.num_generations, whose)
-        try:
+        with writing("output", args.output):
             figure.savefig(args.output, format="png")
-        except OSError as error:
-            fix = f"cannot be written ({error.strerror}): name another place"
-            raise InputError(f"--output {args.output!r} {fix}") from error
         print(f"\nthe picture is in {args.output!r}")
         return 0
     except (InputError, RewardError) as error:

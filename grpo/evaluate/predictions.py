@@ -1,15 +1,12 @@
 """predictions.jsonl, which an evaluation continues, and settings.json beside it, which says what its answers are of."""
 
-import dataclasses
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
 
-from data.sample import InputError, first_line
+from data.sample import InputError, first_line, writing
 from grpo.evaluate.answer import Prediction
 from grpo.run.lock import lock_folder
 
@@ -51,24 +48,13 @@ def append_predictions(output_dir: str, predictions: list[Prediction]) -> None:
     if dist.get_rank() != 0:
         return
     path = Path(output_dir, "predictions.jsonl")
-    with writing(path), open(path, "a") as file:
-        file.writelines(json.dumps(dataclasses.asdict(prediction)) + "\n" for prediction in predictions)
+    with writing("output_dir", str(path)), open(path, "a") as file:
+        file.writelines(json.dumps(vars(prediction)) + "\n" for prediction in predictions)
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file, which gets its name once it is complete; raise InputError if the disk is full."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    with writing(path):
+    with writing("output_dir", str(path)):
         unfinished.write_bytes(data)
         os.replace(unfinished, path)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Say which file cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{str(path)!r} cannot be written ({error.strerror}): make room; the same command continues"
-        ) from error

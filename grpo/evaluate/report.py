@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.sample import InputError, Sample
+from data.sample import InputError, Sample, writing
 from grpo.evaluate.answer import Prediction, answers_of
 from grpo.evaluate.metrics import NUM_RESAMPLES, best_answers, figures, median_answers
 from grpo.evaluate.pictures import pictures
-from grpo.evaluate.predictions import write_whole, writing
+from grpo.evaluate.predictions import write_whole
 from grpo.run.scoring import Scorer, score_texts
 from reward.zero_skill import constant_rewards
 
@@ -57,7 +57,7 @@ def report(config, settings: dict, samples: Sequence[Sample], done: dict[str, Pr
     title, output = ", ".join(Path(path).name for path in config.data_path), Path(config.output_dir)
     write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     for name, figure in pictures(answers, found[main], config.valid_range, config.cuts, title).items():
-        with writing(path := output / f"{name}.png"):
+        with writing("output_dir", str(path := output / f"{name}.png")):
             figure.savefig(path)
     print("\n" + table(found))
     if left_out:
