@@ -117,7 +117,7 @@ def answer_batch(
     return predictions, bad_media
 
 
-def answers_of(predictions: list[Prediction], constant_rewards: np.ndarray) -> Answers:
+def answers_of(predictions: list[Prediction], constant_rewards: np.ndarray, valid_range: list[float]) -> Answers:
     """Collect the answers of n predictions, whose truths all have a number; constant_rewards: (K, n)."""
     return Answers(
         truths=np.array([p.truth_number for p in predictions]),
@@ -125,4 +125,5 @@ def answers_of(predictions: list[Prediction], constant_rewards: np.ndarray) -> A
         numbers=np.array([p.numbers for p in predictions], dtype=float),  # None becomes nan
         rewards=np.array([p.rewards for p in predictions], dtype=float),
         is_stopped=np.array([p.is_stopped for p in predictions]),
+        valid_range=valid_range,
     )

@@ -55,10 +55,11 @@ class HeldOut:
             if step > tracker.start_step:
                 save(f"checkpoint-{step}", step)
             raise
-        answers = answers_of([done[self.ids[i]] for i in answered], self.constant_rewards[:, answered])
+        predictions = [done[self.ids[i]] for i in answered]
+        answers = answers_of(predictions, self.constant_rewards[:, answered], config.valid_range)
         # Of rank 0, since all ranks must agree on which model is the best, to the last digit.
-        found = broadcast_object(figures(answers, config.valid_range, config.cuts))
-        draw = partial(pictures, answers, found, config.valid_range, config.cuts, "held-out")
+        found = broadcast_object(figures(answers, config.cuts))
+        draw = partial(pictures, answers, found, config.cuts, "held-out")
         if tracker.show_evaluation(step, found, draw, time.perf_counter() - began):
             before, tracker.best_step = tracker.best_step, step
             if not save("best", step, is_needed=False):

@@ -17,14 +17,12 @@ POINTS = dict(s=14, color=INK, alpha=0.5, linewidth=0)  # through which others s
 CURVES = dict(color=["0.15", "0.35", "0.55", "0.75"], linestyle=["-", "--", ":", "-."])  # in turn
 
 
-def pictures(
-    answers: Answers, figures: dict, valid_range: list[float], cuts: list[float], name: str
-) -> dict[str, Figure]:
+def pictures(answers: Answers, figures: dict, cuts: list[float], name: str) -> dict[str, Figure]:
     """Draw all pictures: "scatter", "bland_altman", "errors", and "roc" if there is a cut with truths on both sides.
 
     figures: of `metrics.figures` for these answers. name: what the title begins with, such as "held-out".
     """
-    truths, numbers = answers.truths, answers.valid_numbers(valid_range)  # (n,), (n, N)
+    truths, numbers = answers.truths, answers.valid_numbers  # (n,), (n, N)
     x, y = np.repeat(truths, numbers.shape[1]), numbers.ravel()
     is_valid = ~np.isnan(y)
     missing = f", {(~is_valid).sum()} without a number" * (not is_valid.all())

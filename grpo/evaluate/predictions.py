@@ -24,7 +24,8 @@ def open_predictions(output_dir: str, settings: dict) -> dict[str, Prediction]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock_folder(output_dir)
         if not path.exists():
-            write_whole(settings_path, json.dumps(settings, indent=2).encode())
+            with writing("output_dir", output_dir):
+                settings_path.write_text(json.dumps(settings, indent=2))
             return {}
         where = f"{str(path)!r} is there, but {settings_path.name} beside it"
         old = json.loads(settings_path.read_text())
@@ -48,13 +49,5 @@ def append_predictions(output_dir: str, predictions: list[Prediction]) -> None:
     if dist.get_rank() != 0:
         return
     path = Path(output_dir, "predictions.jsonl")
-    with writing("output_dir", str(path)), open(path, "a") as file:
+    with writing("output_dir", output_dir), open(path, "a") as file:
         file.writelines(json.dumps(vars(prediction)) + "\n" for prediction in predictions)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, which gets its name once it is complete; raise InputError if the disk is full."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with writing("output_dir", str(path)):
-        unfinished.write_bytes(data)
-        os.replace(unfinished, path)

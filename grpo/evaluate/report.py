@@ -11,7 +11,6 @@ from data.sample import InputError, Sample, writing
 from grpo.evaluate.answer import Prediction, answers_of
 from grpo.evaluate.metrics import NUM_RESAMPLES, best_answers, figures, median_answers
 from grpo.evaluate.pictures import pictures
-from grpo.evaluate.predictions import write_whole
 from grpo.run.scoring import Scorer, score_texts
 from reward.zero_skill import constant_rewards
 
@@ -29,17 +28,18 @@ def report(config, settings: dict, samples: Sequence[Sample], done: dict[str, Pr
         )
     predictions = [done[sample.id] for sample in used]
     truths = np.array([prediction.truth_number for prediction in predictions])
-    answers = answers_of(predictions, constant_rewards(scorer.functions, used, truths, scorer.keys))
+    constants = constant_rewards(scorer.functions, used, truths, scorer.keys)
+    answers = answers_of(predictions, constants, config.valid_range)
     ways = {"greedy" if not config.temperature else "single": answers}
     if config.num_samples > 1:
-        medians = median_answers(answers, config.valid_range)  # (n, 1)
+        medians = median_answers(answers)  # (n, 1)
         texts = ["" if np.isnan(number) else f"{number:g}%" for number in medians[:, 0]]
         rewards = score_texts(scorer, used, texts)[:, None]
         is_stopped = answers.is_stopped.all(axis=1, keepdims=True)
         of_median = replace(answers, numbers=medians, rewards=rewards, is_stopped=is_stopped)
         ways[f"median of {config.num_samples}"] = of_median
-        ways[f"best of {config.num_samples}"] = best_answers(answers, config.valid_range)
-    found = {way: figures(given, config.valid_range, config.cuts, NUM_RESAMPLES) for way, given in ways.items()}
+        ways[f"best of {config.num_samples}"] = best_answers(answers)
+    found = {way: figures(given, config.cuts, NUM_RESAMPLES) for way, given in ways.items()}
     main, *others = found
     left_out, without_number = len(samples) - len(answered), len(answered) - len(used)
     metrics = {
@@ -55,10 +55,10 @@ def report(config, settings: dict, samples: Sequence[Sample], done: dict[str, Pr
         **{way.replace(" ", "_"): found[way] for way in others},
     }
     title, output = ", ".join(Path(path).name for path in config.data_path), Path(config.output_dir)
-    write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    for name, figure in pictures(answers, found[main], config.valid_range, config.cuts, title).items():
-        with writing("output_dir", str(path := output / f"{name}.png")):
-            figure.savefig(path)
+    with writing("output_dir", config.output_dir):  # all of it is made of predictions.jsonl, by the same command again
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        for name, figure in pictures(answers, found[main], config.cuts, title).items():
+            figure.savefig(output / f"{name}.png")
     print("\n" + table(found))
     if left_out:
         print(f"{left_out} samples left out, for their videos")
