@@ -40,8 +40,6 @@ WHOLE = np.arange(-80, 101)  # whole answers around a truth: others have a proba
 MOST_TRUTHS = 500  # of more in the file, an even choice; the shares are good to half a percent
 LINES = [("-", "black", 1.6), ("--", "#1f4e79", 1.6), ("-", "#e3a08f", 3), ("-.", "#5dade2", 1.6), (":", "#f0932b", 2)]
 
-Curve = tuple[np.ndarray, np.ndarray]  # errors (n,) in points, in even steps, and the rewards (n,) there
-
 
 @dataclass
 class ExploreConfig(JudgeFlags):
@@ -56,9 +54,7 @@ class ExploreConfig(JudgeFlags):
     output: str = flag("reward.png", "PNG file of the picture, replaced if it exists")
 
 
-def explore(
-    function: RewardFunction, shown: np.ndarray, truths: np.ndarray, args: ExploreConfig
-) -> tuple[list[Curve], np.ndarray]:
+def explore(function: RewardFunction, shown: np.ndarray, truths: np.ndarray, args: ExploreConfig) -> tuple:
     """Return the curves at the truths shown, (5,), and the share of groups of equal rewards over truths (n,).
 
     The share is (biases, spreads). Raises RewardError if the reward fails or cannot be drawn.
@@ -86,8 +82,8 @@ def rewards_of(function: RewardFunction, truth: float, answers: np.ndarray) -> n
     return score_answers([function], samples, texts, []).astype(np.float32)[place]
 
 
-def curve(function: RewardFunction, truth: float, valid_range: list[float]) -> Curve:
-    """Return the errors that predictions in the valid range can have, and their rewards."""
+def curve(function: RewardFunction, truth: float, valid_range: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the errors (n,) that predictions in the valid range can have, in points, and the rewards (n,) there."""
     low, high = valid_range
     errors = (np.arange(-NUM_STEPS, NUM_STEPS + 1) * (high - low) / NUM_STEPS).round(9)
     predictions = (truth + errors).round(9)

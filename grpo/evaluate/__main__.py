@@ -15,11 +15,13 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpo  # noqa: F401  first of all, since it sets how torch's threads wait
 
 # isort: split
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -120,11 +122,8 @@ def decisive_flags(config: EvaluateConfig) -> dict:
 
 def load_for_sampling(config: EvaluateConfig, device: torch.device):
     """Load the model, an adapter merged into it, in the precision in which training samples."""
-    if config.adapter:
-        model = load_merged(config.adapter, config.model_id, compute_dtype(device))
-    else:
-        model = load_model(config.model_id, compute_dtype(device))
-    model.to(device).eval()
+    load = partial(load_merged, config.adapter) if config.adapter else load_model
+    model = load(config.model_id, compute_dtype(device)).to(device).eval()
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         pack_weights(model.model)
     return model
@@ -169,8 +168,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
 def running_error(done: dict[str, Prediction]) -> float:
     """Return the mean absolute error of the answers so far that have a number."""
     pairs = [(p.truth_number, number) for p in done.values() for number in p.numbers]
-    errors = [abs(truth - number) for truth, number in pairs if None not in (truth, number)]
-    return sum(errors) / len(errors) if errors else float("nan")
+    return np.mean([abs(truth - number) for truth, number in pairs if None not in (truth, number)] or np.nan)
 
 
 def main(argv: list[str]) -> int:
