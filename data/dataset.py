@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from data.entry import read_sample
-from data.sample import DuplicateId, InputError, Sample, first_of
+from data.sample import DuplicateId, InputError, Sample, first_of, writing
 
 
 class Entries(Sequence):
@@ -147,7 +147,7 @@ class Samples(Sequence):
 def write_entries(entries: list[dict], path: str, flag: str) -> None:
     """Write entries to a new JSON or JSONL file; raise InputError, naming a flag, and leave no file if that fails."""
     start, between, end = ("", "\n", "\n") if path.endswith(".jsonl") else ("[\n", ",\n", "\n]\n")
-    try:
+    with writing(flag, path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "x") as file:
             try:
@@ -156,9 +156,6 @@ def write_entries(entries: list[dict], path: str, flag: str) -> None:
             except OSError:
                 os.unlink(path)
                 raise
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror}): make room, or name another place"
-        raise InputError(f"--{flag} {path!r} {reason}") from error
 
 
 def add_id(ids: dict[str, str], sample_id: str, path: str) -> None:

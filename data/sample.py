@@ -49,6 +49,16 @@ def named(name: str) -> Iterator[None]:
         raise kind(f"{name} {reason}") from error
 
 
+@contextmanager
+def writing(flag: str, path: str) -> Iterator[None]:
+    """Raise InputError, naming a flag and the file or folder that it leads to, if that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}): make room, or name another place"
+        raise InputError(f"--{flag} {path!r} {reason}") from error
+
+
 def is_address(path: str) -> bool:
     """Say whether a path is an address such as https://…, of whatever scheme."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None

@@ -27,7 +27,7 @@ from scipy.special import ndtr
 from data.dataset import Entries
 from data.entry import read_sample
 from data.flags import parse_flags
-from data.sample import InputError, Sample, first_line
+from data.sample import InputError, Sample, first_line, writing
 from reward.extract import extract_number
 from reward.flags import Bounds, JudgeFlags, flag
 from reward.functions import RewardError, RewardFunction, load_reward_functions, score_answers
@@ -39,8 +39,6 @@ BIASES, SPREADS = np.array([0, 5, 10, 20]), np.array([1, 3, 6, 12])  # of the po
 WHOLE = np.arange(-80, 101)  # whole answers around a truth: others have a probability below 1e-10
 MOST_TRUTHS = 500  # of more in the file, an even choice; the shares are good to half a percent
 LINES = [("-", "black", 1.6), ("--", "#1f4e79", 1.6), ("-", "#e3a08f", 3), ("-.", "#5dade2", 1.6), (":", "#f0932b", 2)]
-
-Curve = tuple[np.ndarray, np.ndarray]  # errors (n,) in points, in even steps, and the rewards (n,) there
 
 
 @dataclass
@@ -56,9 +54,7 @@ class ExploreConfig(JudgeFlags):
     output: str = flag("reward.png", "PNG file of the picture, replaced if it exists")
 
 
-def explore(
-    function: RewardFunction, shown: np.ndarray, truths: np.ndarray, args: ExploreConfig
-) -> tuple[list[Curve], np.ndarray]:
+def explore(function: RewardFunction, shown: np.ndarray, truths: np.ndarray, args: ExploreConfig) -> tuple:
     """Return the curves at the truths shown, (5,), and the share of groups of equal rewards over truths (n,).
 
     The share is (biases, spreads). Raises RewardError if the reward fails or cannot be drawn.
@@ -86,8 +82,8 @@ def rewards_of(function: RewardFunction, truth: float, answers: np.ndarray) -> n
     return score_answers([function], samples, texts, []).astype(np.float32)[place]
 
 
-def curve(function: RewardFunction, truth: float, valid_range: list[float]) -> Curve:
-    """Return the errors that predictions in the valid range can have, and their rewards."""
+def curve(function: RewardFunction, truth: float, valid_range: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the errors (n,) that predictions in the valid range can have, in points, and the rewards (n,) there."""
     low, high = valid_range
     errors = (np.arange(-NUM_STEPS, NUM_STEPS + 1) * (high - low) / NUM_STEPS).round(9)
     predictions = (truth + errors).round(9)
@@ -168,7 +164,7 @@ def read_truths(path: str) -> tuple[np.ndarray, int]:
         raise InputError(f"--truths {path!r} cannot be read ({first_line(error)}): {mend}") from error
     entries = Entries(path) if text.lstrip().startswith(("[", "{")) else filter(str.strip, text.split("\n"))
     answers = [
-        read_sample(entry, path, place, f"#{place + 1}", "").answer if isinstance(entry, dict) else str(entry)
+        read_sample(entry, path, f"#{place + 1}", "").answer if isinstance(entry, dict) else str(entry)
         for place, entry in enumerate(entries)
     ]
     numbers = [number for answer in answers if (number := extract_number(answer)) is not None]
@@ -190,11 +186,8 @@ def main(argv: list[str]) -> int:
         print(f"{whose}, {numbers}" + (f"; {left_out} without a number left out" if left_out else ""))
         print(table(found, shown, args.num_generations))
         figure = draw(found, shown, args.num_generations, whose)
-        try:
+        with writing("output", args.output):
             figure.savefig(args.output, format="png")
-        except OSError as error:
-            fix = f"cannot be written ({error.strerror}): name another place"
-            raise InputError(f"--output {args.output!r} {fix}") from error
         print(f"\nthe picture is in {args.output!r}")
         return 0
     except (InputError, RewardError) as error:

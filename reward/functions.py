@@ -67,37 +67,32 @@ def load_reward_functions(
             f"--reward_weights {given}: give each of {len(names)} reward functions one from {-LARGEST_WEIGHT:g} to "
             f"{LARGEST_WEIGHT:g}, not all of them 0, or leave the flag out"
         )
-    options, functions = read_kwargs(kwargs), {}
+    try:
+        options = {**json.loads(kwargs or "{}")}  # raises TypeError if it is something else than an object
+        json.dumps(options, allow_nan=False)  # raises ValueError for NaN and infinity, which JSON does not have
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RewardError(
+            f"--reward_kwargs {kwargs!r} is no JSON object ({error}): write it as '{{\"error_scale\": 8}}'"
+        ) from error
+    given, functions = options | {"valid_range": valid_range}, {}
     for name, weight in zip(names, weights, strict=True):
         function = load_reward_function(name)
         if functions.setdefault(function.name, function) is not function:
             raise RewardError(f"--reward_funcs: {function.name!r} occurs twice: give functions different names")
-        parameters, given = own_parameters(function.call), {"valid_range": valid_range} | options
-        function.weight, function.options = weight, {name: given[name] for name in parameters if name in given}
+        function.weight = weight
+        function.options = {name: given[name] for name in own_parameters(function.call) if name in given}
         try:
             if check := getattr(function.call, "check", None):
                 check(**function.options)
         except ValueError as error:
             raise RewardError(f"--reward_kwargs: {error}") from error
-    if unknown := options.keys() - set().union(*(function.options for function in functions.values())):
+    taken = {name for function in functions.values() for name in function.options if name != "valid_range"}
+    if unknown := options.keys() - taken:
         raise RewardError(
-            f"--reward_kwargs: no reward function has a parameter {min(unknown)!r}: correct the name, or leave it out"
+            f"--reward_kwargs: no reward function has a parameter {min(unknown)!r}, beside --valid_range and those "
+            "that the trainer gives: correct the name, or leave it out"
         )
     return list(functions.values())
-
-
-def read_kwargs(text: str) -> dict:
-    """Parse --reward_kwargs; raise RewardError."""
-    try:
-        options = {**json.loads(text or "{}")}  # raises TypeError if it is something else than an object
-        json.dumps(options, allow_nan=False)  # raises ValueError for NaN and infinity, which JSON does not have
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RewardError(
-            f"--reward_kwargs {text!r} is no JSON object ({error}): write it as '{{\"error_scale\": 8}}'"
-        ) from error
-    if own := options.keys() & {*ARGUMENTS, "valid_range"}:
-        raise RewardError(f"--reward_kwargs: {min(own)!r} is given by the trainer, or with --valid_range: leave it out")
-    return options
 
 
 def load_reward_function(name: str) -> RewardFunction:
@@ -136,9 +131,10 @@ def import_source(path: str, source: bytes) -> ModuleType:
 
 
 def own_parameters(function: Callable) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a function that have a name of their own."""
+    """Return the named parameters of a function that the trainer does not give."""
     parameters = inspect.signature(function).parameters
-    return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    collecting = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+    return {name: p for name, p in parameters.items() if p.kind not in collecting and name not in ARGUMENTS}
 
 
 def check_keys(functions: list[RewardFunction], keys: list[str]) -> None:
@@ -152,7 +148,7 @@ def check_keys(functions: list[RewardFunction], keys: list[str]) -> None:
                 "something else, by the trainer or by flags: rename it"
             )
         needed = {name for name, p in parameters.items() if p.default is p.empty}
-        if missing := needed - {*ARGUMENTS, *keys, *function.options}:
+        if missing := needed - {*keys, *function.options}:
             raise RewardError(
                 f"reward function {function.name} needs {min(missing)!r}, a key that no sample has: add it to the "
                 "samples, give it with --reward_kwargs, or give the parameter a default"

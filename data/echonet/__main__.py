@@ -48,18 +48,11 @@ def read_list(path: Path) -> dict[str, dict[str, float]]:
                 videos[split][name] = fraction
                 seen.add(name)
     except OSError as error:
-        reason = f"({error.strerror}): give the folder that holds it as --root"
-        raise InputError(f"cannot read {str(path)!r} {reason}") from error
+        raise InputError(f"{error}: give the folder that holds it as --root") from error
     except (KeyError, ValueError, csv.Error) as error:
         mend = "make it CSV in UTF-8 with FileName (a file in Videos/), EF (0 to 100) and Split (TRAIN, VAL or TEST)"
         raise InputError(f"{str(path)!r}, line {reader.line_num}: {error}: {mend}") from error
     return videos
-
-
-def sample_of(name: str, ejection_fraction: float) -> dict:
-    """Describe a video as a sample of one video, one question and its answer."""
-    turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER.format(ejection_fraction)}]
-    return {"id": name, "video": [f"{name}.avi"], "conversations": turns}
 
 
 def convert(root: str, output: str) -> None:
@@ -74,7 +67,10 @@ def convert(root: str, output: str) -> None:
         missing += [f"missing: {str(folder / f'{name}.avi')!r}" for name in listed if name not in found]
         figures = "   no file is written"
         if numbers := found.values():
-            contents[path] = [sample_of(*video) for video in found.items()]
+            contents[path] = []
+            for name, fraction in found.items():
+                turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER.format(fraction)}]
+                contents[path].append({"id": name, "video": [f"{name}.avi"], "conversations": turns})
             figures = f"{min(numbers):10.1f}{statistics.mean(numbers):7.1f}{max(numbers):7.1f}"
         table.append(f"{split:8}{len(found):8}{len(listed) - len(found):9}{figures}")
     if not contents:

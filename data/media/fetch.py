@@ -17,7 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 from ssl import SSLError
 
-from data.sample import BadMedia, InputError, named, shown
+from data.sample import BadMedia, named, shown, writing
 
 DEFAULT_CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "multi-video-grpo")
 MAX_BYTES = 4 * 2**30
@@ -46,15 +46,13 @@ def fetch(address: str, cache: str = DEFAULT_CACHE) -> str:
     path = Path(cache, f"{hashlib.sha256(address.encode()).hexdigest()[:32]}-{ending}")
     if path.exists():
         return str(path)
-    try:
+    with writing("media_cache", cache):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{path}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():  # another process may just have fetched it
                 fetch_into(path, address)
             Path(lock.name).unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"--media_cache {cache!r} cannot be written ({error.strerror}): name another place") from error
     return str(path)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from data.media.frames import VideoOptions
 from data.media.video import resized_frames
-from data.sample import InputError
+from data.sample import writing
 
 ENDING = ".frames"
 KEPT_SHARE = 0.9  # of the bound, when entries are removed
@@ -51,15 +51,12 @@ class FrameCache:
 
     def write(self, entry: Path, frames: torch.Tensor, sampled_fps: float) -> None:
         """Write an entry whole, and now and then see to the bound; raise InputError."""
-        try:
+        with writing("frame_cache", self.folder):
             entry.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=entry.parent, suffix=".unfinished") as unfinished:
                 whole = Path(unfinished, "frames.npz")
                 np.savez(whole, frames=frames.numpy(), sampled_fps=sampled_fps)
                 os.replace(whole, entry)
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror}): make room, or name another place"
-            raise InputError(f"--frame_cache {self.folder!r} {reason}") from error
         if entry.name[0] == "0":  # every 16th entry on average, since it reads the whole folder
             self.remove_oldest()
 

@@ -73,11 +73,26 @@ class VideoOptions:
 def choose_frames(total_frames: int, video_fps: float, options: VideoOptions) -> tuple[list[int], float]:
     """Return which frames of a video to read, ascending, and how many of them there are per second of it.
 
-    Raises ValueError if it has no such part, TooFewFrames.
+    They are an even number, evenly spaced from the first to the last of its part. With nframes: that many, rounded to
+    even. With fps: seconds x fps, clamped to 4..768 and to the frames there are, then rounded down to even. Equals
+    smart_nframes and linspace of qwen-vl-utils. Raises ValueError if it has no such part, TooFewFrames.
     """
     span = frame_span(total_frames, video_fps, options)
-    indices = [span[index] for index in frame_indices(len(span), video_fps, options)]
-    return indices, len(indices) / len(span) * video_fps  # as in qwen-vl-utils; the frames span the whole part
+    if options.nframes is not None:
+        count = round(options.nframes / 2) * 2
+        required = f"--nframes {options.nframes} asks for {count}"
+    else:
+        wanted = len(span) / video_fps * (options.fps or DEFAULT_FPS)
+        least, most = math.ceil(options.min_frames / 2) * 2, math.floor(options.max_frames / 2) * 2
+        count = math.floor(min(max(wanted, least), most, len(span)) / 2) * 2
+        required = "at least 2 are needed"
+    if not 2 <= count <= len(span):
+        raise TooFewFrames(f"has {len(span)} frame{'s' * (len(span) != 1)}, {required}")
+    places = torch.linspace(0, len(span) - 1, count)
+    if options.jitter and count < len(span):
+        places = (places + options.jitter * (len(span) - 1) / (count - 1)).clamp(0, len(span) - 1)
+    indices = [span[place] for place in places.round().long().tolist()]
+    return indices, count / len(span) * video_fps  # as in qwen-vl-utils; the frames span the whole part
 
 
 def frame_span(total_frames: int, video_fps: float, options: VideoOptions) -> range:
@@ -89,30 +104,6 @@ def frame_span(total_frames: int, video_fps: float, options: VideoOptions) -> ra
         raise ValueError(f"lasts {seconds:g} seconds, and so has no part from {part}")
     last = min(math.floor(end * video_fps), total_frames - 1)
     return range(math.ceil(options.video_start * video_fps), last + 1)
-
-
-def frame_indices(total_frames: int, video_fps: float, options: VideoOptions) -> list[int]:
-    """Choose which frames to read of a video or its part: an even number, evenly spaced from the first to the last.
-
-    With nframes: that many, rounded to even. With fps: seconds x fps, clamped to 4..768 and to the frames there are,
-    then rounded down to even. Equals smart_nframes and linspace of qwen-vl-utils. A choice that does not span the whole
-    part must change `choose_frames`, too: positions in time follow from it.
-    Raises TooFewFrames.
-    """
-    if options.nframes is not None:
-        count = round(options.nframes / 2) * 2
-        required = f"--nframes {options.nframes} asks for {count}"
-    else:
-        wanted = total_frames / video_fps * (options.fps or DEFAULT_FPS)
-        least, most = math.ceil(options.min_frames / 2) * 2, math.floor(options.max_frames / 2) * 2
-        count = math.floor(min(max(wanted, least), most, total_frames) / 2) * 2
-        required = "at least 2 are needed"
-    if not 2 <= count <= total_frames:
-        raise TooFewFrames(f"has {total_frames} frame{'s' * (total_frames != 1)}, {required}")
-    places = torch.linspace(0, total_frames - 1, count)
-    if options.jitter and count < total_frames:
-        places = (places + options.jitter * (total_frames - 1) / (count - 1)).clamp(0, total_frames - 1)
-    return places.round().long().tolist()
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:

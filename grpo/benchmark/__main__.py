@@ -36,7 +36,7 @@ from grpo.model.sharding import build_models, compute_dtype
 from grpo.ranks import abort_rank, exit_code, start_processes
 from grpo.run.preflight import with_trial_advantages
 from grpo.run.tracking import peak_memory_gb
-from reward.flags import Bounds, flag
+from reward.flags import POSITIVE, Bounds, flag
 from train import rollout_phase, update_phase
 
 PROG = "python -m grpo.benchmark"
@@ -44,7 +44,6 @@ IDS = {"video_token_id": 1, "vision_start_token_id": 2, "vision_end_token_id": 3
 VISION_TOKENS = list(IDS.values())
 IDS |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb")
-AT_LEAST_1 = Bounds(lambda n: n >= 1, "must be at least 1")
 AT_LEAST_2 = Bounds(lambda n: n >= 2, "must be at least 2")
 # The machine's limits are measured by a copy of this many bytes, and by a product of matrices of this size.
 COPIED_BYTES, MATRIX_SIDE = 2**29, {"cuda": 8192, "cpu": 2048}
@@ -56,14 +55,14 @@ class Options:
 
     heading = "step"
     size: Literal["tiny", "cpu", "3b", "7b"] = flag("cpu", "the model: 1, 29, 3,755 or 8,292 million parameters")
-    num_videos: int = flag(5, "videos of the prompt", AT_LEAST_1)
+    num_videos: int = flag(5, "videos of the prompt", POSITIVE)
     frames: int = flag(8, "frames of a video", Bounds(lambda n: n >= 2 and n % 2 == 0, "must be even, and at least 2"))
-    resolution: int = flag(84, "width and height of the frames in pixels, rounded to a multiple of 28", AT_LEAST_1)
+    resolution: int = flag(84, "width and height of the frames in pixels, rounded to a multiple of 28", POSITIVE)
     num_generations: int = flag(8, "completions per prompt (G)", AT_LEAST_2)
     completion_length: int = flag(32, "tokens of every completion", AT_LEAST_2)
     freeze_vision_tower: bool = flag(False, "do not train the vision tower")
     gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
-    runs: int = flag(3, "measured runs, whose medians are shown, each after one for its peak memory", AT_LEAST_1)
+    runs: int = flag(3, "measured runs, whose medians are shown, each after one for its peak memory", POSITIVE)
     baseline: bool = flag(True, "also measure the baseline: one copy of the prompt per completion")
     json: str = flag("", "file to write the figures to")
 
@@ -104,7 +103,7 @@ def timed(function, *arguments) -> tuple[float, object]:
     return time.perf_counter() - began, result
 
 
-def measure(rollout, update) -> tuple[float, ...]:
+def measure(rollout, update) -> dict[str, float]:
     """Return the figures of a step of two phases; the second takes the result of the first.
 
     It runs twice, for its peak memory and then for its times: allocating returned memory again takes time that
@@ -115,12 +114,7 @@ def measure(rollout, update) -> tuple[float, ...]:
     peak = peak_memory_gb()
     in_rollout, rollouts = timed(rollout)
     in_update, _ = timed(update, rollouts)
-    return in_rollout, in_update, in_rollout + in_update, peak
-
-
-def medians(runs: list[tuple[float, ...]]) -> dict[str, float]:
-    """Return the median of each figure over some runs."""
-    return dict(zip(FIGURES, map(median, zip(*runs, strict=True)), strict=True))
+    return dict(zip(FIGURES, (in_rollout, in_update, in_rollout + in_update, peak), strict=True))
 
 
 def best_of_five(function) -> float:
@@ -205,8 +199,10 @@ def run(options: Options, device: torch.device) -> dict:
             for module in (policy, sampling_model):
                 use_our_layers(module)
 
-    figures = medians(ours) | {"prefill_seconds": best_of_five(lambda: rollout(1))}
-    figures["baseline"] = medians(theirs) if theirs else None
+    ours, theirs = (
+        {name: median(run[name] for run in runs) for name in FIGURES} if runs else None for runs in (ours, theirs)
+    )
+    figures = ours | {"prefill_seconds": best_of_five(lambda: rollout(1)), "baseline": theirs}
     return figures | shares_of_the_machine(sampling_model, prompt, options, figures)
 
 
@@ -235,16 +231,13 @@ def table(figures: dict) -> str:
     for name in FIGURES:
         other = f"{theirs[name]:14.3f} {theirs[name] / figures[name]:7.1f}x" if theirs else f"{missing:>14}"
         lines.append(f"{name.replace('_', ' '):24} {figures[name]:10.3f} {other}")
-    lines.append(
-        f"decoding: {figures['decode_tokens_per_second']:,.0f} tokens per second, "
+    return "\n".join(lines) + (
+        f"\ndecoding: {figures['decode_tokens_per_second']:,.0f} tokens per second, "
         f"{figures['decode_share_of_bandwidth']:.0%} of the memory bandwidth measured here "
         f"({machine['bandwidth_gb_per_second']:,.0f} GB/s)"
-    )
-    lines.append(
-        f"update: {figures['update_share_of_flops']:.0%} of the matrix products measured here "
+        f"\nupdate: {figures['update_share_of_flops']:.0%} of the matrix products measured here "
         f"({machine['tflop_per_second']:,.2f} TFLOP/s)"
     )
-    return "\n".join(lines)
 
 
 def benchmark(argv: list[str]) -> None:

@@ -15,11 +15,13 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpo  # noqa: F401  first of all, since it sets how torch's threads wait
 
 # isort: split
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -30,7 +32,7 @@ from data.loader import PromptDataset, prompt_options, resolve_data_flags
 from data.prompt import load_tokenizer
 from data.sample import InputError, first_line
 from grpo.config import HeldOutFlags, SamplingFlags, Seed
-from grpo.evaluate.answer import AnswerOptions, Prediction, answer
+from grpo.evaluate.answer import Prediction, answer
 from grpo.evaluate.predictions import append_predictions, open_predictions
 from grpo.evaluate.report import report
 from grpo.export import base_of, load_merged
@@ -120,11 +122,8 @@ def decisive_flags(config: EvaluateConfig) -> dict:
 
 def load_for_sampling(config: EvaluateConfig, device: torch.device):
     """Load the model, an adapter merged into it, in the precision in which training samples."""
-    if config.adapter:
-        model = load_merged(config.adapter, config.model_id, compute_dtype(device))
-    else:
-        model = load_model(config.model_id, compute_dtype(device))
-    model.to(device).eval()
+    load = partial(load_merged, config.adapter) if config.adapter else load_model
+    model = load(config.model_id, compute_dtype(device)).to(device).eval()
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         pack_weights(model.model)
     return model
@@ -150,7 +149,6 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     settings |= {"samples": found.fingerprint, "weights": digest_of(model)}
     done = raise_together(open_predictions, config.output_dir, settings)
     skipped, is_first = broadcast_object(set(done)), dist.get_rank() == 0  # ids
-    options = AnswerOptions(config, scorer, config.num_samples, config.temperature)
     samples, tokens_per_second = found.samples, model.config.vision_config.tokens_per_second
     dataset = PromptDataset(samples, tokenizer, tokens_per_second, prompt_options(config))
     if skipped:
@@ -158,21 +156,19 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     seconds = 0.1 if sys.stderr.isatty() else 10  # between drawings: a log file keeps each of them
     bar = tqdm(total=len(samples), initial=len(done), unit="sample", mininterval=seconds, disable=not is_first)
     with bar:
-        for predictions, bad_media in answer(model, dataset, options, skipped):
+        for predictions in answer(model, dataset, scorer, config, config.num_samples, config.temperature, skipped):
             raise_together(append_predictions, config.output_dir, predictions)
             done |= {prediction.id: prediction for prediction in predictions}
-            print_rank0(*(f"left out: {line}" for line in bad_media))
             bar.update(len(predictions))
             bar.set_postfix_str(f"mean error {running_error(done):.2f}", refresh=False)
     if is_first:  # the others have nothing to wait for
-        report(config, settings, samples, done, options)
+        report(config, settings, samples, done, scorer)
 
 
 def running_error(done: dict[str, Prediction]) -> float:
     """Return the mean absolute error of the answers so far that have a number."""
     pairs = [(p.truth_number, number) for p in done.values() for number in p.numbers]
-    errors = [abs(truth - number) for truth, number in pairs if None not in (truth, number)]
-    return sum(errors) / len(errors) if errors else float("nan")
+    return np.mean([abs(truth - number) for truth, number in pairs if None not in (truth, number)] or np.nan)
 
 
 def main(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ truths) in all figures of error: leaving it out would reward a model for not ans
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import pearsonr, rankdata
@@ -25,63 +25,53 @@ BLOCK = 2_000_000  # values in an array of resamples, for memory
 
 
 @dataclass
-class Truths:
-    """What answers are compared with."""
+class Answers:
+    """What was answered, and what it is compared with."""
 
-    numbers: np.ndarray  # (n,)
+    truths: np.ndarray  # (n,)
     # (K, n): of each of K constant answers (`reward.zero_skill`) at each sample, nan where it is not scored
     constant_rewards: np.ndarray
-
-    def subset(self, indices: list[int]) -> "Truths":
-        """Keep some of the samples."""
-        return Truths(self.numbers[indices], np.ascontiguousarray(self.constant_rewards[:, indices]))
-
-
-@dataclass
-class Answers:
-    """What was answered."""
-
     numbers: np.ndarray  # (n, N), nan where an answer has no number
     rewards: np.ndarray  # (n, N), nan where an answer was not scored
     is_stopped: np.ndarray  # (n, N), False where an answer was cut at the length limit
+    valid_range: list[float]
 
-    def valid_numbers(self, valid_range: list[float]) -> np.ndarray:
-        """Return the numbers, (n, N), with nan in place of those outside the range."""
-        lowest, highest = valid_range
+    @property
+    def valid_numbers(self) -> np.ndarray:
+        """The numbers, (n, N), with nan in place of those outside the range."""
+        lowest, highest = self.valid_range
         is_valid = (self.numbers >= lowest) & (self.numbers <= highest)  # False for nan
         return np.where(is_valid, self.numbers, np.nan)
 
 
-def median_answers(answers: Answers, valid_range: list[float]) -> np.ndarray:
+def median_answers(answers: Answers) -> np.ndarray:
     """Return the median of each sample's valid numbers, (n, 1); nan where it has none."""
-    numbers = np.ma.masked_invalid(answers.valid_numbers(valid_range))
+    numbers = np.ma.masked_invalid(answers.valid_numbers)
     return np.ma.median(numbers, axis=1, keepdims=True).filled(np.nan)
 
 
-def best_answers(truths: np.ndarray, answers: Answers, valid_range: list[float]) -> Answers:
+def best_answers(answers: Answers) -> Answers:
     """Keep the answer with the least error of each sample: N = 1. A bound, since choosing it takes the truth."""
-    errors = np.abs(answers.valid_numbers(valid_range) - truths[:, None])  # (n, N)
+    errors = np.abs(answers.valid_numbers - answers.truths[:, None])  # (n, N)
     best = np.where(np.isnan(errors), np.inf, errors).argmin(axis=1)[:, None]
-    kept = (np.take_along_axis(values, best, axis=1) for values in vars(answers).values())
-    return Answers(*kept)
+    of_each = ("numbers", "rewards", "is_stopped")
+    return replace(answers, **{name: np.take_along_axis(getattr(answers, name), best, axis=1) for name in of_each})
 
 
-def figures(
-    truths: Truths, answers: Answers, valid_range: list[float], cuts: list[float], num_resamples: int = 0
-) -> dict[str, dict[str, float | None]]:
+def figures(answers: Answers, cuts: list[float], num_resamples: int = 0) -> dict[str, dict[str, float | None]]:
     """Return every figure as {"value", "low", "high"}: the bounds hold 95 % of the figure's values over resamples.
 
     Resampled are samples, with all their answers. None stands for what is undefined, such as the correlation with a
     constant, and for the bounds of mere counts; without resamples there are no bounds. A cut with no truth on one side
     has no figures.
     """
-    cuts = [cut for cut in cuts if 0 < (truths.numbers < cut).sum() < len(truths.numbers)]
+    cuts = [cut for cut in cuts if 0 < (answers.truths < cut).sum() < len(answers.truths)]
     n, N = answers.numbers.shape
     resamples = np.random.default_rng(0).integers(n, size=(n, num_resamples))
     size = max(1, BLOCK // (n * N))
     indices = [np.arange(n)[:, None], *(resamples[:, i : i + size] for i in range(0, num_resamples, size))]
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # about what is undefined
-        values, *blocks = [_figures_of(index, truths, answers, valid_range, cuts) for index in indices]
+        values, *blocks = [_figures_of(index, answers, cuts) for index in indices]
     result = {name: {"value": float(value[0]) if math.isfinite(value[0]) else None} for name, value in values.items()}
     for name in result if num_resamples else ():
         spread = np.concatenate([block[name] for block in blocks])
@@ -91,19 +81,16 @@ def figures(
     return result
 
 
-def _figures_of(
-    index: np.ndarray, truths: Truths, answers: Answers, valid_range: list[float], cuts: list[float]
-) -> dict[str, np.ndarray]:
+def _figures_of(index: np.ndarray, answers: Answers, cuts: list[float]) -> dict[str, np.ndarray]:
     """Compute all figures of R resamples; index: (n, R) samples. Returns (R,) each, not finite where undefined."""
     (n, R), N = index.shape, answers.numbers.shape[1]
 
     def pick(values: np.ndarray) -> np.ndarray:  # (n, N) -> (n·N, R)
         return values[index].transpose(0, 2, 1).reshape(n * N, R)
 
-    valid = answers.valid_numbers(valid_range)
-    is_parsed = ~np.isnan(answers.numbers)
-    chosen = truths.numbers[index]  # (n, R)
-    predicted = pick(np.where(np.isnan(valid), np.median(truths.numbers), valid))
+    valid, is_parsed = answers.valid_numbers, ~np.isnan(answers.numbers)
+    chosen = answers.truths[index]  # (n, R)
+    predicted = pick(np.where(np.isnan(valid), np.median(answers.truths), valid))
     result = {
         "n": np.full(R, n),
         "parse_rate": pick(is_parsed).mean(axis=0),
@@ -116,8 +103,8 @@ def _figures_of(
         "zero_skill_mae": np.abs(chosen - np.median(chosen, axis=0)).mean(axis=0),
     }
     counts = np.stack([np.bincount(column, minlength=n) for column in index.T])  # (R, n), how often each was drawn
-    is_scored = ~np.isnan(truths.constant_rewards)
-    means = (counts @ np.nan_to_num(truths.constant_rewards).T) / (counts @ is_scored.T)  # (R, K)
+    is_scored = ~np.isnan(answers.constant_rewards)
+    means = (counts @ np.nan_to_num(answers.constant_rewards).T) / (counts @ is_scored.T)  # (R, K)
     result["zero_skill_reward"] = np.where(np.isnan(means), -np.inf, means).max(axis=1)  # not finite: undefined
     return result
 

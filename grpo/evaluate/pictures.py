@@ -5,8 +5,6 @@ percentages). Answers without a valid number are not drawn; the title says how m
 as the best constant answer, as in the figures.
 """
 
-import io
-
 import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
@@ -19,14 +17,12 @@ POINTS = dict(s=14, color=INK, alpha=0.5, linewidth=0)  # through which others s
 CURVES = dict(color=["0.15", "0.35", "0.55", "0.75"], linestyle=["-", "--", ":", "-."])  # in turn
 
 
-def pictures(
-    truths: np.ndarray, answers: Answers, figures: dict, valid_range: list[float], cuts: list[float], name: str
-) -> dict[str, bytes]:
-    """Draw all pictures: {"scatter" | "bland_altman" | "errors" | "roc": PNG}.
+def pictures(answers: Answers, figures: dict, cuts: list[float], name: str) -> dict[str, Figure]:
+    """Draw all pictures: "scatter", "bland_altman", "errors", and "roc" if there is a cut with truths on both sides.
 
-    truths: (n,); figures: of `metrics.figures` for these answers. name: what the title begins with, such as "held-out".
+    figures: of `metrics.figures` for these answers. name: what the title begins with, such as "held-out".
     """
-    numbers = answers.valid_numbers(valid_range)  # (n, N)
+    truths, numbers = answers.truths, answers.valid_numbers  # (n,), (n, N)
     x, y = np.repeat(truths, numbers.shape[1]), numbers.ravel()
     is_valid = ~np.isnan(y)
     missing = f", {(~is_valid).sum()} without a number" * (not is_valid.all())
@@ -37,9 +33,9 @@ def pictures(
         "bland_altman": bland_altman(x[is_valid], y[is_valid], figures, title),
         "errors": error_histogram(x[is_valid], y[is_valid], figures, title),
     }
-    if cuts := [cut for cut in cuts if f"auc_{cut:g}" in figures]:  # with truths on both sides
+    if cuts := [cut for cut in cuts if f"auc_{cut:g}" in figures]:
         drawn["roc"] = roc(x, np.where(is_valid, y, np.median(truths)), figures, cuts, title)
-    return {key: png(figure) for key, figure in drawn.items()}
+    return drawn
 
 
 def scatter(x: np.ndarray, y: np.ndarray, figures: dict, cuts: list[float], title: str) -> Figure:
@@ -128,10 +124,3 @@ def plain(text: str) -> str:
     """Keep foreign text from being read as mathematics, from breaking the line, and from filling the page."""
     text = "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
     return text if len(text) <= 40 else f"{text[:39]}…"
-
-
-def png(figure: Figure) -> bytes:
-    """Return the picture as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -1,15 +1,12 @@
 """predictions.jsonl, which an evaluation continues, and settings.json beside it, which says what its answers are of."""
 
-import dataclasses
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
 
-from data.sample import InputError, first_line
+from data.sample import InputError, first_line, writing
 from grpo.evaluate.answer import Prediction
 from grpo.run.lock import lock_folder
 
@@ -27,7 +24,8 @@ def open_predictions(output_dir: str, settings: dict) -> dict[str, Prediction]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock_folder(output_dir)
         if not path.exists():
-            write_whole(settings_path, json.dumps(settings, indent=2).encode())
+            with writing("output_dir", output_dir):
+                settings_path.write_text(json.dumps(settings, indent=2))
             return {}
         where = f"{str(path)!r} is there, but {settings_path.name} beside it"
         old = json.loads(settings_path.read_text())
@@ -51,24 +49,5 @@ def append_predictions(output_dir: str, predictions: list[Prediction]) -> None:
     if dist.get_rank() != 0:
         return
     path = Path(output_dir, "predictions.jsonl")
-    with writing(path), open(path, "a") as file:
-        file.writelines(json.dumps(dataclasses.asdict(prediction)) + "\n" for prediction in predictions)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, which gets its name once it is complete; raise InputError if the disk is full."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with writing(path):
-        unfinished.write_bytes(data)
-        os.replace(unfinished, path)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Say which file cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{str(path)!r} cannot be written ({error.strerror}): make room; the same command continues"
-        ) from error
+    with writing("output_dir", output_dir), open(path, "a") as file:
+        file.writelines(json.dumps(vars(prediction)) + "\n" for prediction in predictions)

@@ -2,21 +2,20 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from data.sample import InputError, Sample
-from grpo.evaluate.answer import AnswerOptions, Prediction, answers_of, truths_of
-from grpo.evaluate.metrics import NUM_RESAMPLES, Answers, best_answers, figures, median_answers
+from data.sample import InputError, Sample, writing
+from grpo.evaluate.answer import Prediction, answers_of
+from grpo.evaluate.metrics import NUM_RESAMPLES, best_answers, figures, median_answers
 from grpo.evaluate.pictures import pictures
-from grpo.evaluate.predictions import write_whole
-from grpo.run.scoring import score_texts
+from grpo.run.scoring import Scorer, score_texts
+from reward.zero_skill import constant_rewards
 
 
-def report(
-    config, settings: dict, samples: Sequence[Sample], done: dict[str, Prediction], options: AnswerOptions
-) -> None:
+def report(config, settings: dict, samples: Sequence[Sample], done: dict[str, Prediction], scorer: Scorer) -> None:
     """Write metrics.json and the pictures, and print the table. Raise InputError.
 
     config: the flags of the command; done: the predictions, by id.
@@ -27,16 +26,20 @@ def report(
         raise InputError(
             f"--data_path {' '.join(config.data_path)!r}: no sample with a number in its truth could be answered"
         )
-    truths, answers = truths_of(used, options), answers_of([done[sample.id] for sample in used])
+    predictions = [done[sample.id] for sample in used]
+    truths = np.array([prediction.truth_number for prediction in predictions])
+    constants = constant_rewards(scorer.functions, used, truths, scorer.keys)
+    answers = answers_of(predictions, constants, config.valid_range)
     ways = {"greedy" if not config.temperature else "single": answers}
     if config.num_samples > 1:
-        medians = median_answers(answers, config.valid_range)  # (n, 1)
+        medians = median_answers(answers)  # (n, 1)
         texts = ["" if np.isnan(number) else f"{number:g}%" for number in medians[:, 0]]
-        rewards = score_texts(options.scorer, used, texts)[:, None]
-        are_stopped = answers.is_stopped.all(axis=1, keepdims=True)
-        ways[f"median of {config.num_samples}"] = Answers(medians, rewards, are_stopped)
-        ways[f"best of {config.num_samples}"] = best_answers(truths.numbers, answers, config.valid_range)
-    found = {way: figures(truths, given, config.valid_range, config.cuts, NUM_RESAMPLES) for way, given in ways.items()}
+        rewards = score_texts(scorer, used, texts)[:, None]
+        is_stopped = answers.is_stopped.all(axis=1, keepdims=True)
+        of_median = replace(answers, numbers=medians, rewards=rewards, is_stopped=is_stopped)
+        ways[f"median of {config.num_samples}"] = of_median
+        ways[f"best of {config.num_samples}"] = best_answers(answers)
+    found = {way: figures(given, config.cuts, NUM_RESAMPLES) for way, given in ways.items()}
     main, *others = found
     left_out, without_number = len(samples) - len(answered), len(answered) - len(used)
     metrics = {
@@ -52,10 +55,10 @@ def report(
         **{way.replace(" ", "_"): found[way] for way in others},
     }
     title, output = ", ".join(Path(path).name for path in config.data_path), Path(config.output_dir)
-    write_whole(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    drawn = pictures(truths.numbers, answers, found[main], config.valid_range, config.cuts, title)
-    for name, data in drawn.items():
-        write_whole(output / f"{name}.png", data)
+    with writing("output_dir", config.output_dir):  # all of it is made of predictions.jsonl, by the same command again
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        for name, figure in pictures(answers, found[main], config.cuts, title).items():
+            figure.savefig(output / f"{name}.png")
     print("\n" + table(found))
     if left_out:
         print(f"{left_out} samples left out, for their videos")

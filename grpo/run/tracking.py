@@ -1,7 +1,6 @@
 """What a run shows: TensorBoard's files, completions, the progress bar, and which evaluation was the best."""
 
 import dataclasses
-import io
 import json
 import math
 import operator
@@ -14,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -210,15 +208,18 @@ class Tracker:
         is_due = self.config.eval_on_start if step == 0 else is_last or (every > 0 and step % every == 0)
         return is_due and step not in [evaluation["step"] for evaluation in self.evaluations]
 
-    def show_evaluation(self, step: int, evaluation) -> bool:
-        """Record an evaluation (`grpo.evaluate.heldout.Evaluation`); return True if its model is the best so far."""
-        figures = {f"eval/{name}": value for name, value in evaluation.figures.items() if value is not None}
+    def show_evaluation(self, step: int, found: dict, draw: Callable[[], dict[str, Figure]], seconds: float) -> bool:
+        """Record an evaluation; return True if its model is the best so far.
+
+        found: of `grpo.evaluate.metrics.figures`; draw: makes its pictures, on rank 0.
+        """
+        figures = {f"eval/{name}": one["value"] for name, one in found.items() if one["value"] is not None}
         metric = self.config.metric_for_best_model
         goodness = GOODNESS[metric]
         earlier = [e[metric] for e in self.evaluations if e["step"] == self.best_step and metric in e]
         self.evaluations.append({"step": step} | figures)
-        drawn = figures | {"time/eval": evaluation.seconds}
-        self.write(lambda writer: add_evaluation(writer, step, drawn, evaluation.draw()), step)
+        drawn = figures | {"time/eval": seconds}
+        self.write(lambda writer: add_evaluation(writer, step, drawn, draw()), step)
         print_rank0(f"step {step}: held-out {summary(figures)}")
         is_candidate = step > 0 and metric in figures
         return is_candidate and (not earlier or goodness(figures[metric]) > goodness(earlier[0]))
@@ -260,14 +261,13 @@ class Tracker:
             self.writer.close()
 
 
-def add_evaluation(writer: SummaryWriter, step: int, figures: dict[str, float], pictures: dict[str, bytes]) -> None:
-    """Write the figures of an evaluation that are curves, and its pictures (PNG)."""
+def add_evaluation(writer: SummaryWriter, step: int, figures: dict[str, float], pictures: dict[str, Figure]) -> None:
+    """Write the figures of an evaluation that are curves, and its pictures."""
     for name, value in figures.items():
         if not name.startswith(NOT_DRAWN):
             writer.add_scalar(name, value, step)
-    for name, data in pictures.items():
-        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        writer.add_image(f"eval/{name}", pixels, step, dataformats="HWC")
+    for name, figure in pictures.items():
+        writer.add_figure(f"eval/{name}", figure, step)
 
 
 def peak_memory_gb() -> float:

@@ -257,7 +257,7 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys, place):
     assert main(["--reward_funcs", TWO[1], "--output", f"{tmp_path}/{place}"]) == 2
     text, errors = capsys.readouterr()
     assert "does not change at errors" in text  # what was found is not lost
-    assert re.fullmatch(r"python -m reward.explore: error: --output '.*' cannot be written.*: name a.*\n", errors)
+    assert re.fullmatch(r"python -m reward.explore: error: --output '.*' cannot be written.*: make room.*\n", errors)
 
 
 @pytest.mark.parametrize(

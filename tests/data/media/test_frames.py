@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.media.frames import VideoOptions, choose_frames, frame_indices, frame_span, smart_resize, target_size
+from data.media.frames import VideoOptions, choose_frames, frame_span, smart_resize, target_size
 from data.sample import TooFewFrames
 
 TOKEN = 28 * 28  # pixels
@@ -28,8 +28,8 @@ TOKEN = 28 * 28  # pixels
         (16, 8.0, {"nframes": 2}, [0, 15]),
     ],
 )
-def test_frame_indices_follow_the_rules_of_qwen_vl_utils(total_frames, video_fps, options, expected):
-    assert frame_indices(total_frames, video_fps, VideoOptions(**options)) == expected
+def test_frames_are_chosen_by_the_rules_of_qwen_vl_utils(total_frames, video_fps, options, expected):
+    assert choose_frames(total_frames, video_fps, VideoOptions(**options))[0] == expected
 
 
 def test_a_part_of_a_video_is_from_its_first_to_its_last_frame_both_inclusive():
@@ -60,14 +60,14 @@ def test_a_size_of_a_side_200_times_the_other_is_the_longest_there_is():
 
 
 def test_bounds_may_be_equal_and_the_most_pixels_are_1_05_times_the_least_if_those_are_many():
-    assert frame_indices(100, 8.0, VideoOptions(min_frames=6, max_frames=6)) == [0, 20, 40, 59, 79, 99]
+    assert choose_frames(100, 8.0, VideoOptions(min_frames=6, max_frames=6))[0] == [0, 20, 40, 59, 79, 99]
     assert VideoOptions(min_pixels=800 * TOKEN, max_pixels=840 * TOKEN)
     with pytest.raises(ValueError, match=f"give {840 * TOKEN}$"):
         VideoOptions(min_pixels=800 * TOKEN, max_pixels=840 * TOKEN + 1)
 
 
 def test_a_long_video_gives_768_frames_from_first_to_last():
-    indices = frame_indices(100_000, 25.0, VideoOptions())
+    indices = choose_frames(100_000, 25.0, VideoOptions())[0]
     assert (len(indices), indices[0], indices[-1]) == (768, 0, 99_999)
 
 
@@ -81,7 +81,7 @@ def test_a_long_video_gives_768_frames_from_first_to_last():
 )
 def test_too_few_frames_are_an_error_with_both_numbers(total_frames, options, message):
     with pytest.raises(TooFewFrames) as error:
-        frame_indices(total_frames, 8.0, VideoOptions(**options))
+        choose_frames(total_frames, 8.0, VideoOptions(**options))
     assert str(error.value) == message
 
 
@@ -144,13 +144,13 @@ def test_contradicting_options_are_an_error(options, message):
 
 @pytest.mark.parametrize(("total", "count"), [(100, 8), (9, 8), (100, 2), (30, 30)])
 def test_frames_are_moved_by_at_most_half_a_step(total, count):
-    still = np.array(frame_indices(total, 8.0, VideoOptions(nframes=count)))
+    still = np.array(choose_frames(total, 8.0, VideoOptions(nframes=count))[0])
     half = 0.5 * (total - 1) / (count - 1)
     for jitter in (-0.5, -0.2, 0.3, 0.5):
-        moved = np.array(frame_indices(total, 8.0, VideoOptions(nframes=count, jitter=jitter)))
+        moved = np.array(choose_frames(total, 8.0, VideoOptions(nframes=count, jitter=jitter))[0])
         assert len(moved) == count and moved.min() >= 0 and moved.max() < total
         assert abs(moved - still).max() <= half + 1 and (np.diff(moved) >= 0).all()
         inner = (moved - still)[1:-1]  # the first and the last cannot leave the video
         if total == 100 and count == 8:
             assert abs(inner - jitter * 99 / 7).max() <= 1
-    assert frame_indices(30, 8.0, VideoOptions(nframes=30, jitter=0.5)) == list(range(30))  # there are no others
+    assert choose_frames(30, 8.0, VideoOptions(nframes=30, jitter=0.5))[0] == list(range(30))  # there are no others

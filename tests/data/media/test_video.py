@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.media.frames import VideoOptions, frame_indices
+from data.media.frames import VideoOptions, choose_frames
 from data.media.load import MediaOptions, load_media, media_grid
 from data.media.patches import CLIP_MEAN, CLIP_STD
 from data.media.video import decode, open_video
@@ -61,7 +61,7 @@ def test_frames_are_the_right_ones_where_decord_seeks_wrongly(name, nframes):
     """H.264 with open groups of pictures, MPEG-4 without times; 24 frames of 3 s; frame k is gray of level 10·k."""
     options = VideoOptions(nframes=nframes, resized_width=56, resized_height=56)
     pixel_values, grid_thw, _ = load_video(Path(__file__).with_name(name), options)
-    expected = [10 * index for index in frame_indices(24, 8.0, options)]
+    expected = [10 * index for index in choose_frames(24, 8.0, options)[0]]
     assert gray_levels(pixel_values, grid_thw) == pytest.approx(expected, abs=1.5)
 
 
@@ -74,7 +74,7 @@ def test_frames_before_the_beginning_of_a_trimmed_video_do_not_count(tmp_path):
     (tmp_path / "trimmed.mp4").write_bytes(mp4)
     options = VideoOptions(nframes=4, resized_width=56, resized_height=56)
     pixel_values, grid_thw, second_per_grid_t = load_video(tmp_path / "trimmed.mp4", options)
-    expected = [30 + 10 * index for index in frame_indices(21, 8.0, options)]
+    expected = [30 + 10 * index for index in choose_frames(21, 8.0, options)[0]]
     assert gray_levels(pixel_values, grid_thw) == pytest.approx(expected, abs=1.5)
     assert second_per_grid_t == pytest.approx(2 / (4 / 21 * 8))
 

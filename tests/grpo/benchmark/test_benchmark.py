@@ -122,7 +122,7 @@ def test_sizes_are_those_that_the_help_names():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--num_videos 0", "--num_videos 0: must be at least 1"),
+        ("--num_videos 0", "--num_videos 0: must be above 0"),
         ("--frames 5", "--frames 5: must be even"),
         ("--num_video 3", "unknown flag '--num_video'"),
         ("--runs x", "invalid int value"),

@@ -217,7 +217,7 @@ def test_unreadable_videos_are_left_out_and_counted(tiny, tmp_path, capsys):
     assert metrics(tmp_path / "out")["samples_left_out"] == 1
     assert [line["id"] for line in predictions(tmp_path / "out")] == [f"s{i}" for i in range(11) if i != 3]
     printed = capsys.readouterr().out
-    assert "left out: sample 's3'" in printed and "1 samples left out, for their videos" in printed
+    assert "left out of the evaluation: sample 's3'" in printed and "1 samples left out, for their videos" in printed
 
 
 def damaged(tiny, tmp_path: Path, name: str) -> list[str]:

@@ -9,25 +9,25 @@ import pytest
 from scipy.stats import linregress
 from sklearn.metrics import accuracy_score, mean_squared_error, r2_score, roc_auc_score
 
-from grpo.evaluate.metrics import Answers, Truths, best_answers, figures, median_answers
+from grpo.evaluate.metrics import Answers, best_answers, figures, median_answers
 from reward.zero_skill import constants
 
-RANGE, CUTS = [0.0, 100.0], [35.0, 40.0, 50.0]
+CUTS = [35.0, 40.0, 50.0]
 TRUTHS = [20.0, 33.5, 38.0, 41.0, 47.0, 52.0, 60.0, 71.0]
 PREDICTED = [25.0, 30.0, 45.0, 39.0, 47.0, 60.0, 57.5, 64.0]
 NAN = math.nan
 
 
-def truths_of(values, rewards=None) -> Truths:
-    values = np.array(values)
-    return Truths(values, np.zeros((1, len(values))) if rewards is None else np.array(rewards))
-
-
-def answers_of(numbers, rewards=None, is_stopped=None) -> Answers:
-    numbers = np.array(numbers, dtype=float).reshape(len(numbers), -1)
-    rewards = np.zeros(numbers.shape) if rewards is None else np.array(rewards, dtype=float).reshape(numbers.shape)
-    is_stopped = np.ones(numbers.shape, bool) if is_stopped is None else np.array(is_stopped).reshape(numbers.shape)
-    return Answers(numbers, rewards, is_stopped)
+def answers_of(truths, numbers, rewards=None, is_stopped=None, constant_rewards=None) -> Answers:
+    numbers = np.array(numbers, dtype=float).reshape(len(truths), -1)
+    return Answers(
+        truths=np.array(truths),
+        constant_rewards=np.zeros((1, len(truths))) if constant_rewards is None else np.array(constant_rewards),
+        numbers=numbers,
+        rewards=np.zeros(numbers.shape) if rewards is None else np.array(rewards, float).reshape(numbers.shape),
+        is_stopped=np.ones(numbers.shape, bool) if is_stopped is None else np.array(is_stopped).reshape(numbers.shape),
+        valid_range=[0.0, 100.0],
+    )
 
 
 def values(found: dict) -> dict:
@@ -38,7 +38,7 @@ def test_every_figure_equals_one_computed_otherwise():
     """To 1e-9, from the definitions in the standard library, or scikit-learn's where it has the figure."""
     rewards, stopped = [0.1 * i for i in range(8)], [True] * 6 + [False] * 2
     constant_rewards = [[0.5] * 8, [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.8]]
-    found = values(figures(truths_of(TRUTHS, constant_rewards), answers_of(PREDICTED, rewards, stopped), RANGE, CUTS))
+    found = values(figures(answers_of(TRUTHS, PREDICTED, rewards, stopped, constant_rewards), CUTS))
     errors = [p - t for p, t in zip(PREDICTED, TRUTHS, strict=True)]
     sizes = [abs(error) for error in errors]
     bias, spread = statistics.mean(errors), statistics.stdev(errors)
@@ -79,7 +79,7 @@ def test_every_figure_equals_one_computed_otherwise():
 
 def test_figures_by_hand():
     """Three pairs: (10, 12), (20, 18), (30, 33); errors 2, -2, 3."""
-    found = values(figures(truths_of([10.0, 20.0, 30.0]), answers_of([12.0, 18.0, 33.0]), RANGE, [15.0]))
+    found = values(figures(answers_of([10.0, 20.0, 30.0], [12.0, 18.0, 33.0]), [15.0]))
     assert found["mae"] == pytest.approx(7 / 3, abs=1e-9) and found["median_error"] == 2
     assert found["rmse"] == pytest.approx(math.sqrt(17 / 3), abs=1e-9)
     assert found["r2"] == pytest.approx(1 - 17 / 200, abs=1e-9)
@@ -93,13 +93,13 @@ def test_figures_by_hand():
 
 
 def test_a_correlation_is_that_of_a_regression():
-    found = values(figures(truths_of(TRUTHS), answers_of(PREDICTED), RANGE, []))
+    found = values(figures(answers_of(TRUTHS, PREDICTED), []))
     assert found["pearson"] == pytest.approx(linregress(TRUTHS, PREDICTED).rvalue, abs=1e-9)
 
 
 @pytest.mark.parametrize("constant", [44.0, 55.3, 0.1])
 def test_a_constant_answer_has_no_skill(constant):
-    found = figures(truths_of(TRUTHS), answers_of([constant] * 8), RANGE, CUTS, num_resamples=50)
+    found = figures(answers_of(TRUTHS, [constant] * 8), CUTS, num_resamples=50)
     assert found["r2"]["value"] <= 0
     assert found["ccc"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert found["sd_ratio"] == {"value": 0.0, "low": 0.0, "high": 0.0}
@@ -114,46 +114,46 @@ def test_a_constant_answer_has_no_skill(constant):
 @pytest.mark.parametrize("odd", [NAN, 555.0, -3.0])
 def test_an_answer_without_a_possible_number_counts_as_the_best_constant(odd):
     given = [odd, *PREDICTED[1:]]
-    found = values(figures(truths_of(TRUTHS), answers_of(given), RANGE, CUTS))
-    replaced = values(figures(truths_of(TRUTHS), answers_of([44.0, *PREDICTED[1:]]), RANGE, CUTS))
+    found = values(figures(answers_of(TRUTHS, given), CUTS))
+    replaced = values(figures(answers_of(TRUTHS, [44.0, *PREDICTED[1:]]), CUTS))
     is_number = not math.isnan(odd)
     assert found["parse_rate"] == (1.0 if is_number else 7 / 8)
     assert found["out_of_range"] == (1 if is_number else 0)
     assert found["distinct_answers"] == (8 if is_number else 7)
     counts = ("parse_rate", "out_of_range", "distinct_answers")
     assert {k: v for k, v in found.items() if k not in counts} == {k: v for k, v in replaced.items() if k not in counts}
-    assert found["mae"] > values(figures(truths_of(TRUTHS[1:]), answers_of(PREDICTED[1:]), RANGE, CUTS))["mae"]
+    assert found["mae"] > values(figures(answers_of(TRUTHS[1:], PREDICTED[1:]), CUTS))["mae"]
 
 
 def test_a_cut_with_no_truth_on_one_side_is_left_out():
-    found = figures(truths_of(TRUTHS), answers_of(PREDICTED), RANGE, [10.0, 20.0, 20.5, 71.0, 72.0])
+    found = figures(answers_of(TRUTHS, PREDICTED), [10.0, 20.0, 20.5, 71.0, 72.0])
     assert [name for name in found if name.startswith("auc_")] == ["auc_20.5", "auc_71"]
 
 
 def test_a_truth_or_an_answer_at_a_cut_is_not_below_it():
     # Below 40 are the first truth and the third answer. Below 60 are all truths but the last.
-    truths, answers = truths_of([30.0, 40.0, 60.0]), answers_of([40.0, 45.0, 30.0])
-    found = values(figures(truths, answers, RANGE, [30.0, 40.0, 60.0]))
+    answers = answers_of([30.0, 40.0, 60.0], [40.0, 45.0, 30.0])
+    found = values(figures(answers, [30.0, 40.0, 60.0]))
     assert found["accuracy_40"] == pytest.approx(1 / 3) and found["mae_40"] == 10.0
     assert found["mae_60"] == 7.5 and "mae_30" not in found
 
 
 def test_the_ends_of_the_range_are_answers():
-    found = values(figures(truths_of([10.0, 50.0, 90.0]), answers_of([0.0, 100.1, 100.0]), RANGE, []))
+    found = values(figures(answers_of([10.0, 50.0, 90.0], [0.0, 100.1, 100.0]), []))
     assert found["out_of_range"] == 1 and found["mae"] == pytest.approx((10 + 0 + 10) / 3)
 
 
 def test_two_samples_are_enough_for_every_figure():
-    found = values(figures(truths_of([40.0, 60.0]), answers_of([41.0, 63.0]), RANGE, []))
+    found = values(figures(answers_of([40.0, 60.0], [41.0, 63.0]), []))
     assert found["r2"] == pytest.approx(1 - 10 / 200) and found["pearson"] == pytest.approx(1.0)
     assert found["limit_high"] == pytest.approx(2 + 1.96 * math.sqrt(2))
 
 
 def test_what_is_undefined_is_none_and_not_nan():
-    one = figures(truths_of([50.0]), answers_of([51.0]), RANGE, CUTS, num_resamples=10)
+    one = figures(answers_of([50.0], [51.0]), CUTS, num_resamples=10)
     undefined = [name for name, figure in one.items() if figure["value"] is None]
     assert undefined == ["r2", "pearson", "limit_low", "limit_high", "sd_ratio"]
-    same = figures(truths_of([50.0, 50.0]), answers_of([51.0, 49.0], [[NAN], [NAN]]), RANGE, CUTS, num_resamples=10)
+    same = figures(answers_of([50.0, 50.0], [51.0, 49.0], [[NAN], [NAN]]), CUTS, num_resamples=10)
     assert same["r2"]["value"] is None and same["sd_ratio"]["value"] is None and same["reward"]["value"] is None
     json.dumps([one, same], allow_nan=False)
 
@@ -161,7 +161,7 @@ def test_what_is_undefined_is_none_and_not_nan():
 def test_bounds_are_those_of_resampled_samples():
     """Each resample computed on its own; of samples with two answers, both go together."""
     numbers = np.stack([PREDICTED, np.array(PREDICTED)[::-1]], axis=1)
-    found = figures(truths_of(TRUTHS), answers_of(numbers), RANGE, [40.0], num_resamples=200)
+    found = figures(answers_of(TRUTHS, numbers), [40.0], num_resamples=200)
     picks = np.random.default_rng(0).integers(8, size=(8, 200)).T
     by_hand = {"mae": [], "r2": [], "auc_40": []}
     for pick in picks:
@@ -175,29 +175,30 @@ def test_bounds_are_those_of_resampled_samples():
         assert found[name]["low"] == pytest.approx(low, abs=1e-9), name
         assert found[name]["high"] == pytest.approx(high, abs=1e-9), name
         assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]
-    assert figures(truths_of(TRUTHS), answers_of(numbers), RANGE, [40.0], num_resamples=200) == found
+    assert figures(answers_of(TRUTHS, numbers), [40.0], num_resamples=200) == found
 
 
 def test_the_reward_of_a_constant_is_over_what_is_scored():
     """As the mean reward is: of the second constant only half is scored."""
     rewards = [[0.4] * 8, [1.0, NAN] * 4, [NAN] * 8]
-    assert values(figures(truths_of(TRUTHS, rewards), answers_of(PREDICTED), RANGE, CUTS))["zero_skill_reward"] == 1.0
-    nothing = figures(truths_of(TRUTHS, [[NAN] * 8]), answers_of(PREDICTED), RANGE, CUTS, num_resamples=5)
+    found = values(figures(answers_of(TRUTHS, PREDICTED, constant_rewards=rewards), CUTS))
+    assert found["zero_skill_reward"] == 1.0
+    answers = answers_of(TRUTHS, PREDICTED, constant_rewards=[[NAN] * 8])
+    nothing = figures(answers, CUTS, num_resamples=5)
     assert nothing["zero_skill_reward"] == {"value": None, "low": None, "high": None}
 
 
 def test_few_values_at_a_time_give_the_same_bounds(monkeypatch):
-    expected = figures(truths_of(TRUTHS), answers_of(PREDICTED), RANGE, CUTS, num_resamples=100)
+    expected = figures(answers_of(TRUTHS, PREDICTED), CUTS, num_resamples=100)
     monkeypatch.setattr("grpo.evaluate.metrics.BLOCK", 8 * 7)
-    assert figures(truths_of(TRUTHS), answers_of(PREDICTED), RANGE, CUTS, num_resamples=100) == expected
+    assert figures(answers_of(TRUTHS, PREDICTED), CUTS, num_resamples=100) == expected
 
 
 def test_of_several_answers_the_median_and_the_best():
-    answers = answers_of(
-        [[10, 20, 60], [NAN, 555, 40], [NAN, NAN, 101], [30, 34, NAN]], [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]]
-    )
-    assert median_answers(answers, RANGE).ravel().tolist() == pytest.approx([20, 40, NAN, 32], nan_ok=True)
-    best = best_answers(np.array([18.0, 90.0, 50.0, 40.0]), answers, RANGE)
+    numbers = [[10, 20, 60], [NAN, 555, 40], [NAN, NAN, 101], [30, 34, NAN]]
+    answers = answers_of([18.0, 90.0, 50.0, 40.0], numbers, [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]])
+    assert median_answers(answers).ravel().tolist() == pytest.approx([20, 40, NAN, 32], nan_ok=True)
+    best = best_answers(answers)
     assert best.numbers.ravel().tolist() == pytest.approx([20, 40, NAN, 34], nan_ok=True)
     assert best.rewards.ravel().tolist() == [2, 6, 7, 11]
 
