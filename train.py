@@ -184,10 +184,10 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     run = start(config, device, rollout_phase, update_phase)
     if run is None:
         return True
-    inputs, models, optimizer, tokens = run.inputs, run.models, run.optimizer, run.tokens
-    config, scorer, first = inputs.config, inputs.scorer, inputs.resume.step
+    config, scorer, tokens, first = run.config, run.scorer, run.tokens, run.resume.step
+    models, optimizer = run.models, run.optimizer
     heldout = HeldOut(run.heldout, scorer, config) if run.heldout else None
-    tracker = Tracker(config, run.total_steps, inputs.resume, inputs.zero_skill_reward)  # after all that may be refused
+    tracker = Tracker(config, run.total_steps, run.resume, run.zero_skill_reward)  # after all that may be refused
     save = partial(run.save, tracker)
 
     def evaluate(step: int) -> None:
@@ -209,7 +209,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
         else:
             rollouts = rollout_phase(models.sampling.sync(models.policy), prompts, tokens, config, step)
             clock.lap("rollout")
-            scored, records = reward_phase(rollouts, inputs.tokenizer, scorer, config, step)
+            scored, records = reward_phase(rollouts, tokens.tokenizer, scorer, config, step)
             clock.lap("reward")
 
         torch.manual_seed(hash((config.seed, step, dist.get_rank())) % 2**63)  # for dropout

@@ -259,7 +259,7 @@ def entry(**changes) -> dict:
         (["--metric_for_best_model", "eval/r2"], ["--metric_for_best_model", "--eval_data_path"]),
         (["--eval_data_path", "nowhere.json"], ["cannot read 'nowhere.json'"]),
         (["--eval_data_path", "{held}/twice.json"], ["twice.json", "the id 'a' occurs twice"]),
-        (["--eval_data_path", "{held}/words.json"], ["--eval_data_path", "words.json", "contains a number"]),
+        (["--eval_data_path", "{held}/words.json"], ["words.json", "contains a number"]),
         (["--eval_data_path", "{held}/words.json", "--eval_steps", "-1"], ["--eval_steps -1"]),
         (["--metric_for_best_model", "mae"], ["invalid choice: 'mae'", "eval/mae"]),
         (["--cuts", "40", "low"], ["--cuts: invalid float value: 'low'"]),

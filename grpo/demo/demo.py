@@ -25,9 +25,8 @@ from grpo.evaluate.report import number
 from grpo.model.layers import use_our_layers
 from grpo.model.random_model import TextSize, VisionSize, random_model
 from grpo.ranks import any_rank, broadcast_object, print_rank0, raise_together
-from grpo.run.inputs import check_scorer
 from grpo.run.lock import lock_folder
-from grpo.run.scoring import load_scorer
+from grpo.run.start import load_training_scorer
 
 # True answers are few, careless ones many, as where experts read few cases; `reward/RESULTS.md` has other numbers, too.
 NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 80, 192
@@ -102,7 +101,7 @@ def prepare(config: Config, train: Callable[[Config], bool]) -> Config | None:
     train: runs training, and returns False if a signal stopped it; then None is returned. A folder whose run has begun
     is only continued, and so is an interrupted warm start.
     """
-    check_scorer(raise_together(load_scorer, config, []), config)  # a mistake is known before anything is made
+    raise_together(load_training_scorer, config, [])  # a mistake is known before anything is made
     config = broadcast_object(raise_together(choose_folder, config))
     output = Path(config.output_dir)
     if not any_rank(dist.get_rank() == 0 and has_begun(output)):
