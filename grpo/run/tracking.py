@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import math
-import operator
 import os
 import resource
 import sys
@@ -22,10 +21,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.loader import Prompt
-from data.sample import InputError, first_line
+from data.sample import InputError
 from grpo.config import BestModelMetric, Config
 from grpo.ranks import print_rank0, raise_together
 from grpo.run import rollout_log
+from grpo.run.checkpoint import explained
 from grpo.run.records import GroupRecord, StepRecords, completion_lines, distributions, rollout_metrics
 from grpo.run.resume import ResumeState
 from grpo.run.show import completions_table, contact_sheet
@@ -53,23 +53,17 @@ LAYOUT = {
     },
 }
 
-# Tags of the layout that only sampling has, and only supervised training.
-OF_SAMPLING = ("reward", "zero_skill_reward", "frac_reward_zero_std", "completions/")
-OF_SUPERVISED = ("loss", "token_accuracy")
+# Charts of the layout that only sampling has, and only supervised training.
+OF_SAMPLING = ("completion length", "groups with equal rewards")
+OF_SUPERVISED = ("loss", "token accuracy")
 
-# By which the best model is chosen: how good a figure is, the higher the better.
-GOODNESS: dict[BestModelMetric, Callable[[float], float]] = {
-    "eval/mae": operator.neg,
-    "eval/median_error": operator.neg,
-    "eval/rmse": operator.neg,
-    "eval/bias": lambda bias: -abs(bias),
-    "eval/r2": operator.pos,
-    "eval/pearson": operator.pos,
-    "eval/ccc": operator.pos,
-    "eval/within_5": operator.pos,
-    "eval/reward": operator.pos,
-    "eval/parse_rate": operator.pos,
-}
+# Figures of which the least is the best, and of the bias the smallest; of all others the largest.
+ERRORS = ("eval/mae", "eval/median_error", "eval/rmse", "eval/bias")
+
+
+def goodness(metric: BestModelMetric, value: float) -> float:
+    """Say how good a figure of an evaluation is: the higher, the better."""
+    return -abs(value) if metric in ERRORS else value
 
 
 class Clock:
@@ -92,11 +86,11 @@ def summary(figures: dict[str, float]) -> str:
 
 
 def charts(is_supervised: bool) -> dict:
-    """Return the charts that have curves as TensorBoard wants them; it takes tags for regular expressions."""
+    """Return the charts of a run as TensorBoard wants them; it takes tags for regular expressions."""
     left_out, shown = OF_SAMPLING if is_supervised else OF_SUPERVISED, {}
     for group, titles in LAYOUT.items():
-        kept = {title: [f"^{tag}$" for tag in tags if not tag.startswith(left_out)] for title, tags in titles.items()}
-        shown[group] = {title: ["Multiline", patterns] for title, patterns in kept.items() if patterns}
+        kept = {title: [f"^{tag}$" for tag in tags] for title, tags in titles.items() if title not in left_out}
+        shown[group] = {title: ["Multiline", patterns] for title, patterns in kept.items()}
     return shown
 
 
@@ -114,7 +108,7 @@ class Tracker:
         self.writer, self.is_full = None, False
         # A contact sheet takes a tenth of a second and up to a megabyte: about a hundred per run.
         self.sheet_steps = config.logging_steps * math.ceil(total_steps / (100 * config.logging_steps))
-        raise_together(self.begin)
+        raise_together(self.begin if self.is_main else lambda: None)
         # TensorBoard hides what earlier files hold from this step on; at step 0 also what was evaluated there.
         first = resume.step + 1 if resume.step else 0
         self.write(lambda writer: writer.add_custom_scalars(charts(config.supervised)), first)
@@ -128,18 +122,12 @@ class Tracker:
 
     def begin(self) -> None:
         """On rank 0, write the flags and remove later completions; raise InputError if that fails."""
-        if not self.is_main:
-            return
-        try:
+        mend = ": make room, move a damaged rollouts.jsonl away, or name another --output_dir"
+        with explained(self.output, "continued", mend):
             unfinished = self.output / "config.json.unfinished"
             unfinished.write_text(json.dumps(dataclasses.asdict(self.config), indent=2))
             os.replace(unfinished, self.output / "config.json")
             rollout_log.truncate(self.output, self.start_step)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"--output_dir {self.config.output_dir!r} cannot be continued ({first_line(error)}): make room, move a "
-                "damaged rollouts.jsonl away, or name another folder"
-            ) from error
 
     def log(self, step: int, records: StepRecords, metrics: dict[str, float], clock: Clock, prompt: Prompt) -> None:
         """Count the finished step and keep its completions; at a logging step add to everything in TensorBoard.
@@ -152,9 +140,7 @@ class Tracker:
         metrics |= {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/step": seconds}
         metrics["run/tokens_per_second"] = records.num_tokens / seconds
         metrics["run/peak_memory_gb"] = peak_memory_gb()
-        counted = ["skipped_samples", "bad_steps"]
-        counted += ["shortened_prompts"] if self.config.on_long_prompt == "fewer_videos" else []
-        metrics |= {f"run/{name}": self.counts[name] for name in counted}
+        metrics |= {f"run/{name}": self.counts[name] for name in ("skipped_samples", "shortened_prompts", "bad_steps")}
         if self.zero_skill_reward is not None:
             metrics["zero_skill_reward"] = self.zero_skill_reward
         main = "loss" if self.config.supervised else "reward"
@@ -214,14 +200,13 @@ class Tracker:
         """Record an evaluation (`grpo.evaluate.heldout.Evaluation`); return True if its model is the best so far."""
         figures = {f"eval/{name}": value for name, value in evaluation.figures.items() if value is not None}
         metric = self.config.metric_for_best_model
-        goodness = GOODNESS[metric]
-        earlier = [e[metric] for e in self.evaluations if e["step"] == self.best_step and metric in e]
+        best = [one[metric] for one in self.evaluations if one["step"] == self.best_step]
         self.evaluations.append({"step": step} | figures)
         drawn = figures | {"time/eval": evaluation.seconds}
         self.write(lambda writer: add_evaluation(writer, step, drawn, evaluation.draw()), step)
         print_rank0(f"step {step}: held-out {summary(figures)}")
         is_candidate = step > 0 and metric in figures
-        return is_candidate and (not earlier or goodness(figures[metric]) > goodness(earlier[0]))
+        return is_candidate and all(goodness(metric, figures[metric]) > goodness(metric, value) for value in best)
 
     def state(self) -> dict:
         """Return what a checkpoint keeps of the records."""
