@@ -69,15 +69,15 @@ def reward_phase(
 ) -> tuple[list[ScoredRollout], StepRecords]:
     """Score the completions and compute their advantages; the records are those of all ranks."""
     texts = [tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True) for rollout in rollouts]
-    scores = score(scorer, rollouts, texts, step)
+    rewards, by_function = score(scorer, rollouts, texts, step)  # (B, G)
     is_padding = torch.tensor([rollout.prompt.is_padding for rollout in rollouts])
-    rewards = scores.rewards.masked_fill(is_padding[:, None], torch.nan)  # (B, G), nan where not scored
+    rewards = rewards.masked_fill(is_padding[:, None], torch.nan)  # (B, G), nan where not scored
     advantages = objective.group_advantages(rewards, config.scale_rewards, std_of_step(rewards))  # (B, G)
     scored, device, how = [], rollouts[0].logprobs.device, (config.mask_truncated_completions, config.beta)
     for rollout, own_rewards, own_advantages in zip(rollouts, rewards.to(device), advantages.to(device), strict=True):
         mask = objective.loss_mask(rollout.completion_mask, own_rewards, rollout.is_stopped, *how)
         scored.append(ScoredRollout(rollout, own_advantages, mask))
-    return scored, gather_records(rollouts, group_records(scored, texts, scores))
+    return scored, gather_records(rollouts, group_records(scored, texts, rewards, by_function))
 
 
 def supervised_phase(prompts: list[Prompt], tokens: SpecialTokens) -> tuple[list[ScoredRollout], StepRecords]:

@@ -21,8 +21,9 @@ def completions_table(groups: list, num_prompts: int) -> str:
     """Write the best, middle and worst completion of the first prompts as Markdown; groups: of `GroupRecord`."""
     lines = ["| prompt | truth | completion | number | reward | advantage |", "|---|---|---|---|---|---|"]
     for group in groups[:num_prompts]:
+        question, truth = group.sample.question, group.sample.answer
         for i in bands(group.rewards):
-            texts = map(table_cell, (group.question, group.truth, group.texts[i], number_text(group.numbers[i])))
+            texts = map(table_cell, (question, truth, group.texts[i], number_text(group.numbers[i])))
             lines.append(f"| {' | '.join(texts)} | {group.rewards[i]:.3f} | {group.advantages[i]:+.3f} |")
     return "\n".join(lines)
 
