@@ -122,31 +122,28 @@ def rollout_metrics(groups: list[GroupRecord]) -> dict[str, float]:
 
 def completion_lines(step: int, groups: list[GroupRecord]) -> list[dict]:
     """Describe every completion of a step, for rollouts.jsonl."""
-    lines = []
-    for group in groups:
-        for i, (text, number) in enumerate(zip(group.texts, group.numbers, strict=True)):
-            rewards = {name: values[i].item() for name, values in group.rewards_by_function.items()}
-            lines.append(
-                {
-                    "step": step,
-                    "sample_id": group.sample.id,
-                    "truth": group.sample.answer,
-                    "media": [media.name for media in group.sample.media],
-                    "text": text,
-                    "number": number,
-                    "reward": finite_or_none(group.rewards[i].item()),
-                    "rewards": {name: finite_or_none(reward) for name, reward in rewards.items()},
-                    "advantage": finite_or_none(group.advantages[i].item()),
-                    "length": int(group.lengths[i]),
-                    "is_stopped": bool(group.is_stopped[i]),
-                }
-            )
-    return lines
+    return [
+        {
+            "step": step,
+            "sample_id": group.sample.id,
+            "truth": group.sample.answer,
+            "media": [media.name for media in group.sample.media],
+            "text": group.texts[i],
+            "number": group.numbers[i],
+            "reward": finite_or_none(group.rewards[i]),
+            "rewards": {name: finite_or_none(values[i]) for name, values in group.rewards_by_function.items()},
+            "advantage": finite_or_none(group.advantages[i]),
+            "length": int(group.lengths[i]),
+            "is_stopped": bool(group.is_stopped[i]),
+        }
+        for group in groups
+        for i in range(len(group.texts))
+    ]
 
 
-def finite_or_none(value: float) -> float | None:
-    """Return None in place of nan and infinity, which JSON does not have."""
-    return value if math.isfinite(value) else None
+def finite_or_none(value: float | Tensor) -> float | None:
+    """Return a number, or None in place of nan and infinity, which JSON does not have."""
+    return float(value) if math.isfinite(value) else None
 
 
 def distributions(groups: list[GroupRecord]) -> dict[str, np.ndarray]:
