@@ -15,6 +15,7 @@ and is not done again: the same command continues where it was interrupted, on a
 import dataclasses
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,12 +33,13 @@ from data.flags import parse_flags
 from data.sample import InputError
 from grpo.config import DEMO_DEFAULTS, Config, DemoTask, parse_config
 from grpo.demo import demo
-from grpo.demo.compare_table import FIGURES, tables, write_results
+from grpo.demo.compare_table import FIGURES, tables
 from grpo.demo.synthetic_echo import write_samples
 from reward.flags import POSITIVE, Bounds, flag
 
 ROOT = Path(__file__).parents[2]
 RECORDS, RESULTS = ROOT / "reward" / "results.jsonl", ROOT / "reward" / "RESULTS.md"
+BY_HAND = "## What the tables say"  # from this heading on, the results are written by hand and kept
 NUM_TEST = 768  # hearts on which models are compared: on 192 the difference of two is uncertain by half a point
 EVALUATIONS = 10  # of each run, on the demo's held-out hearts
 RATES = (3e-4, 1e-3, 3e-3)  # of supervised training
@@ -174,12 +177,8 @@ def do(run: Run) -> None:
 
 def best_rate(compare: CompareConfig, task: DemoTask) -> str:
     """Return the row of supervised training whose best evaluation on the first seed was best."""
-
-    def validation_mae(row: str) -> float:
-        found = records_of(run_of(compare, task, compare.seeds[0], row))
-        return min(one["validation_mae"] for one in found if one["when"] == "best")
-
-    return min(SUPERVISED_ROWS, key=validation_mae)
+    found = [one for row in SUPERVISED_ROWS for one in records_of(run_of(compare, task, compare.seeds[0], row))]
+    return min((one for one in found if one["when"] == "best"), key=itemgetter("validation_mae"))["row"]
 
 
 def stages(compare: CompareConfig) -> Iterator[list[Run]]:
@@ -204,7 +203,14 @@ def write(compare: CompareConfig, argv: list[str], is_complete: bool) -> None:
     """Write reward/RESULTS.md of what is done."""
     where = product(compare.tasks, [BEFORE, *SUPERVISED_ROWS, *GRPO_ROWS], [*compare.seeds, *compare.new_seeds])
     found = [records_of(run_of(compare, task, seed, row)) for task, row, seed in where]
-    conditions = [
+    command = " ".join(["python -m grpo.demo.compare", *argv])
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    lines = [
+        "# Which reward teaches best",
+        "",
+        f"`{command}`, {time.strftime('%Y-%m-%d')}, on {machine}; each run on",
+        "one core. Every model that was judged is a line of [`results.jsonl`](results.jsonl).",
+        "",
         f"GRPO: {compare.steps} steps of the demo's settings, with the reward of its row. Supervised: cross-entropy on",
         f"the true answers, from the same warm start, {compare.supervised_steps} steps, with the learning rate whose",
         f"best evaluation on seed {compare.seeds[0]} was best. Last: after the last step. Best: after the step with",
@@ -212,11 +218,13 @@ def write(compare: CompareConfig, argv: list[str], is_complete: bool) -> None:
         "",
         f"{demo.NUM_TRAIN} hearts to train on, greedy answers on {NUM_TEST} others; errors in points; mean ± standard",
         "deviation over seeds.",
+        "",
     ]
     if not is_complete:
-        conditions += ["", f"{sum(map(bool, found))} runs are done; the same command continues with the others."]
-    text = tables([one for records in found for one in records], compare.seeds, compare.new_seeds)
-    write_results(RESULTS, " ".join(["python -m grpo.demo.compare", *argv]), conditions, text)
+        lines += [f"{sum(map(bool, found))} runs are done; the same command continues with the others.", ""]
+    lines += tables([one for records in found for one in records], compare.seeds, compare.new_seeds)
+    by_hand = RESULTS.read_text().partition(BY_HAND)[2] if RESULTS.exists() else ""
+    RESULTS.write_text("\n".join([*lines, BY_HAND]) + (by_hand or "\n"))
 
 
 def main(argv: list[str]) -> int:

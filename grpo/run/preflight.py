@@ -56,26 +56,32 @@ def with_trial_advantages(rollouts: list[Rollout]) -> list[ScoredRollout]:
 
 
 def trial_step(run, prompt: Prompt, rollout_phase: Callable, update_phase: Callable) -> None:
-    """Do a step with copies of a prompt, full length and made-up advantages, and answer as many as an evaluation."""
+    """Do a step with copies of a prompt, full length and made-up advantages, and answer as many as an evaluation.
+
+    An optimizer of its own, with a learning rate of 0, leaves the weights as they are.
+    """
     models, config, tokens = run.models, run.config, run.tokens.without_eos()
+    optimizer = type(run.optimizer)([group | {"lr": 0.0} for group in run.optimizer.param_groups])
+    init_optimizer_state(optimizer)
     prompts, model = [prompt] * config.per_device_train_batch_size, models.sampling.sync(models.policy)
     if config.supervised:
         rollouts = true_answers(prompts, tokens)
     else:
         rollouts = rollout_phase(model, prompts, tokens, config, step=0)
-    update_phase(models, run.optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
+    update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
     if run.heldout:
         together = [prompt] * config.per_device_eval_batch_size
         generate(model, together, tokens, SamplingParams.of(config, 1, temperature=1.0))
+    optimizer.zero_grad()
 
 
 def memory_preflight(run, rollout_phase: Callable, update_phase: Callable) -> str:
     """Try a step on copies of the longest prompt, change nothing, and return a line about its peak memory.
 
-    run: a `grpo.run.start.Run` whose optimizer has not stepped yet. Out of memory, it raises InputError; with several
+    run: a `grpo.run.start.Run` whose optimizer has no state yet. Out of memory, it raises InputError; with several
     ranks it ends this rank.
     """
-    config, optimizer = run.config, run.optimizer
+    config = run.config
     candidates = [(*longest_prompt(one, config.supervised), one) for one in (run.dataset, run.heldout) if one]
     _, index, dataset = max(candidates, key=itemgetter(0))
     (prompt,) = raise_together(checked, [dataset[BatchItem(0, index)]])
@@ -86,11 +92,7 @@ def memory_preflight(run, rollout_phase: Callable, update_phase: Callable) -> st
         f"{'its true answer' if config.supervised else sampled}, "
         f"{config.per_device_train_batch_size} such prompts at a time)"
     )
-    learning_rates = [group["lr"] for group in optimizer.param_groups]
     try:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        init_optimizer_state(optimizer)
         trial_step(run, prompt, rollout_phase, update_phase)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -103,10 +105,6 @@ def memory_preflight(run, rollout_phase: Callable, update_phase: Callable) -> st
         if dist.get_world_size() == 1:
             raise InputError(line) from error
         abort_rank(f"train.py: error: rank {dist.get_rank()}: {line}")  # the other ranks may have enough memory
-    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
-        group["lr"] = learning_rate
-    optimizer.zero_grad()
-    optimizer.state.clear()  # steps with a learning rate of 0 have left the weights as they were
     peaks = all_gather_object(peak_memory_gb())
     by_rank = ", ".join(f"{peak:.1f}" for peak in peaks)
     return f"memory: about {max(peaks):.1f} GB in a trial step on {what}; by rank: {by_rank}"

@@ -13,7 +13,7 @@ from data.prompt import load_tokenizer
 from data.sample import InputError
 from grpo.config import Config
 from grpo.model.load import ModelFiles, SpecialTokens, load_model, processor_files, special_tokens
-from grpo.model.lora import gather_adapter, layers_to_adapt
+from grpo.model.lora import gather_adapter
 from grpo.model.optimizer import components_table, make_optimizer
 from grpo.model.sharding import Models, build_models
 from grpo.ranks import broadcast_object, print_rank0, raise_together
@@ -92,10 +92,8 @@ def start(config: Config, device: torch.device, rollout_phase: Callable, update_
     constant = raise_together(
         lambda: is_wanted and zero_skill(scorer.functions, data.samples, data.truths, scorer.keys)
     )
-    initial = raise_together(load_initial_model, config)
+    models = build_models(raise_together(load_initial_model, config), config, device)
     raise_together(take_folders, config)
-    models = build_models(initial, config, device)
-    del initial  # free the copy on rank 0
     optimizer, schedule = make_optimizer(models.policy, config, total_steps)
 
     def dataset(samples, is_training: bool) -> PromptDataset:
@@ -162,9 +160,4 @@ def take_folders(config: Config) -> None:
 
 def load_initial_model(config: Config):
     """Load the model on rank 0, which hands it to the others (`build_models`); None on these. Raises InputError."""
-    if dist.get_rank() != 0:
-        return None
-    model = load_model(config.model_id)
-    if config.lora_enable:
-        layers_to_adapt(model, config)  # raises InputError if there are none
-    return model
+    return load_model(config.model_id) if dist.get_rank() == 0 else None

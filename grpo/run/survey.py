@@ -4,7 +4,6 @@
 """
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -15,7 +14,7 @@ from data.dataset import Samples, add_id
 from data.loader import cores_per_rank, load_ahead
 from data.prompt import encode_answer
 from data.sample import InputError, Sample, with_system_prompt
-from data.video_cap import Choose, cap_videos, choice_of, varies
+from data.video_cap import cap_videos, choice_of, varies
 from grpo.ranks import all_gather_object, print_rank0
 from reward.extract import extract_number
 from reward.functions import RewardFunction
@@ -33,16 +32,6 @@ class Survey:
     truths: np.ndarray  # (n,) the numbers in their answers, nan where there is none
     keys: list[str]  # of the samples' own data
     fingerprint: list[str]  # SHA-256 of the bytes of each file
-
-
-def as_seen(sample: Sample, config, choose: Choose, is_training: bool) -> Sample:
-    """Cap the videos and images of a sample, and put the system prompt before its conversation.
-
-    Where training sees other videos of it in each turn, a training sample keeps all.
-    """
-    max_videos = 0 if is_training and varies(config.video_cap) else config.max_videos
-    capped = cap_videos(sample, max_videos, config.max_images, choose)
-    return with_system_prompt(capped, config.system_prompt)
 
 
 class Facts(Dataset):
@@ -90,9 +79,15 @@ def survey(paths: list[str], config, is_training: bool = False, tokenizer=None) 
         num_cut += is_cut
         lengths.append(length)
     samples.refuse_missing(missing)
-    samples.prepare = partial(as_seen, config=config, choose=choose, is_training=is_training)
+    is_varied = is_training and varies(config.video_cap)  # training sees other videos of a sample in each turn
+
+    def as_seen(sample: Sample) -> Sample:
+        capped = cap_videos(sample, 0 if is_varied else config.max_videos, config.max_images, choose)
+        return with_system_prompt(capped, config.system_prompt)
+
+    samples.prepare = as_seen
     if num_cut:
-        each = " of each epoch" if is_training and varies(config.video_cap) else ""
+        each = " of each epoch" if is_varied else ""
         print_rank0(
             f"{names}: {num_cut} samples have more than --max_videos {config.max_videos} videos or "
             f"--max_images {config.max_images} images: the rest is left out{each}"

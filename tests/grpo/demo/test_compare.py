@@ -10,6 +10,7 @@ from data.sample import InputError
 from grpo.demo import compare
 from grpo.demo.compare import (
     BEFORE,
+    BY_HAND,
     OWN,
     CompareConfig,
     Run,
@@ -20,7 +21,7 @@ from grpo.demo.compare import (
     run_of,
     write,
 )
-from grpo.demo.compare_table import BY_HAND, FIGURES
+from grpo.demo.compare_table import FIGURES
 from grpo.evaluate import __main__ as evaluate
 
 RATE = next(iter(compare.SUPERVISED_ROWS))
