@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data.flags import parse_flags
 from data.sample import InputError
-from grpo.config import DEMO_DEFAULTS, Config, DemoTask, parse_config
+from grpo.config import DEMO_DEFAULTS, Config, DemoTask
 from grpo.demo import demo
 from grpo.demo.compare_table import FIGURES, tables
 from grpo.demo.synthetic_echo import write_samples
@@ -79,12 +79,6 @@ class CompareConfig:
     jobs: int = flag(os.cpu_count(), "runs side by side, each on one core", POSITIVE)
 
 
-@cache
-def demo_config() -> Config:
-    """Return the flags of the demo, for one core that nobody watches."""
-    return parse_config("--demo --dataloader_num_workers 0 --logging_steps 10".split())
-
-
 @dataclass
 class Run:
     """A model that is trained."""
@@ -107,7 +101,8 @@ def run_of(compare: CompareConfig, task: DemoTask, seed: int, row: str) -> Run:
     """Return a run with its flags."""
     place = Path(compare.output_dir, task, f"seed-{seed}").absolute()
     own = {"demo_task": task, "seed": seed, "output_dir": str(place), "frame_cache": str(place / "frames")}
-    of_demo = dataclasses.replace(demo_config(), **own)
+    own |= {"dataloader_num_workers": 0, "logging_steps": 10}  # for one core that nobody watches
+    of_demo = Config(**DEMO_DEFAULTS | own)
     config, grpo = demo.flags_of_warm_start(of_demo), demo.flags_of_grpo(of_demo)
     if row == BEFORE:
         return Run(task, seed, row, config)

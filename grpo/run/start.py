@@ -78,13 +78,9 @@ def start(config: Config, device: torch.device, rollout_phase: Callable, update_
     check_same_on_all_ranks(*found, functions=scorer.functions)
     epochs = Epochs(data.samples.sizes, config.seed, config.data_weights)
     total_steps = count_steps(config, len(epochs))
-
-    def find_start() -> ResumeState:
-        if os.path.isdir(config.output_dir):
-            take_folders(config)  # what is in it does not change from here on
-        return find_resume_state(config, epochs, data, heldout, scorer)
-
-    resume = broadcast_object(raise_together(find_start))
+    if broadcast_object(os.path.isdir(config.output_dir)):
+        raise_together(take_folders, config)  # what is in it does not change from here on
+    resume = broadcast_object(raise_together(find_resume_state, config, epochs, data, heldout, scorer))
     if resume.is_complete:
         print_rank0(*resume.messages)
         return None
@@ -95,17 +91,13 @@ def start(config: Config, device: torch.device, rollout_phase: Callable, update_
     models = build_models(raise_together(load_initial_model, config), config, device)
     raise_together(take_folders, config)
     optimizer, schedule = make_optimizer(models.policy, config, total_steps)
-
-    def dataset(samples, is_training: bool) -> PromptDataset:
-        tokens_per_second = models.policy.config.vision_config.tokens_per_second
-        return PromptDataset(samples, tokenizer, tokens_per_second, prompt_options(config, is_training))
-
+    read_by = tokenizer, models.policy.config.vision_config.tokens_per_second
     run = Run(
         config=config,
         epochs=epochs,
         total_steps=total_steps,
-        dataset=dataset(data.samples, True),
-        heldout=dataset(heldout.samples, False) if heldout else None,
+        dataset=PromptDataset(data.samples, *read_by, prompt_options(config, is_training=True)),
+        heldout=PromptDataset(heldout.samples, *read_by, prompt_options(config)) if heldout else None,
         scorer=scorer,
         zero_skill_reward=constant.reward if constant else None,
         tokens=special_tokens(models.policy, tokenizer, device),

@@ -20,8 +20,8 @@ from reward.extract import extract_number
 from reward.functions import RewardFunction
 
 PART = 1000  # samples that a process reads at a time
-MANY = 20_000  # samples for which it pays to start processes: to see whether files are there takes a network disk long
 MOST_PROCESSES = 16
+MANY = 20_000  # samples for which it pays to start processes: to see whether files are there takes a network disk long
 
 
 @dataclass
@@ -34,12 +34,13 @@ class Survey:
     fingerprint: list[str]  # SHA-256 of the bytes of each file
 
 
+@dataclass
 class Facts(Dataset):
     """What a run must know of each sample, or what is wrong with it."""
 
-    def __init__(self, samples: Samples, config, tokenizer):
-        """tokenizer: to count the tokens of the answers, which are then checked as texts to train on; or None."""
-        self.samples, self.config, self.tokenizer = samples, config, tokenizer
+    samples: Samples
+    config: object
+    tokenizer: object | None  # to count the tokens of the answers, which are then checked as texts to train on
 
     def __getitem__(self, index: int) -> tuple[str, float | None, list[str], list[str], bool, int] | InputError:
         """Return id, truth, own keys, missing files, whether it is capped, and the length of the answer."""
@@ -59,12 +60,11 @@ def survey(paths: list[str], config, is_training: bool = False, tokenizer=None) 
     """Read and check all samples of some files; raise InputError, also if there is no true number to evaluate.
 
     Prints lines: if videos are left out, if truths are outside the range, and, where the true answers are trained on
-    (tokenizer), if some are longer than sampled ones may be. Of many samples, each core that this rank has reads a
-    part.
+    (tokenizer), if some are longer than sampled ones may be. Of many samples, each core of this rank reads a part.
     """
     choose, samples, names = choice_of(config.video_cap), Samples(paths, config.image_folder), repr(" ".join(paths))
-    is_large = len(samples) >= MANY and config.dataloader_num_workers != 0
     parts = (range(first, min(first + PART, len(samples))) for first in range(0, len(samples), PART))
+    is_large = len(samples) >= MANY and config.dataloader_num_workers != 0
     workers = min(cores_per_rank(), MOST_PROCESSES) * is_large
     ids, truths, keys, missing, num_cut, lengths = {}, [], {}, {}, 0, []
     for facts in chain.from_iterable(load_ahead(Facts(samples, config, tokenizer), parts, workers)):

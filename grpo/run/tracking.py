@@ -34,6 +34,7 @@ ZERO_STD_STEPS = 20  # warn after this many steps in a row in which nearly all g
 
 # Figures of an evaluation that are no curves: constants, and what its pictures show.
 NOT_DRAWN = ("eval/n", "eval/limit_", "eval/accuracy_", "eval/zero_skill_answer")
+MAIN_FIGURES = ("reward", "mae", "r2", "ccc", "bias", "parse_rate")  # those of an evaluation that are printed
 
 # Of TensorBoard's tab "Custom Scalars": what to look at first, several curves in a chart.
 LAYOUT = {
@@ -78,13 +79,6 @@ class Clock:
         self.seconds[name], self.last = now - self.last, now
 
 
-def summary(figures: dict[str, float]) -> str:
-    """Write the main figures of an evaluation in a line; those that are undefined are left out."""
-    shown = {"reward": ".3f", "mae": ".2f", "r2": ".2f", "ccc": ".2f", "bias": "+.2f", "parse_rate": ".0%"}
-    there = {name: figures[f"eval/{name}"] for name in shown if f"eval/{name}" in figures}
-    return ", ".join(f"{name} {value:{shown[name]}}" for name, value in there.items())
-
-
 def charts(is_supervised: bool) -> dict:
     """Return the charts of a run as TensorBoard wants them; it takes tags for regular expressions."""
     left_out, shown = OF_SAMPLING if is_supervised else OF_SUPERVISED, {}
@@ -103,7 +97,8 @@ class Tracker:
         zero_skill_reward: the best mean reward of a constant answer to the training samples, drawn beside the reward.
         """
         self.config, self.output, self.is_main = config, Path(config.output_dir), dist.get_rank() == 0
-        self.zero_skill_reward, self.start_step, self.counts = zero_skill_reward, resume.step, Counter(resume.counts)
+        self.constants = {} if zero_skill_reward is None else {"zero_skill_reward": zero_skill_reward}
+        self.start_step, self.counts = resume.step, Counter(resume.counts)
         self.evaluations, self.best_step = list(resume.evaluations), resume.best_step
         self.writer, self.is_full = None, False
         # A contact sheet takes a tenth of a second and up to a megabyte: about a hundred per run.
@@ -135,14 +130,12 @@ class Tracker:
         records: of all ranks; prompt: this rank's first. Raises InputError after too many bad steps, on all ranks.
         """
         seconds = sum(clock.seconds.values())
-        metrics = rollout_metrics(records.groups) | metrics
+        metrics = rollout_metrics(records.groups) | metrics | self.constants
         self.count(step, records, metrics)
         metrics |= {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/step": seconds}
         metrics["run/tokens_per_second"] = records.num_tokens / seconds
         metrics["run/peak_memory_gb"] = peak_memory_gb()
         metrics |= {f"run/{name}": self.counts[name] for name in ("skipped_samples", "shortened_prompts", "bad_steps")}
-        if self.zero_skill_reward is not None:
-            metrics["zero_skill_reward"] = self.zero_skill_reward
         main = "loss" if self.config.supervised else "reward"
         self.bar.set_postfix_str(f"{main} {metrics.get(main, math.nan):.3f}, {seconds:.2f} s/step", refresh=False)
         self.bar.update()
@@ -202,9 +195,18 @@ class Tracker:
         metric = self.config.metric_for_best_model
         best = [one[metric] for one in self.evaluations if one["step"] == self.best_step]
         self.evaluations.append({"step": step} | figures)
-        drawn = figures | {"time/eval": evaluation.seconds}
-        self.write(lambda writer: add_evaluation(writer, step, drawn, evaluation.draw()), step)
-        print_rank0(f"step {step}: held-out {summary(figures)}")
+
+        def add(writer: SummaryWriter) -> None:
+            for name, value in (figures | {"time/eval": evaluation.seconds}).items():
+                if not name.startswith(NOT_DRAWN):
+                    writer.add_scalar(name, value, step)
+            for name, data in evaluation.draw().items():  # PNG
+                pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+                writer.add_image(f"eval/{name}", pixels, step, dataformats="HWC")
+
+        self.write(add, step)
+        main = [(name, figures[f"eval/{name}"]) for name in MAIN_FIGURES if f"eval/{name}" in figures]
+        print_rank0(f"step {step}: held-out " + ", ".join(f"{name} {value:.3f}" for name, value in main))
         is_candidate = step > 0 and metric in figures
         return is_candidate and all(goodness(metric, figures[metric]) > goodness(metric, value) for value in best)
 
@@ -243,16 +245,6 @@ class Tracker:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
-
-
-def add_evaluation(writer: SummaryWriter, step: int, figures: dict[str, float], pictures: dict[str, bytes]) -> None:
-    """Write the figures of an evaluation that are curves, and its pictures (PNG)."""
-    for name, value in figures.items():
-        if not name.startswith(NOT_DRAWN):
-            writer.add_scalar(name, value, step)
-    for name, data in pictures.items():
-        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        writer.add_image(f"eval/{name}", pixels, step, dataformats="HWC")
 
 
 def peak_memory_gb() -> float:
