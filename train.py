@@ -69,15 +69,15 @@ def reward_phase(
 ) -> tuple[list[ScoredRollout], StepRecords]:
     """Score the completions and compute their advantages; the records are those of all ranks."""
     texts = [tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True) for rollout in rollouts]
-    scores = score(scorer, rollouts, texts, step)
+    rewards, by_function = score(scorer, rollouts, texts, step)  # (B, G)
     is_padding = torch.tensor([rollout.prompt.is_padding for rollout in rollouts])
-    rewards = scores.rewards.masked_fill(is_padding[:, None], torch.nan)  # (B, G), nan where not scored
+    rewards = rewards.masked_fill(is_padding[:, None], torch.nan)  # (B, G), nan where not scored
     advantages = objective.group_advantages(rewards, config.scale_rewards, std_of_step(rewards))  # (B, G)
     scored, device, how = [], rollouts[0].logprobs.device, (config.mask_truncated_completions, config.beta)
     for rollout, own_rewards, own_advantages in zip(rollouts, rewards.to(device), advantages.to(device), strict=True):
         mask = objective.loss_mask(rollout.completion_mask, own_rewards, rollout.is_stopped, *how)
         scored.append(ScoredRollout(rollout, own_advantages, mask))
-    return scored, gather_records(rollouts, group_records(scored, texts, scores))
+    return scored, gather_records(rollouts, group_records(scored, texts, rewards, by_function))
 
 
 def supervised_phase(prompts: list[Prompt], tokens: SpecialTokens) -> tuple[list[ScoredRollout], StepRecords]:
@@ -184,10 +184,10 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
     run = start(config, device, rollout_phase, update_phase)
     if run is None:
         return True
-    inputs, models, optimizer, tokens = run.inputs, run.models, run.optimizer, run.tokens
-    config, scorer, first = inputs.config, inputs.scorer, inputs.resume.step
+    config, scorer, tokens, first = run.config, run.scorer, run.tokens, run.resume.step
+    models, optimizer = run.models, run.optimizer
     heldout = HeldOut(run.heldout, scorer, config) if run.heldout else None
-    tracker = Tracker(config, run.total_steps, inputs.resume, inputs.zero_skill_reward)  # after all that may be refused
+    tracker = Tracker(config, run.total_steps, run.resume, run.zero_skill_reward)  # after all that may be refused
     save = partial(run.save, tracker)
 
     def evaluate(step: int) -> None:
@@ -209,7 +209,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> bool:
         else:
             rollouts = rollout_phase(models.sampling.sync(models.policy), prompts, tokens, config, step)
             clock.lap("rollout")
-            scored, records = reward_phase(rollouts, inputs.tokenizer, scorer, config, step)
+            scored, records = reward_phase(rollouts, tokens.tokenizer, scorer, config, step)
             clock.lap("reward")
 
         torch.manual_seed(hash((config.seed, step, dist.get_rank())) % 2**63)  # for dropout

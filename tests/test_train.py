@@ -25,7 +25,7 @@ TAGS = """
     completions/mean_length completions/min_length completions/max_length completions/clipped_ratio loss entropy
     sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max grad_norm learning_rate time/rollout
     time/reward time/update time/data time/step completions/unscored run/tokens_per_second run/peak_memory_gb
-    run/skipped_samples run/bad_steps
+    run/skipped_samples run/shortened_prompts run/bad_steps
 """.split()
 
 

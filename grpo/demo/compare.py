@@ -15,27 +15,31 @@ and is not done again: the same command continues where it was interrupted, on a
 import dataclasses
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data.flags import parse_flags
 from data.sample import InputError
-from grpo.config import DEMO_DEFAULTS, Config, DemoTask, parse_config
+from grpo.config import DEMO_DEFAULTS, Config, DemoTask
 from grpo.demo import demo
-from grpo.demo.compare_table import FIGURES, tables, write_results
+from grpo.demo.compare_table import FIGURES, tables
 from grpo.demo.synthetic_echo import write_samples
 from reward.flags import POSITIVE, Bounds, flag
 
 ROOT = Path(__file__).parents[2]
 RECORDS, RESULTS = ROOT / "reward" / "results.jsonl", ROOT / "reward" / "RESULTS.md"
+BY_HAND = "## What the tables say"  # from this heading on, the results are written by hand and kept
 NUM_TEST = 768  # hearts on which models are compared: on 192 the difference of two is uncertain by half a point
 EVALUATIONS = 10  # of each run, on the demo's held-out hearts
 RATES = (3e-4, 1e-3, 3e-3)  # of supervised training
@@ -51,14 +55,10 @@ GRPO_ROWS = {
     "GRPO, smooth, not scaled": {"scale_rewards": "none"},
 }
 SUPERVISED_ROWS = {f"supervised, {rate:g}": {"learning_rate": rate} for rate in RATES}
-# Flags that decide nothing, or say where something lies.
+# What decides a result: of the demo's start, and all flags but those that say where something lies.
+START = ("NUM_CARELESS", "NUM_TRAIN", "WARM_START_STEPS", "SUPERVISED")
 NOT_DECISIVE = {"model_id", *(field.name for field in dataclasses.fields(Config) if field.metadata["may_change"])}
 NOT_DECISIVE -= {"max_steps", "eval_steps"}
-
-
-def are_tasks(tasks: list[str]) -> bool:
-    """Say whether these are tasks of the demo, each named once."""
-    return len(set(tasks)) == len(tasks) and set(tasks) <= set(DemoTask.__args__)
 
 
 @dataclass
@@ -67,7 +67,11 @@ class CompareConfig:
 
     heading = "runs"
     output_dir: str = flag("output/compare", "folder for the models of all runs")
-    tasks: list[str] = flag(["easy", "hard"], "tasks of the demo", Bounds(are_tasks, "name easy, hard, or both"))
+    tasks: list[str] = flag(
+        ["easy", "hard"],
+        "tasks of the demo",
+        Bounds(lambda tasks: sorted(tasks) in (["easy"], ["hard"], ["easy", "hard"]), "name easy, hard, or both"),
+    )
     seeds: list[int] = flag([0, 1, 2], "seeds on which all rows are compared", Bounds(bool, "name a seed"))
     new_seeds: list[int] = flag([10, 11, 12], "seeds for the demo's own settings and supervised training alone")
     steps: int = flag(DEMO_DEFAULTS["max_steps"], "steps of GRPO", POSITIVE)
@@ -75,54 +79,52 @@ class CompareConfig:
     jobs: int = flag(os.cpu_count(), "runs side by side, each on one core", POSITIVE)
 
 
-@cache
-def demo_config() -> Config:
-    """Return the flags of the demo, for one core that nobody watches."""
-    return parse_config("--demo --dataloader_num_workers 0 --logging_steps 10".split())
-
-
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """A model that is trained."""
 
     task: DemoTask
     seed: int
     row: str  # of the table
+    config: Config  # its flags of train.py
 
-    def flags(self, compare: CompareConfig) -> Config:
-        """Return its flags of train.py."""
-        place = Path(compare.output_dir, self.task, f"seed-{self.seed}").absolute()
-        own = {"demo_task": self.task, "seed": self.seed, "output_dir": str(place)}
-        config = dataclasses.replace(demo_config(), frame_cache=str(place / "frames"), **own)
-        warm_start, grpo = demo.flags_of_warm_start(config), demo.flags_of_grpo(config)
-        if self.row == BEFORE:
-            return warm_start
-        how = {"output_dir": str(place / self.row.replace(" ", "_")), "resume_from_checkpoint": "auto"}
-        if self.row in SUPERVISED_ROWS:
-            config, steps, own = warm_start, compare.supervised_steps, SUPERVISED_ROWS[self.row]
-            how |= {name: getattr(grpo, name) for name in ("model_id", "data_path", "eval_data_path")}
-        else:
-            config, steps, own = grpo, compare.steps, GRPO_ROWS[self.row]
-        how |= {"max_steps": steps, "eval_steps": max(1, steps // EVALUATIONS), "eval_on_start": False}
-        return dataclasses.replace(config, **how, **own)
-
-    def settings(self, compare: CompareConfig) -> dict:
-        """Return what decides its result, beside task and seed."""
-        flags = vars(self.flags(compare))
-        start = {name: getattr(demo, name) for name in ("NUM_CARELESS", "NUM_TRAIN", "WARM_START_STEPS", "SUPERVISED")}
-        return start | {name: flags[name] for name in sorted(flags.keys() - NOT_DECISIVE)}
+    @property
+    def key(self) -> dict:
+        """What decides its result: a part of its records."""
+        flags = vars(self.config)
+        settings = {name: getattr(demo, name) for name in START}
+        settings |= {name: flags[name] for name in sorted(flags.keys() - NOT_DECISIVE)}
+        return {"task": self.task, "seed": self.seed, "row": self.row, "settings": settings}
 
 
-def records_of(run: Run, compare: CompareConfig) -> list[dict]:
+def run_of(compare: CompareConfig, task: DemoTask, seed: int, row: str) -> Run:
+    """Return a run with its flags."""
+    place = Path(compare.output_dir, task, f"seed-{seed}").absolute()
+    own = {"demo_task": task, "seed": seed, "output_dir": str(place), "frame_cache": str(place / "frames")}
+    own |= {"dataloader_num_workers": 0, "logging_steps": 10}  # for one core that nobody watches
+    of_demo = Config(**DEMO_DEFAULTS | own)
+    config, grpo = demo.flags_of_warm_start(of_demo), demo.flags_of_grpo(of_demo)
+    if row == BEFORE:
+        return Run(task, seed, row, config)
+    if row in SUPERVISED_ROWS:
+        steps, how = compare.supervised_steps, SUPERVISED_ROWS[row]
+        how = how | {name: getattr(grpo, name) for name in ("model_id", "data_path", "eval_data_path")}
+    else:
+        config, steps, how = grpo, compare.steps, GRPO_ROWS[row]
+    how = how | {"output_dir": str(place / row.replace(" ", "_")), "resume_from_checkpoint": "auto"}
+    how |= {"max_steps": steps, "eval_steps": max(1, steps // EVALUATIONS), "eval_on_start": False}
+    return Run(task, seed, row, dataclasses.replace(config, **how))
+
+
+def records_of(run: Run) -> list[dict]:
     """Return what is recorded of a run with these settings: at its last step, and at its best one."""
-    lines, found = RECORDS.read_text().splitlines() if RECORDS.exists() else [], []
-    wanted = {"task": run.task, "seed": run.seed, "row": run.row, "settings": run.settings(compare)}
+    lines, found, key = RECORDS.read_text().splitlines() if RECORDS.exists() else [], [], run.key
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except ValueError as error:
             raise InputError(f"{str(RECORDS)!r}: line {number} is damaged ({error}): remove it") from error
-        if all(record.get(name) == value for name, value in wanted.items()):
+        if record.items() >= key.items():
             found.append(record)
     return found
 
@@ -137,85 +139,73 @@ def call(arguments: list[str], log: Path) -> None:
         raise InputError(f"{' '.join(arguments[:3])} … failed: {log} says why")
 
 
-def prepare(run: Run, compare: CompareConfig) -> None:
-    """Draw the hearts of a task and seed, those on which models are compared, too, and make its untrained model."""
-    folder = Path(run.flags(compare).output_dir).parent
-    if not (folder / "data" / "test.json").exists():
-        demo.make_start(folder, run.task, run.seed)
-        write_samples(folder / "data", "test", NUM_TEST, run.seed, run.task)
+def do(run: Run) -> None:
+    """Train a model, let it answer the hearts of the test, and record the figures, unless that is done.
 
-
-def do(run: Run, compare: CompareConfig) -> None:
-    """Train a model, let it answer the hearts of the test, and record the figures, unless that is done."""
-    if records_of(run, compare):
+    Before the warm start it draws the hearts, also those of the test, and makes the untrained model.
+    """
+    if records_of(run):
         return
-    config = run.flags(compare)
-    output, log = Path(config.output_dir), Path(f"{config.output_dir}.log")
-    call(demo.command_of(config), log)
+    output, log = Path(run.config.output_dir), Path(f"{run.config.output_dir}.log")
+    data = output.parent / "data"
+    if run.row == BEFORE and not (data / "test.json").exists():
+        demo.make_start(output.parent, run.task, run.seed)
+        write_samples(data, "test", NUM_TEST, run.seed, run.task)
+    call(demo.command_of(run.config), log)
     if not (output / "final").exists():  # a signal ends train.py in order
         raise InputError(f"train.py was interrupted: {log}")
     progress = json.loads((output / "final" / "progress.json").read_text())
-    record = {"task": run.task, "seed": run.seed, "row": run.row, "settings": run.settings(compare)}
-    record["date"], lines = time.strftime("%Y-%m-%d"), []
+    lines = []
     for when, step in {"last": progress["step"], "best": progress["best_step"]}.items():
         if step is None:  # the warm start is not evaluated
             continue
         model = ["--model_id", str(output / ("final" if when == "last" else "best"))]
-        data = ["--data_path", str(output.parent / "data" / "test.json"), "--output_dir", str(output / f"eval-{when}")]
-        call(["-m", "grpo.evaluate", "--run", str(output), *model, *data], log)
+        where = ["--data_path", str(data / "test.json"), "--output_dir", str(output / f"eval-{when}")]
+        call(["-m", "grpo.evaluate", "--run", str(output), *model, *where], log)
         metrics = json.loads((output / f"eval-{when}" / "metrics.json").read_text())
         (validated,) = [one["eval/mae"] for one in progress["evaluations"] if one["step"] == step] or [None]
-        figures = {name: metrics[name]["value"] for name in FIGURES}
-        lines.append(json.dumps(record | {"when": when, "step": step, "validation_mae": validated} | figures) + "\n")
+        record = run.key | {"date": time.strftime("%Y-%m-%d"), "when": when, "step": step, "validation_mae": validated}
+        lines.append(json.dumps(record | {name: metrics[name]["value"] for name in FIGURES}) + "\n")
     with open(RECORDS, "a") as file:
         file.write("".join(lines))
 
 
-def best_rate(task: DemoTask, compare: CompareConfig) -> str:
+def best_rate(compare: CompareConfig, task: DemoTask) -> str:
     """Return the row of supervised training whose best evaluation on the first seed was best."""
-
-    def validation_mae(row: str) -> float:
-        (best,) = [one for one in records_of(Run(task, compare.seeds[0], row), compare) if one["when"] == "best"]
-        return best["validation_mae"]
-
-    return min(SUPERVISED_ROWS, key=validation_mae)
+    found = [one for row in SUPERVISED_ROWS for one in records_of(run_of(compare, task, compare.seeds[0], row))]
+    return min((one for one in found if one["when"] == "best"), key=itemgetter("validation_mae"))["row"]
 
 
 def stages(compare: CompareConfig) -> Iterator[list[Run]]:
     """Yield the runs in turn: those of a stage go side by side, once all before them are done."""
+    run, first = partial(run_of, compare), compare.seeds[0]
     everywhere = [(task, seed) for task in compare.tasks for seed in [*compare.seeds, *compare.new_seeds]]
-    yield [Run(*place, BEFORE) for place in everywhere]
-    rates = [Run(task, compare.seeds[0], row) for task in compare.tasks for row in SUPERVISED_ROWS]
-    yield [*rates, *(Run(*place, OWN) for place in everywhere)]
-    rows = {task: best_rate(task, compare) for task in compare.tasks}
-    yield [Run(task, seed, rows[task]) for task, seed in everywhere if seed != compare.seeds[0]]
-    yield [Run(*place, row) for place in everywhere if place[1] in compare.seeds for row in GRPO_ROWS if row != OWN]
+    yield [run(*place, BEFORE) for place in everywhere]
+    rates = [run(task, first, row) for task in compare.tasks for row in SUPERVISED_ROWS]
+    yield rates + [run(*place, OWN) for place in everywhere]
+    yield [run(task, seed, best_rate(compare, task)) for task, seed in everywhere if seed != first]
+    yield [run(*place, row) for place in everywhere if place[1] in compare.seeds for row in GRPO_ROWS if row != OWN]
 
 
 def compare_all(compare: CompareConfig) -> None:
     """Do all runs that are not done."""
-    with ThreadPoolExecutor(compare.jobs) as pool, tqdm(unit="run", total=num_runs(compare)) as bar:
-        for number, runs in enumerate(stages(compare)):
-            if number == 0:
-                list(pool.map(lambda run: prepare(run, compare), [run for run in runs if not records_of(run, compare)]))
-            for _ in pool.map(lambda run: do(run, compare), runs):
-                bar.update()
+    with ThreadPoolExecutor(compare.jobs) as pool:
+        for number, runs in enumerate(stages(compare), 1):
+            list(tqdm(pool.map(do, runs), f"stage {number} of 4", len(runs), unit="run"))
 
 
-def num_runs(compare: CompareConfig) -> int:
-    """Count the runs of all stages."""
-    seeds, places = len(compare.seeds), len(compare.seeds) + len(compare.new_seeds)
-    return len(compare.tasks) * (3 * places + len(RATES) - 1 + seeds * (len(GRPO_ROWS) - 1))
-
-
-def write(compare: CompareConfig, argv: list[str]) -> None:
+def write(compare: CompareConfig, argv: list[str], is_complete: bool) -> None:
     """Write reward/RESULTS.md of what is done."""
-    rows = [BEFORE, *SUPERVISED_ROWS, *GRPO_ROWS]
-    runs = [Run(task, seed, row) for task in compare.tasks for row in rows for seed in compare.seeds]
-    runs += [Run(task, seed, row) for task in compare.tasks for row in rows for seed in compare.new_seeds]
-    found = [records_of(run, compare) for run in runs]
-    left = num_runs(compare) - sum(map(bool, found))
-    conditions = [
+    where = product(compare.tasks, [BEFORE, *SUPERVISED_ROWS, *GRPO_ROWS], [*compare.seeds, *compare.new_seeds])
+    found = [records_of(run_of(compare, task, seed, row)) for task, row, seed in where]
+    command = " ".join(["python -m grpo.demo.compare", *argv])
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    lines = [
+        "# Which reward teaches best",
+        "",
+        f"`{command}`, {time.strftime('%Y-%m-%d')}, on {machine}; each run on",
+        "one core. Every model that was judged is a line of [`results.jsonl`](results.jsonl).",
+        "",
         f"GRPO: {compare.steps} steps of the demo's settings, with the reward of its row. Supervised: cross-entropy on",
         f"the true answers, from the same warm start, {compare.supervised_steps} steps, with the learning rate whose",
         f"best evaluation on seed {compare.seeds[0]} was best. Last: after the last step. Best: after the step with",
@@ -223,11 +213,13 @@ def write(compare: CompareConfig, argv: list[str]) -> None:
         "",
         f"{demo.NUM_TRAIN} hearts to train on, greedy answers on {NUM_TEST} others; errors in points; mean ± standard",
         "deviation over seeds.",
+        "",
     ]
-    if left:
-        conditions += ["", f"{left} of {num_runs(compare)} runs are not done yet: the same command continues."]
-    text = tables([one for records in found for one in records], compare.seeds, compare.new_seeds)
-    write_results(RESULTS, " ".join(["python -m grpo.demo.compare", *argv]), conditions, text)
+    if not is_complete:
+        lines += [f"{sum(map(bool, found))} runs are done; the same command continues with the others.", ""]
+    lines += tables([one for records in found for one in records], compare.seeds, compare.new_seeds)
+    by_hand = RESULTS.read_text().partition(BY_HAND)[2] if RESULTS.exists() else ""
+    RESULTS.write_text("\n".join([*lines, BY_HAND]) + (by_hand or "\n"))
 
 
 def main(argv: list[str]) -> int:
@@ -237,12 +229,12 @@ def main(argv: list[str]) -> int:
         if len({*compare.seeds, *compare.new_seeds}) < len(compare.seeds) + len(compare.new_seeds):
             raise InputError("--seeds and --new_seeds must be different seeds")
         compare_all(compare)
-        write(compare, argv)
+        write(compare, argv, is_complete=True)
     except InputError as error:
         print(f"grpo.demo.compare: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        write(compare, argv)
+        write(compare, argv, is_complete=False)
         print(f"interrupted: the same command continues; {RESULTS} has what is done", file=sys.stderr)
         return 130
     print(f"written to {RESULTS}")

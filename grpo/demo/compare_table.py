@@ -1,12 +1,7 @@
 """The tables of the comparison, from its records: `reward/RESULTS.md`."""
 
-import os
-import platform
 import statistics
-import time
-from pathlib import Path
 
-BY_HAND = "## What the tables say"  # from this heading on, the results are written by hand and kept
 FIGURES = {  # of an evaluation: title and digits in the table
     "mae": ("MAE", 2),
     "median_error": ("median error", 2),
@@ -58,13 +53,3 @@ def tables(records: list[dict], seeds: list[int], new_seeds: list[int]) -> list[
             lines += [f"Mean error by seed; nothing was chosen on seeds {', '.join(map(str, new_seeds))}:", ""]
             lines += table(["MAE", *(f"seed {seed}" for seed in everywhere)], cells)
     return lines
-
-
-def write_results(path: Path, command: str, conditions: list[str], lines: list[str]) -> None:
-    """Write the conditions and the tables; what was written by hand in the file stays."""
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
-    head = ["# Which reward teaches best", "", f"`{command}`, {time.strftime('%Y-%m-%d')}, on {machine}; each run on"]
-    head += ["one core. Every model that was judged is a line of [`results.jsonl`](results.jsonl).", ""]
-    text = path.read_text() if path.exists() else ""
-    kept = text[text.index(BY_HAND) :] if BY_HAND in text else f"{BY_HAND}\n"
-    path.write_text("\n".join([*head, *conditions, "", *lines, kept]))

@@ -24,10 +24,8 @@ from grpo.demo.tiny_tokenizer import build_tokenizer
 from grpo.evaluate.report import number
 from grpo.model.layers import use_our_layers
 from grpo.model.random_model import TextSize, VisionSize, random_model
-from grpo.ranks import any_rank, broadcast_object, print_rank0, raise_together
-from grpo.run.inputs import check_scorer
-from grpo.run.lock import lock_folder
-from grpo.run.scoring import load_scorer
+from grpo.ranks import broadcast_object, print_rank0, raise_together
+from grpo.run.start import load_training_scorer, take_folders
 
 # True answers are few, careless ones many, as where experts read few cases; `reward/RESULTS.md` has other numbers, too.
 NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 80, 192
@@ -102,10 +100,10 @@ def prepare(config: Config, train: Callable[[Config], bool]) -> Config | None:
     train: runs training, and returns False if a signal stopped it; then None is returned. A folder whose run has begun
     is only continued, and so is an interrupted warm start.
     """
-    check_scorer(raise_together(load_scorer, config, []), config)  # a mistake is known before anything is made
+    raise_together(load_training_scorer, config, [])  # a mistake is known before anything is made
     config = broadcast_object(raise_together(choose_folder, config))
     output = Path(config.output_dir)
-    if not any_rank(dist.get_rank() == 0 and has_begun(output)):
+    if not broadcast_object(has_begun(output)):
         num_hearts = NUM_CARELESS + NUM_TRAIN + NUM_HELDOUT
         print_rank0(f"Drawing {num_hearts} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
         if dist.get_rank() == 0:
@@ -128,25 +126,19 @@ def choose_folder(config: Config) -> Config | None:
     """
     if dist.get_rank() != 0:
         return None
-    folders, wanted = [Path(config.output_dir)], config.resume_from_checkpoint
+    folders, wanted, refused = [Path(config.output_dir)], config.resume_from_checkpoint, []
     if config.output_dir == DEMO_DEFAULTS["output_dir"] and wanted in ("none", "auto"):
         folders += [Path(f"{config.output_dir}-{n}") for n in range(2, 1000)]
     begun = [folder for folder in folders if has_begun(folder)]
     candidates = begun[-1:] if wanted != "none" else []
-    fix = "name a new folder" + (", or continue with --resume_from_checkpoint auto" if begun else "")
-    refused = InputError(f"--output_dir {config.output_dir!r} exists: {fix}")
     for folder in candidates or [folder for folder in folders if is_free(folder)]:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock_folder(str(folder))
-            return dataclasses.replace(config, output_dir=str(folder))
-        except OSError as error:
-            raise InputError(
-                f"--output_dir {str(folder)!r} cannot be made ({error.strerror}): name another place"
-            ) from error
-        except InputError as error:  # locked by a demo that is still preparing
-            refused = error
-    raise refused
+            take_folders(chosen := dataclasses.replace(config, output_dir=str(folder)))
+            return chosen
+        except InputError as error:  # locked by a demo that is still preparing, or not to be written
+            refused.append(error)
+    mend = "name a new folder" + (", or continue with --resume_from_checkpoint auto" if begun else "")
+    raise refused[0] if refused else InputError(f"--output_dir {config.output_dir!r} exists: {mend}")
 
 
 def is_free(output: Path) -> bool:

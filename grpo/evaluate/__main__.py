@@ -137,11 +137,9 @@ def digest_of(model) -> str:
 
 def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     """Answer what has no answer yet; write the figures and pictures, and print the figures. Collective."""
-    messages = []
-    found = raise_together(survey, config.data_path, config, messages)
+    found = raise_together(survey, config.data_path, config)
     scorer = raise_together(load_scorer, config, found.keys)
     check_same_on_all_ranks(found, functions=scorer.functions)
-    print_rank0(*messages)
     tokenizer = raise_together(load_tokenizer, config.model_id)
     model = raise_together(load_for_sampling, config, device)
     settings = decisive_flags(config)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -10,10 +11,7 @@ from data.epochs import BatchItem
 from data.loader import LongPrompt, Prompt, PromptDataset, checked, fit_prompt
 from data.prompt import encode_answer
 from data.sample import BadMedia, InputError
-from grpo.config import Config
-from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import init_optimizer_state
-from grpo.model.sharding import Models
 from grpo.ranks import abort_rank, all_gather_object, raise_together
 from grpo.rollout import Rollout, SamplingParams, ScoredRollout, generate, true_answers
 from grpo.run.tracking import peak_memory_gb
@@ -40,7 +38,7 @@ def length_of(dataset: PromptDataset, index: int, has_answer: bool) -> int:
         return 0  # reported when the sample is trained on
 
 
-def longest_prompt(dataset: PromptDataset, has_answer: bool = False) -> tuple[int, int]:
+def longest_prompt(dataset: PromptDataset, has_answer: bool) -> tuple[int, int]:
     """Return the length of the longest prompt and the index of its sample; the ranks share the work. Collective.
 
     has_answer: of the longest prompt and true answer together.
@@ -57,36 +55,35 @@ def with_trial_advantages(rollouts: list[Rollout]) -> list[ScoredRollout]:
     return [ScoredRollout(rollout, advantages, rollout.completion_mask) for rollout in rollouts]
 
 
-def trial_step(
-    rollout_phase: Callable,
-    update_phase: Callable,
-    models: Models,
-    optimizer,
-    tokens: SpecialTokens,
-    config: Config,
-    prompts: list[Prompt],
-) -> None:
-    """Do a step with completions of full length and made-up advantages, and answer as many prompts as an evaluation."""
-    tokens = tokens.without_eos()
-    model = models.sampling.sync(models.policy)
+def trial_step(run, prompt: Prompt, rollout_phase: Callable, update_phase: Callable) -> None:
+    """Do a step with copies of a prompt, full length and made-up advantages, and answer as many as an evaluation.
+
+    An optimizer of its own, with a learning rate of 0, leaves the weights as they are.
+    """
+    models, config, tokens = run.models, run.config, run.tokens.without_eos()
+    optimizer = type(run.optimizer)([group | {"lr": 0.0} for group in run.optimizer.param_groups])
+    init_optimizer_state(optimizer)
+    prompts, model = [prompt] * config.per_device_train_batch_size, models.sampling.sync(models.policy)
     if config.supervised:
         rollouts = true_answers(prompts, tokens)
     else:
         rollouts = rollout_phase(model, prompts, tokens, config, step=0)
     update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
-    if config.eval_data_path:
-        together = prompts[:1] * config.per_device_eval_batch_size
+    if run.heldout:
+        together = [prompt] * config.per_device_eval_batch_size
         generate(model, together, tokens, SamplingParams.of(config, 1, temperature=1.0))
+    optimizer.zero_grad()
 
 
-def memory_preflight(
-    dataset: PromptDataset, optimizer, config: Config, trial_step: Callable[[list[Prompt]], None]
-) -> str:
-    """Run `trial_step` on copies of the longest prompt, change nothing, and return a line about its peak memory.
+def memory_preflight(run, rollout_phase: Callable, update_phase: Callable) -> str:
+    """Try a step on copies of the longest prompt, change nothing, and return a line about its peak memory.
 
-    The optimizer must not have stepped yet. Out of memory, it raises InputError; with several ranks it ends this rank.
+    run: a `grpo.run.start.Run` whose optimizer has no state yet. Out of memory, it raises InputError; with several
+    ranks it ends this rank.
     """
-    _, index = longest_prompt(dataset, has_answer=config.supervised)
+    config = run.config
+    candidates = [(*longest_prompt(one, config.supervised), one) for one in (run.dataset, run.heldout) if one]
+    _, index, dataset = max(candidates, key=itemgetter(0))
     (prompt,) = raise_together(checked, [dataset[BatchItem(0, index)]])
     sample = prompt.sample  # another one, if its videos are broken and --on_bad_video is skip
     sampled = f"{config.num_generations} completions of {config.max_completion_length} tokens"
@@ -95,12 +92,8 @@ def memory_preflight(
         f"{'its true answer' if config.supervised else sampled}, "
         f"{config.per_device_train_batch_size} such prompts at a time)"
     )
-    learning_rates = [group["lr"] for group in optimizer.param_groups]
     try:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        init_optimizer_state(optimizer)
-        trial_step([prompt] * config.per_device_train_batch_size)
+        trial_step(run, prompt, rollout_phase, update_phase)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -112,10 +105,6 @@ def memory_preflight(
         if dist.get_world_size() == 1:
             raise InputError(line) from error
         abort_rank(f"train.py: error: rank {dist.get_rank()}: {line}")  # the other ranks may have enough memory
-    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
-        group["lr"] = learning_rate
-    optimizer.zero_grad()
-    optimizer.state.clear()  # steps with a learning rate of 0 have left the weights as they were
     peaks = all_gather_object(peak_memory_gb())
     by_rank = ", ".join(f"{peak:.1f}" for peak in peaks)
     return f"memory: about {max(peaks):.1f} GB in a trial step on {what}; by rank: {by_rank}"

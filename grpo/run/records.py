@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.sample import Sample
 from grpo.loss import has_zero_std
 from grpo.ranks import all_gather_object
 from grpo.rollout import Rollout, ScoredRollout
-from grpo.run.scoring import Scores
 from reward.extract import extract_number
 
 
@@ -24,10 +24,7 @@ class GroupRecord:
     """What the metrics and the logs need to know of one group, on the CPU."""
 
     position: int  # in the step's global batch
-    sample_id: str
-    question: str  # the last turn of the prompt, without its tags
-    truth: str
-    media: list[str]  # names of the videos and images that the prompt has
+    sample: Sample  # with the videos and images that the prompt has
     texts: list[str]  # G completions
     numbers: list[float | None]  # that the completions answer with
     rewards: Tensor  # (G,), nan where a completion was not scored
@@ -47,19 +44,18 @@ class StepRecords:
     num_tokens: int  # of all completions
 
 
-def group_records(scored: list[ScoredRollout], texts: list[list[str]], scores: Scores) -> list[GroupRecord]:
-    """Describe the groups of this rank; texts: G completions per rollout."""
+def group_records(
+    scored: list[ScoredRollout], texts: list[list[str]], rewards: Tensor, by_function: dict[str, Tensor]
+) -> list[GroupRecord]:
+    """Describe the groups of this rank; texts: G completions per rollout; rewards, by_function: (B, G) each."""
     return [
         GroupRecord(
             position=prompt.position,
-            sample_id=prompt.sample.id,
-            question=prompt.sample.question,
-            truth=prompt.sample.answer,
-            media=[media.name for media in prompt.sample.media],
+            sample=prompt.sample,
             texts=texts[b],
             numbers=[extract_number(text) for text in texts[b]],
-            rewards=scores.rewards[b],
-            rewards_by_function={name: values[b] for name, values in scores.by_function.items()},
+            rewards=rewards[b],
+            rewards_by_function={name: values[b] for name, values in by_function.items()},
             lengths=one.rollout.completion_mask.sum(dim=1).cpu(),
             is_stopped=one.rollout.is_stopped.cpu(),
             advantages=one.advantages.cpu(),
@@ -126,39 +122,35 @@ def rollout_metrics(groups: list[GroupRecord]) -> dict[str, float]:
 
 def completion_lines(step: int, groups: list[GroupRecord]) -> list[dict]:
     """Describe every completion of a step, for rollouts.jsonl."""
-    lines = []
-    for group in groups:
-        for i, (text, number) in enumerate(zip(group.texts, group.numbers, strict=True)):
-            rewards = {name: values[i].item() for name, values in group.rewards_by_function.items()}
-            lines.append(
-                {
-                    "step": step,
-                    "sample_id": group.sample_id,
-                    "truth": group.truth,
-                    "media": group.media,
-                    "text": text,
-                    "number": number,
-                    "reward": finite_or_none(group.rewards[i].item()),
-                    "rewards": {name: finite_or_none(reward) for name, reward in rewards.items()},
-                    "advantage": finite_or_none(group.advantages[i].item()),
-                    "length": int(group.lengths[i]),
-                    "is_stopped": bool(group.is_stopped[i]),
-                }
-            )
-    return lines
+    return [
+        {
+            "step": step,
+            "sample_id": group.sample.id,
+            "truth": group.sample.answer,
+            "media": [media.name for media in group.sample.media],
+            "text": group.texts[i],
+            "number": group.numbers[i],
+            "reward": finite_or_none(group.rewards[i]),
+            "rewards": {name: finite_or_none(values[i]) for name, values in group.rewards_by_function.items()},
+            "advantage": finite_or_none(group.advantages[i]),
+            "length": int(group.lengths[i]),
+            "is_stopped": bool(group.is_stopped[i]),
+        }
+        for group in groups
+        for i in range(len(group.texts))
+    ]
 
 
-def finite_or_none(value: float) -> float | None:
-    """Return None in place of nan and infinity, which JSON does not have."""
-    return value if math.isfinite(value) else None
+def finite_or_none(value: float | Tensor) -> float | None:
+    """Return a number, or None in place of nan and infinity, which JSON does not have."""
+    return float(value) if math.isfinite(value) else None
 
 
 def distributions(groups: list[GroupRecord]) -> dict[str, np.ndarray]:
     """Collect what is shown as histograms; errors are those of the completions with a number, in its unit."""
     if not groups:
         return {}
-    truths = [extract_number(group.truth) for group in groups]
-    pairs = [(truth, number) for group, truth in zip(groups, truths, strict=True) for number in group.numbers]
+    pairs = [(extract_number(group.sample.answer), number) for group in groups for number in group.numbers]
     values = {
         "histograms/reward": torch.cat([group.rewards for group in groups]).numpy(),
         "histograms/advantage": torch.cat([group.advantages for group in groups]).numpy(),

@@ -57,18 +57,13 @@ def input_errors(is_shown: bool = True) -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
-@dataclass
-class Scores:
-    """What the reward functions say of the completions of this rank."""
+def score(
+    scorer: Scorer, rollouts: list[Rollout], texts: list[list[str]], step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the rewards of this rank's completions, (B, G), and what each function says of them, (B, G) each.
 
-    rewards: Tensor  # (B, G), the weighted sum; nan where a completion is not scored
-    by_function: dict[str, Tensor]  # (B, G) each, nan where a function has no say
-
-
-def score(scorer: Scorer, rollouts: list[Rollout], texts: list[list[str]], step: int) -> Scores:
-    """Apply every reward function to the completions of a step; texts: G per rollout. Collective.
-
-    Raises InputError, on all ranks, that names the function and its samples.
+    The reward is the weighted sum, nan where a completion is not scored; a function gives nan where it has no say.
+    texts: G per rollout. Collective; raises InputError, on all ranks, that names the function and its samples.
     """
     B, G = len(rollouts), len(texts[0])
     prompts = [rollout.prompt for rollout in rollouts for _ in range(G)]
@@ -87,7 +82,7 @@ def score(scorer: Scorer, rollouts: list[Rollout], texts: list[list[str]], step:
             by_function.append(raise_together(call, function, columns, step, scorer.timeout))
     total = weighted_sum(np.array(by_function), [function.weight for function in scorer.functions])
     total, *each = torch.tensor(np.vstack([total, *by_function]), dtype=torch.float32).view(-1, B, G)
-    return Scores(total, {function.name: values for function, values in zip(scorer.functions, each, strict=True)})
+    return total, dict(zip((function.name for function in scorer.functions), each, strict=True))
 
 
 call = input_errors()(call_reward_function)

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.loader import Prompt
 from data.media.patches import PATCH_SIZE, unpatchify
+from grpo.ranks import printable
 
 WIDTH, MARGIN, LINE, TEXT_SIZE = 1200, 8, 16, 12  # of a contact sheet, in pixels; a line is 16 high
 MAX_FRAMES, MAX_VIDEOS, MAX_COMPLETIONS, MAX_LINES = 16, 60, 16, 3  # shown; a completion has up to 3 lines
@@ -21,8 +22,9 @@ def completions_table(groups: list, num_prompts: int) -> str:
     """Write the best, middle and worst completion of the first prompts as Markdown; groups: of `GroupRecord`."""
     lines = ["| prompt | truth | completion | number | reward | advantage |", "|---|---|---|---|---|---|"]
     for group in groups[:num_prompts]:
+        question, truth = group.sample.question, group.sample.answer
         for i in bands(group.rewards):
-            texts = map(table_cell, (group.question, group.truth, group.texts[i], number_text(group.numbers[i])))
+            texts = map(table_cell, (question, truth, group.texts[i], number_text(group.numbers[i])))
             lines.append(f"| {' | '.join(texts)} | {group.rewards[i]:.3f} | {group.advantages[i]:+.3f} |")
     return "\n".join(lines)
 
@@ -40,12 +42,7 @@ def number_text(number: float | None) -> str:
 
 def table_cell(text: str) -> str:
     """Keep sampled text within its table cell: no markup, no line breaks, no control characters."""
-    return html.escape(one_line(text)).replace("|", "&#124;").replace("`", "&#96;")
-
-
-def one_line(text: str) -> str:
-    """Replace line breaks and control characters by spaces."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    return html.escape(printable(text)).replace("|", "&#124;").replace("`", "&#96;")
 
 
 def contact_sheet(prompt: Prompt, group, step: int) -> np.ndarray:
@@ -109,7 +106,7 @@ def video_strips(prompt: Prompt) -> list[tuple[str, Image.Image]]:
         strip = strip.resize((max(1, int(strip.width * scale)), max(1, int(strip.height * scale))))
         some = "" if num_shown == 2 * t else f"{num_shown} of "
         what = "image" if media.kind == "image" else f"{some}{2 * t} frames"
-        strips.append((one_line(f"{what} of {w * PATCH_SIZE}x{h * PATCH_SIZE}: {media.name}"), strip))
+        strips.append((printable(f"{what} of {w * PATCH_SIZE}x{h * PATCH_SIZE}: {media.name}"), strip))
     if len(videos) > MAX_VIDEOS:
         strips.append((f"… and {len(videos) - MAX_VIDEOS} more", Image.new("RGB", (1, 1), "white")))
     return strips
@@ -118,4 +115,4 @@ def video_strips(prompt: Prompt) -> list[tuple[str, Image.Image]]:
 def wrapped(text: str, columns: int, begin: str = "") -> list[str]:
     """Cut a text into at most 3 lines; begin: stands before the first, and as much space before the others."""
     indents = {"initial_indent": begin, "subsequent_indent": " " * len(begin)}
-    return textwrap.wrap(one_line(text), columns, **indents, max_lines=MAX_LINES, placeholder=" …")
+    return textwrap.wrap(printable(text), columns, **indents, max_lines=MAX_LINES, placeholder=" …")

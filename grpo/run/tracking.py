@@ -20,10 +20,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.loader import Prompt
-from data.sample import InputError, first_line
+from data.sample import InputError
 from grpo.config import BestModelMetric, Config
 from grpo.ranks import print_rank0, raise_together
 from grpo.run import rollout_log
+from grpo.run.checkpoint import explained
 from grpo.run.records import GroupRecord, StepRecords, completion_lines, distributions, rollout_metrics
 from grpo.run.resume import ResumeState
 from grpo.run.show import completions_table, contact_sheet
@@ -32,6 +33,7 @@ ZERO_STD_STEPS = 20  # warn after this many steps in a row in which nearly all g
 
 # Figures of an evaluation that are no curves: constants, and what its pictures show.
 NOT_DRAWN = ("eval/n", "eval/limit_", "eval/accuracy_", "eval/zero_skill_answer")
+MAIN_FIGURES = ("reward", "mae", "r2", "ccc", "bias", "parse_rate")  # those of an evaluation that are printed
 
 # Of TensorBoard's tab "Custom Scalars": what to look at first, several curves in a chart.
 LAYOUT = {
@@ -51,9 +53,9 @@ LAYOUT = {
     },
 }
 
-# Tags of the layout that only sampling has, and only supervised training.
-OF_SAMPLING = ("reward", "zero_skill_reward", "frac_reward_zero_std", "completions/")
-OF_SUPERVISED = ("loss", "token_accuracy")
+# Charts of the layout that only sampling has, and only supervised training.
+OF_SAMPLING = ("completion length", "groups with equal rewards")
+OF_SUPERVISED = ("loss", "token accuracy")
 
 # By which the best model is chosen: how good a figure is, the higher the better.
 GOODNESS: dict[BestModelMetric, Callable[[float], float]] = {
@@ -82,19 +84,12 @@ class Clock:
         self.seconds[name], self.last = now - self.last, now
 
 
-def summary(figures: dict[str, float]) -> str:
-    """Write the main figures of an evaluation in a line; those that are undefined are left out."""
-    shown = {"reward": ".3f", "mae": ".2f", "r2": ".2f", "ccc": ".2f", "bias": "+.2f", "parse_rate": ".0%"}
-    there = {name: figures[f"eval/{name}"] for name in shown if f"eval/{name}" in figures}
-    return ", ".join(f"{name} {value:{shown[name]}}" for name, value in there.items())
-
-
 def charts(is_supervised: bool) -> dict:
-    """Return the charts that have curves as TensorBoard wants them; it takes tags for regular expressions."""
+    """Return the charts of a run as TensorBoard wants them; it takes tags for regular expressions."""
     left_out, shown = OF_SAMPLING if is_supervised else OF_SUPERVISED, {}
     for group, titles in LAYOUT.items():
-        kept = {title: [f"^{tag}$" for tag in tags if not tag.startswith(left_out)] for title, tags in titles.items()}
-        shown[group] = {title: ["Multiline", patterns] for title, patterns in kept.items() if patterns}
+        kept = {title: [f"^{tag}$" for tag in tags] for title, tags in titles.items() if title not in left_out}
+        shown[group] = {title: ["Multiline", patterns] for title, patterns in kept.items()}
     return shown
 
 
@@ -107,12 +102,13 @@ class Tracker:
         zero_skill_reward: the best mean reward of a constant answer to the training samples, drawn beside the reward.
         """
         self.config, self.output, self.is_main = config, Path(config.output_dir), dist.get_rank() == 0
-        self.zero_skill_reward, self.start_step, self.counts = zero_skill_reward, resume.step, Counter(resume.counts)
+        self.constants = {} if zero_skill_reward is None else {"zero_skill_reward": zero_skill_reward}
+        self.start_step, self.counts = resume.step, Counter(resume.counts)
         self.evaluations, self.best_step = list(resume.evaluations), resume.best_step
         self.writer, self.is_full = None, False
         # A contact sheet takes a tenth of a second and up to a megabyte: about a hundred per run.
         self.sheet_steps = config.logging_steps * math.ceil(total_steps / (100 * config.logging_steps))
-        raise_together(self.begin)
+        raise_together(self.begin if self.is_main else lambda: None)
         # TensorBoard hides what earlier files hold from this step on; at step 0 also what was evaluated there.
         first = resume.step + 1 if resume.step else 0
         self.write(lambda writer: writer.add_custom_scalars(charts(config.supervised)), first)
@@ -126,18 +122,12 @@ class Tracker:
 
     def begin(self) -> None:
         """On rank 0, write the flags and remove later completions; raise InputError if that fails."""
-        if not self.is_main:
-            return
-        try:
+        mend = ": make room, move a damaged rollouts.jsonl away, or name another --output_dir"
+        with explained(self.output, "continued", mend):
             unfinished = self.output / "config.json.unfinished"
             unfinished.write_text(json.dumps(dataclasses.asdict(self.config), indent=2))
             os.replace(unfinished, self.output / "config.json")
             rollout_log.truncate(self.output, self.start_step)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"--output_dir {self.config.output_dir!r} cannot be continued ({first_line(error)}): make room, move a "
-                "damaged rollouts.jsonl away, or name another folder"
-            ) from error
 
     def log(self, step: int, records: StepRecords, metrics: dict[str, float], clock: Clock, prompt: Prompt) -> None:
         """Count the finished step and keep its completions; at a logging step add to everything in TensorBoard.
@@ -145,16 +135,12 @@ class Tracker:
         records: of all ranks; prompt: this rank's first. Raises InputError after too many bad steps, on all ranks.
         """
         seconds = sum(clock.seconds.values())
-        metrics = rollout_metrics(records.groups) | metrics
+        metrics = rollout_metrics(records.groups) | metrics | self.constants
         self.count(step, records, metrics)
         metrics |= {f"time/{name}": value for name, value in clock.seconds.items()} | {"time/step": seconds}
         metrics["run/tokens_per_second"] = records.num_tokens / seconds
         metrics["run/peak_memory_gb"] = peak_memory_gb()
-        counted = ["skipped_samples", "bad_steps"]
-        counted += ["shortened_prompts"] if self.config.on_long_prompt == "fewer_videos" else []
-        metrics |= {f"run/{name}": self.counts[name] for name in counted}
-        if self.zero_skill_reward is not None:
-            metrics["zero_skill_reward"] = self.zero_skill_reward
+        metrics |= {f"run/{name}": self.counts[name] for name in ("skipped_samples", "shortened_prompts", "bad_steps")}
         main = "loss" if self.config.supervised else "reward"
         self.bar.set_postfix_str(f"{main} {metrics.get(main, math.nan):.3f}, {seconds:.2f} s/step", refresh=False)
         self.bar.update()
@@ -216,13 +202,21 @@ class Tracker:
         figures = {f"eval/{name}": one["value"] for name, one in found.items() if one["value"] is not None}
         metric = self.config.metric_for_best_model
         goodness = GOODNESS[metric]
-        earlier = [e[metric] for e in self.evaluations if e["step"] == self.best_step and metric in e]
+        best = [one[metric] for one in self.evaluations if one["step"] == self.best_step]
         self.evaluations.append({"step": step} | figures)
-        drawn = figures | {"time/eval": seconds}
-        self.write(lambda writer: add_evaluation(writer, step, drawn, draw()), step)
-        print_rank0(f"step {step}: held-out {summary(figures)}")
+
+        def add(writer: SummaryWriter) -> None:
+            for name, value in (figures | {"time/eval": seconds}).items():
+                if not name.startswith(NOT_DRAWN):
+                    writer.add_scalar(name, value, step)
+            for name, figure in draw().items():
+                writer.add_figure(f"eval/{name}", figure, step)
+
+        self.write(add, step)
+        main = [(name, figures[f"eval/{name}"]) for name in MAIN_FIGURES if f"eval/{name}" in figures]
+        print_rank0(f"step {step}: held-out " + ", ".join(f"{name} {value:.3f}" for name, value in main))
         is_candidate = step > 0 and metric in figures
-        return is_candidate and (not earlier or goodness(figures[metric]) > goodness(earlier[0]))
+        return is_candidate and all(goodness(figures[metric]) > goodness(value) for value in best)
 
     def state(self) -> dict:
         """Return what a checkpoint keeps of the records."""
@@ -259,15 +253,6 @@ class Tracker:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
-
-
-def add_evaluation(writer: SummaryWriter, step: int, figures: dict[str, float], pictures: dict[str, Figure]) -> None:
-    """Write the figures of an evaluation that are curves, and its pictures."""
-    for name, value in figures.items():
-        if not name.startswith(NOT_DRAWN):
-            writer.add_scalar(name, value, step)
-    for name, figure in pictures.items():
-        writer.add_figure(f"eval/{name}", figure, step)
 
 
 def peak_memory_gb() -> float:

@@ -26,7 +26,7 @@ from tests.test_train import curves, flags, run_main, weights
 SUPERVISED = ["--supervised", "--global_batch_size", "4"]
 CURVES = """
     loss token_accuracy entropy grad_norm learning_rate time/update time/data time/step run/tokens_per_second
-    run/peak_memory_gb run/skipped_samples run/bad_steps
+    run/peak_memory_gb run/skipped_samples run/shortened_prompts run/bad_steps
 """.split()
 
 

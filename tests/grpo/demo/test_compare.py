@@ -10,17 +10,18 @@ from data.sample import InputError
 from grpo.demo import compare
 from grpo.demo.compare import (
     BEFORE,
+    BY_HAND,
     OWN,
     CompareConfig,
     Run,
     call,
     compare_all,
     do,
-    num_runs,
     records_of,
+    run_of,
     write,
 )
-from grpo.demo.compare_table import BY_HAND, FIGURES
+from grpo.demo.compare_table import FIGURES
 from grpo.evaluate import __main__ as evaluate
 
 RATE = next(iter(compare.SUPERVISED_ROWS))
@@ -54,12 +55,11 @@ def lines() -> list[dict]:
 
 def test_runs_are_trained_judged_at_their_last_and_best_step_recorded_and_not_done_twice(config, small, tmp_path):
     config.supervised_steps = 2
-    runs = [Run("easy", 0, row) for row in (BEFORE, RATE, "GRPO, smooth + 0.5 concordance")]
-    compare.prepare(runs[0], config)
+    runs = [run_of(config, "easy", 0, row) for row in (BEFORE, RATE, "GRPO, smooth + 0.5 concordance")]
     for run in runs:
-        assert records_of(run, config) == []
-        do(run, config)
-        do(run, config)
+        assert records_of(run) == []
+        do(run)
+        do(run)
     found = lines()
     assert [(one["row"], one["when"], one["step"]) for one in found if one["when"] == "last"] == [
         (BEFORE, "last", 2),
@@ -82,7 +82,8 @@ def test_runs_are_trained_judged_at_their_last_and_best_step_recorded_and_not_do
     assert supervised["supervised"] and supervised["learning_rate"] == compare.RATES[0]
     assert supervised["model_id"] == resolved["model_id"] == str(folder / "warm_start" / "final")
     config.supervised_steps = 3  # another run, which is not done
-    assert records_of(runs[1], config) == [] and records_of(runs[2], config) != []
+    left = [records_of(run_of(config, "easy", 0, run.row)) == [] for run in runs]
+    assert left == [False, True, False]
 
 
 @pytest.fixture
@@ -90,40 +91,38 @@ def done(config, monkeypatch) -> list[Run]:
     """The runs in the order in which they are done, none of them in earnest; the second rate is the best."""
     order = []
 
-    def record(run: Run, compare_config: CompareConfig) -> None:
+    def record(run: Run) -> None:
         order.append(run)
-        one = {"task": run.task, "seed": run.seed, "row": run.row, "settings": run.settings(compare_config)}
         rate = list(compare.SUPERVISED_ROWS).index(run.row) if run.row in compare.SUPERVISED_ROWS else 0
         figures = {name: len(order) + 0.25 for name in FIGURES}
-        one |= {"step": 1, "validation_mae": None if run.row == BEFORE else abs(rate - 1.0)} | figures
+        one = run.key | {"step": 1, "validation_mae": None if run.row == BEFORE else abs(rate - 1.0)} | figures
         with open(compare.RECORDS, "a") as file:
             for when in ("last",) if run.row == BEFORE else ("last", "best"):
                 file.write(json.dumps(one | {"when": when}) + "\n")
 
     monkeypatch.setattr(compare, "do", record)
-    monkeypatch.setattr(compare, "prepare", lambda run, compare_config: order.append(run))
     compare_all(dataclasses.replace(config, jobs=1))
     return order
 
 
 def test_rates_are_tried_on_the_first_seed_and_new_seeds_have_the_demos_own_settings_alone(config, done):
-    assert [(run.seed, run.row) for run in done[:6]] == [(seed, BEFORE) for seed in (0, 1, 10)] * 2  # first prepared
-    trained = done[6:]
+    assert [(run.seed, run.row) for run in done[:3]] == [(seed, BEFORE) for seed in (0, 1, 10)]
+    trained = done[3:]
     assert [(run.seed, run.row) for run in trained[:3]] == [(0, row) for row in compare.SUPERVISED_ROWS]
     assert [(run.seed, run.row) for run in trained[3:6]] == [(seed, OWN) for seed in (0, 1, 10)]
     chosen = list(compare.SUPERVISED_ROWS)[1]
     assert [(run.seed, run.row) for run in trained[6:8]] == [(1, chosen), (10, chosen)]
     others = [row for row in compare.GRPO_ROWS if row != OWN]
     assert [(run.seed, run.row) for run in trained[8:]] == [(seed, row) for seed in (0, 1) for row in others]
-    assert len(done) - 3 == num_runs(config) == 17
+    assert len(done) == 17
 
 
 def test_the_table_has_no_empty_cell_and_keeps_what_was_written_by_hand(config, done):
     compare.RESULTS.write_text(f"old\n\n{BY_HAND}\n\n- this\n")
-    write(config, ["--steps", "1"])
+    write(config, ["--steps", "1"], is_complete=True)
     text = compare.RESULTS.read_text()
     assert text.endswith(f"{BY_HAND}\n\n- this\n") and "old" not in text
-    assert "`python -m grpo.demo.compare --steps 1`" in text and "not done yet" not in text
+    assert "`python -m grpo.demo.compare --steps 1`" in text and "continues" not in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     cells = [cell.strip() for line in rows for cell in line.strip("|").split("|")]
     assert sum(cell == "" for cell in cells) == 1  # above the rows' names
@@ -136,20 +135,20 @@ def test_the_table_has_no_empty_cell_and_keeps_what_was_written_by_hand(config, 
     # A row that is not whole is not there.
     kept = [line for line in lines() if (line["row"], line["seed"]) != (OWN, 1)]
     compare.RECORDS.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    write(config, [])
+    write(config, [], is_complete=False)
     text = compare.RESULTS.read_text()
-    assert "1 of 17 runs are not done yet" in text and f"| {OWN}, last" not in text
+    assert "16 runs are done; the same command continues with the others." in text and f"| {OWN}, last" not in text
     with open(compare.RECORDS, "a") as file:
         file.write('{"task": "ea')  # as a full disk leaves it
     with pytest.raises(InputError, match=f"results.jsonl': line {len(kept) + 1} is damaged .*: remove it"):
-        records_of(done[0], config)
+        records_of(done[0])
 
 
 def test_an_interrupted_run_does_not_count_as_trained(config, monkeypatch):
     """A signal ends train.py in order, with exit code 0."""
     monkeypatch.setattr(compare, "call", lambda arguments, log: None)
     with pytest.raises(InputError, match="train.py was interrupted: .*log"):
-        do(Run("easy", 0, OWN), config)
+        do(run_of(config, "easy", 0, OWN))
     assert not compare.RECORDS.exists()
 
 

@@ -21,7 +21,7 @@ from grpo.model.optimizer import component_of, freeze, make_optimizer
 from grpo.ranks import full_tensor, raise_together, start_processes
 from grpo.rollout import SamplingParams, ScoredRollout, generate
 from grpo.run.batches import resolve_batch_sizes
-from grpo.run.inputs import load_initial_model
+from grpo.run.start import load_initial_model
 from tests.conftest import Tiny, run_ranks
 
 ADVANTAGES = torch.tensor([[1.0, -0.5, 0.25], [0.7, -0.2, 0.4], [-1.0, 2.0, 0.5], [0.3, 0.1, -0.4]])

@@ -29,7 +29,7 @@ class Changed(list):
 
 def find_longest(dataset: PromptDataset, path: str) -> None:
     start_processes()
-    length, index = longest_prompt(dataset)
+    length, index = longest_prompt(dataset, has_answer=False)
     with open(path, "w") as file:
         json.dump([length, dataset.samples[index].id], file)
     torch.distributed.destroy_process_group()

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
+from data.sample import Media, Sample
 from grpo.ranks import start_processes
 from grpo.rollout import ScoredRollout
 from grpo.run.records import GroupRecord, completion_lines, distributions, global_counts, rollout_metrics, std_of_step
@@ -19,10 +20,7 @@ def group(rewards, lengths, is_stopped, texts=("1%", "none", "4%"), position=0) 
     rewards = torch.tensor(rewards)
     return GroupRecord(
         position=position,
-        sample_id=f"s{position}",
-        question="EF?",
-        media=["a.mp4"],
-        truth="It is 3%.",
+        sample=Sample(f"s{position}", (Media("video", "/videos/a.mp4"),), (("user", "<video>EF?"),), "It is 3%."),
         texts=list(texts),
         numbers=[1.0, None, 4.0],
         rewards=rewards,

@@ -258,7 +258,7 @@ def test_a_system_prompt_stands_before_conversations_without_one(tiny, tmp_path)
     samples[1]["conversations"].insert(0, {"from": "system", "value": "Their own."})
     (tmp_path / "data.json").write_text(json.dumps(samples))
     config = Config(image_folder=str(tiny.folder / "videos"), system_prompt="Think first.")
-    loaded = survey([str(tmp_path / "data.json")], config, []).samples
+    loaded = survey([str(tmp_path / "data.json")], config).samples
     first = [sample.turns[0] for sample in loaded]
     assert first == [("system", "Their own." if n == 1 else "Think first.") for n in range(4)]
     prompt = load_prompt(loaded[0], tiny.tokenizer, 2, OPTIONS)

@@ -65,13 +65,12 @@ def test_a_contact_sheet_holds_all_videos_and_any_text(tiny, num_videos, columns
     sample = dataclasses.replace(
         tiny.prompts[0].sample,
         media=tiny.prompts[0].sample.media * num_videos,
-        turns=(("user", "<video>" * num_videos + "EF?"),),
+        turns=(("user", "<video>" * num_videos + FOREIGN),),
+        id=FOREIGN,
+        answer=FOREIGN,
     )
     prompt = load_prompt(sample, tiny.tokenizer, 2, OPTIONS)
-    record = dataclasses.replace(
-        group([0.0, 1.0, NAN], [2, 3, 4], [True, True, False]),
-        sample_id=FOREIGN, question=FOREIGN, truth=FOREIGN, texts=[FOREIGN, "", "4%"],
-    )  # fmt: skip
+    record = group([0.0, 1.0, NAN], [2, 3, 4], [True, True, False], texts=[FOREIGN, "", "4%"])
     sheet = contact_sheet(prompt, record, step=3)
     assert sheet.dtype == np.uint8 and sheet.shape[1:] == (WIDTH, 3)
     strips = video_strips(prompt)

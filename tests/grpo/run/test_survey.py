@@ -31,9 +31,7 @@ def samples_of(tiny):
 
 def found_in(tiny, samples, **flags):
     (tiny.folder / "some.json").write_text(json.dumps(samples))
-    messages = []
-    config = Config(image_folder=str(tiny.folder / "videos"), **flags)
-    return survey([str(tiny.folder / "some.json")], config, messages), messages
+    return survey([str(tiny.folder / "some.json")], Config(image_folder=str(tiny.folder / "videos"), **flags))
 
 
 def test_truths_and_keys_are_gathered_in_the_order_of_the_samples(tiny):
@@ -41,32 +39,31 @@ def test_truths_and_keys_are_gathered_in_the_order_of_the_samples(tiny):
     samples[1] |= {"site": "A", "age": 60}
     samples[3] |= {"sex": "f", "site": "B"}
     samples[2]["conversations"][-1]["value"] = "It cannot be seen."
-    found, _ = found_in(tiny, samples)
+    found = found_in(tiny, samples)
     assert found.keys == ["site", "age", "sex"]
     assert found.truths[[0, 1, 3]].tolist() == [40, 41, 43] and math.isnan(found.truths[2])
 
 
-def test_samples_are_as_the_model_sees_them(tiny):
-    found, (message,) = found_in(tiny, samples_of(tiny), max_videos=2, system_prompt="Look well.")
+def test_samples_are_as_the_model_sees_them(tiny, capsys):
+    found = found_in(tiny, samples_of(tiny), max_videos=2, system_prompt="Look well.")
     assert [len(sample.media) for sample in found.samples] == [1, 2, 2, 1]
     assert all(sample.turns[0] == ("system", "Look well.") for sample in found.samples)
-    assert "some.json': 1 samples have more than --max_videos 2 videos" in message
+    assert "some.json': 1 samples have more than --max_videos 2 videos" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cap", get_args(VideoCap))
 @pytest.mark.parametrize("is_training", [False, True])
 def test_samples_are_capped_by_the_choice_of_their_name_unless_training_sees_others_in_each_turn(
-    tiny, cap, is_training
+    tiny, capsys, cap, is_training
 ):
     config = Config(image_folder=str(tiny.folder / "videos"), max_videos=1, video_cap=cap)
-    messages = []
-    found = survey([str(tiny.folder / "data.json")], config, messages, is_training)
+    found = survey([str(tiny.folder / "data.json")], config, is_training)
     seen = [media.name for media in found.samples[1].media]
     all_three = [f"1_{clip}.mp4" for clip in range(3)]
     assert seen == (all_three if is_training and varies(cap) else [all_three[i] for i in choice_of(cap)(3, 1)])
-    assert "2 samples have more than --max_videos 1" in messages[0]
+    assert "2 samples have more than --max_videos 1" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--video_cap last"):
-        survey([str(tiny.folder / "data.json")], dataclasses.replace(config, video_cap="last"), [])
+        survey([str(tiny.folder / "data.json")], dataclasses.replace(config, video_cap="last"))
 
 
 def test_the_fingerprint_is_the_digest_of_each_files_bytes_wherever_they_lie(tiny, tmp_path):
@@ -76,7 +73,7 @@ def test_the_fingerprint_is_the_digest_of_each_files_bytes_wherever_they_lie(tin
         (folder / "a.json").write_bytes(content)
         (folder / "b.jsonl").write_bytes(json.dumps(samples_of(tiny)[0] | {"id": "other"}).encode())
         config = Config(image_folder=str(tiny.folder / "videos"), max_videos=len(folder.name))
-        found = survey([str(folder / "a.json"), str(folder / "b.jsonl")], config, [])
+        found = survey([str(folder / "a.json"), str(folder / "b.jsonl")], config)
         assert found.fingerprint == [
             hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("a.json", "b.jsonl")
         ]
@@ -90,13 +87,15 @@ def in_processes(monkeypatch):
     monkeypatch.setattr(module, "MOST_PROCESSES", 2)
 
 
-def test_processes_find_what_one_finds(tiny, in_processes):
+def test_processes_find_what_one_finds(tiny, capsys, in_processes):
     samples = [sample | {"id": f"{i}", f"key_{i % 5}": i} for i, sample in enumerate(samples_of(tiny) * 3)]
-    together, messages = found_in(tiny, samples, max_videos=2)
-    alone, same = found_in(tiny, samples, max_videos=2, dataloader_num_workers=0)
+    together = found_in(tiny, samples, max_videos=2)
+    printed = capsys.readouterr().out
+    alone = found_in(tiny, samples, max_videos=2, dataloader_num_workers=0)
     for name in ("keys", "fingerprint"):
         assert getattr(together, name) == getattr(alone, name)
-    assert together.keys == [f"key_{i}" for i in range(5)] and messages == same and "3 samples have" in messages[0]
+    assert together.keys == [f"key_{i}" for i in range(5)]
+    assert "3 samples have" in printed and printed == capsys.readouterr().out
     assert together.truths.tolist() == alone.truths.tolist() == [40, 41, 42, 43] * 3
 
 
@@ -123,7 +122,7 @@ def test_the_first_mistake_of_a_file_is_named_whoever_finds_it(tiny, in_processe
 
 def survey_on_a_rank(paths: list[str], images: str, out: str, digests: str) -> None:
     start_processes()
-    found = survey([paths[dist.get_rank()]], Config(image_folder=images, dataloader_num_workers=0), [])
+    found = survey([paths[dist.get_rank()]], Config(image_folder=images, dataloader_num_workers=0))
     try:
         check_same_on_all_ranks(found, functions=[RewardFunction("mine", max, digest=digests[dist.get_rank()])])
         line = "same"
@@ -152,6 +151,7 @@ def test_ranks_that_read_different_files_stop(tiny, tmp_path, key, digests, line
     assert len(lines) == 1 and lines.pop().startswith(line)
 
 
-def test_truths_outside_the_range_are_counted(tiny):
-    _, messages = found_in(tiny, samples_of(tiny), valid_range=[41.0, 42.0])
-    assert len(messages) == 1 and "some.json': 2 truths, such as 40, are outside --valid_range 41 42" in messages[0]
+def test_truths_outside_the_range_are_counted(tiny, capsys):
+    found_in(tiny, samples_of(tiny), valid_range=[41.0, 42.0])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "some.json': 2 truths, such as 40, are outside --valid_range 41 42" in line
