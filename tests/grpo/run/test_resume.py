@@ -425,7 +425,7 @@ class Nothing:
 def save_final(config: Config) -> None:
     start_processes()
     progress = {
-        "flags": {"model_id": "m"},
+        "flags": {"model_id": "m", "supervised": False},
         "step": 1,
         "total_steps": 1,
         "num_samples": 1,

@@ -62,7 +62,7 @@ def test_samples_are_capped_by_the_choice_of_their_name_unless_training_sees_oth
     all_three = [f"1_{clip}.mp4" for clip in range(3)]
     assert seen == (all_three if is_training and varies(cap) else [all_three[i] for i in choice_of(cap)(3, 1)])
     assert "2 samples have more than --max_videos 1" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--video_cap last"):
+    with pytest.raises(KeyError, match="last"):
         survey([str(tiny.folder / "data.json")], dataclasses.replace(config, video_cap="last"))
 
 
