@@ -13,7 +13,7 @@ from data.flags import SampleFlags, TrainingMediaFlags, default_of, parse_flags
 from data.loader import resolve_data_flags
 from data.sample import InputError
 from grpo.loss import ImportanceSamplingLevel, LossType, ScaleRewards
-from reward.flags import BELOW_1, NAMED, NOT_NEGATIVE, POSITIVE, SHARE, UP_TO_1, Bounds, RewardFlags, flag
+from reward.flags import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, UP_TO_1, Bounds, RewardFlags, flag
 
 DemoTask = Literal["easy", "hard"]
 BestModelMetric = Literal[
@@ -170,7 +170,10 @@ class RunFlags(Seed):
     save_steps: int = flag(0, "steps between checkpoints; 0: only if a signal stops it", NOT_NEGATIVE, may_change=True)
     save_total_limit: int = flag(0, "checkpoints kept, the newest; 0: all of them", NOT_NEGATIVE, may_change=True)
     resume_from_checkpoint: str = flag(
-        "none", "resume from this folder checkpoint-N; auto: the newest in --output_dir", NAMED, may_change=True
+        "none",
+        "resume from this folder checkpoint-N; auto: the newest in --output_dir",
+        Bounds(bool, "name a folder checkpoint-N, or auto, or none"),
+        may_change=True,
     )
     max_bad_steps: int = flag(10, "stop after so many steps in a row of no finite gradient", POSITIVE, may_change=True)
 
@@ -216,7 +219,6 @@ def parse_config(argv: list[str]) -> Config:
 def check_contradictions(c: Config) -> None:
     """Raise InputError for a flag that is given although others leave it without effect or cannot go with it."""
     of_sampling = {field.name for section in (GroupFlags, ObjectiveFlags) for field in dataclasses.fields(section)}
-    of_sampling |= {"reward_weights"}
     of_sampling -= {"max_completion_length"}  # which evaluations use
     of_own_model = ("model_id", "data_path", "data_weights", "image_folder", "eval_data_path", "supervised")
     of_held_out = ("eval_steps", "eval_on_start", "metric_for_best_model")
@@ -230,6 +232,7 @@ def check_contradictions(c: Config) -> None:
         (["demo_task"], not c.demo, "is about the demo: add --demo, or leave it out"),
         (of_held_out, not c.eval_data_path and not c.demo, "is about held-out samples: add --eval_data_path"),
         (of_sampling, c.supervised, f"has no effect with --supervised: {one}"),
+        (["reward_weights"], c.supervised, f"weighs rewards of training, which --supervised has not: {one}"),
         (of_adapters, not c.lora_enable, "is about adapters: add --lora_enable, or leave it out"),
         (["vision_lora"], not c.freeze_vision_tower, "is for a frozen vision tower: add --freeze_vision_tower"),
         (["freeze_llm"], is_all_frozen, f"and other --freeze_* leave nothing to train: {one}, or add --lora_enable"),

@@ -22,7 +22,7 @@ class Bounds(NamedTuple):
 POSITIVE = Bounds(lambda x: 0 < x <= 1e9, "must be above 0, and at most 1e9")
 NOT_NEGATIVE = Bounds(lambda x: 0 <= x <= 1e9, "must lie between 0 and 1e9")
 SHARE = Bounds(lambda x: 0 < x <= 1, "must be above 0, and at most 1")
-NAMED = Bounds(bool, "must be given")
+NAMED = Bounds(bool, "must be given (--help explains the flags)")
 BELOW_1 = Bounds(lambda x: 0 <= x < 1, "must be 0 or more, and below 1")
 UP_TO_1 = Bounds(lambda x: 0 <= x <= 1, "must lie between 0 and 1")
 RANGE = Bounds(

@@ -8,7 +8,7 @@ import torch
 from data.media.images import has_frame_files
 from data.media.patches import Grid
 from data.prompt import encode_prompt, media_lengths
-from data.sample import Media, Sample, first_of
+from data.sample import InputError, Media, Sample, first_line, first_of
 from data.video_cap import cap_videos, choice_of
 from reward.extract import extract_number
 from reward.functions import keys_of
@@ -79,8 +79,12 @@ def outside_line(truths: np.ndarray, valid_range: list[float]) -> str | None:
 
 
 def prompt_tokens(sample: Sample, checked: dict[Media, Grid | Exception], tokenizer) -> int:
-    """Count the tokens of a prompt, without a tokenizer only those of its videos and images."""
+    """Count the tokens of a prompt, without a tokenizer only those of its videos and images. Raises InputError."""
     grid_thw = torch.tensor([checked[media] for media in sample.media], dtype=torch.long).view(-1, 3)  # (M, 3)
     if not tokenizer:
         return int(media_lengths(grid_thw).sum())
-    return len(encode_prompt(sample.turns, tokenizer, grid_thw, torch.ones(len(grid_thw)), 1)[0])
+    try:
+        return len(encode_prompt(sample.turns, tokenizer, grid_thw, torch.ones(len(grid_thw)), 1)[0])
+    except Exception as error:  # a chat template may raise anything
+        reason = f"its tokenizer cannot encode sample {sample.id!r} ({first_line(error)})"
+        raise InputError(f"--model_id: {reason}: take the tokenizer of a Qwen2.5-VL") from error

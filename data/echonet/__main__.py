@@ -75,8 +75,13 @@ def convert(root: str, output: str) -> None:
         table.append(f"{split:8}{len(found):8}{len(listed) - len(found):9}{figures}")
     if not contents:
         raise InputError(f"none of the {len(missing)} listed videos is in {str(folder)!r}: give its parent as --root")
-    for path, samples in contents.items():
-        write_entries(samples, str(path), "output")
+    try:
+        for path, samples in contents.items():
+            write_entries(samples, str(path), "output")
+    except InputError:  # the same command begins anew
+        for path in filter(os.path.exists, contents):
+            path.unlink()
+        raise
     print(*missing, f"{'split':8}{'samples':>8}{'missing':>9}{'least EF':>10}{'mean':>7}{'most':>7}", *table, sep="\n")
     train, val, _ = (Path(output, f"{split}.json") for split in SPLITS)
     if train in contents:

@@ -56,7 +56,7 @@ GRPO_ROWS = {
 }
 SUPERVISED_ROWS = {f"supervised, {rate:g}": {"learning_rate": rate} for rate in RATES}
 # What decides a result: of the demo's start, and all flags but those that say where something lies.
-START = ("NUM_CARELESS", "NUM_TRAIN", "WARM_START_STEPS", "SUPERVISED")
+START = ("NUM_CARELESS", "NUM_TRAIN", "NUM_HELDOUT", "WARM_START_STEPS", "SUPERVISED")
 NOT_DECISIVE = {"model_id", *(field.name for field in dataclasses.fields(Config) if field.metadata["may_change"])}
 NOT_DECISIVE -= {"max_steps", "eval_steps"}
 
@@ -92,7 +92,7 @@ class Run:
     def key(self) -> dict:
         """What decides its result: a part of its records."""
         flags = vars(self.config)
-        settings = {name: getattr(demo, name) for name in START}
+        settings = {name: getattr(demo, name) for name in START} | {"NUM_TEST": NUM_TEST}
         settings |= {name: flags[name] for name in sorted(flags.keys() - NOT_DECISIVE)}
         return {"task": self.task, "seed": self.seed, "row": self.row, "settings": settings}
 

@@ -7,6 +7,7 @@ right form, and badly; and GRPO, so that everything it gains from there is learn
 
 import dataclasses
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from grpo.evaluate.report import number
 from grpo.model.layers import use_our_layers
 from grpo.model.random_model import TextSize, VisionSize, random_model
 from grpo.ranks import broadcast_object, print_rank0, raise_together
+from grpo.run.lock import FolderInUse
 from grpo.run.start import load_training_scorer, take_folders
 
 # True answers are few, careless ones many, as where experts read few cases; `reward/RESULTS.md` has other numbers, too.
@@ -97,19 +99,23 @@ def flags_of_grpo(config: Config) -> Config:
 def prepare(config: Config, train: Callable[[Config], bool]) -> Config | None:
     """Make data and a warm-started model in `output_dir`; return the ordinary flags that train on them. Collective.
 
-    train: runs training, and returns False if a signal stopped it; then None is returned. A folder whose run has begun
-    is only continued, and so is an interrupted warm start.
+    train: runs training, and returns False if a signal stopped it; then None is returned. With
+    --resume_from_checkpoint auto a warm start or run that has begun is continued.
     """
     raise_together(load_training_scorer, config, [])  # a mistake is known before anything is made
     config = broadcast_object(raise_together(choose_folder, config))
     output = Path(config.output_dir)
     if not broadcast_object(has_begun(output)):
         num_hearts = NUM_CARELESS + NUM_TRAIN + NUM_HELDOUT
-        print_rank0(f"Drawing {num_hearts} hearts, and teaching a small Qwen2.5-VL to answer, in {output}")
+        print_rank0(f"Drawing {num_hearts} hearts for a small Qwen2.5-VL, in {output}")
         if dist.get_rank() == 0:
             make_start(output, config.demo_task, config.seed)
         dist.barrier()
-        if not train(flags_of_warm_start(config)):
+    if not broadcast_object((output / "config.json").exists()):
+        print_rank0("The warm start: supervised training on careless answers")
+        warm_start, ranks = flags_of_warm_start(config), dist.get_world_size()
+        size = math.ceil(warm_start.global_batch_size / ranks) * ranks  # any number of ranks may have a part
+        if not train(dataclasses.replace(warm_start, global_batch_size=size)):
             return None
     config = flags_of_grpo(config)
     again = shlex.join(["python", *command_of(dataclasses.replace(config, output_dir="output/again"))])
@@ -135,20 +141,21 @@ def choose_folder(config: Config) -> Config | None:
         try:
             take_folders(chosen := dataclasses.replace(config, output_dir=str(folder)))
             return chosen
-        except InputError as error:  # locked by a demo that is still preparing, or not to be written
+        except FolderInUse as error:  # by a demo that is still preparing
             refused.append(error)
     mend = "name a new folder" + (", or continue with --resume_from_checkpoint auto" if begun else "")
     raise refused[0] if refused else InputError(f"--output_dir {config.output_dir!r} exists: {mend}")
 
 
 def is_free(output: Path) -> bool:
-    """True if a folder is not there, or holds nothing but what an interrupted `prepare` leaves."""
-    return {path.name for path in output.glob("*")} <= {"data", "untrained", "warm_start", ".lock"}
+    """True if a folder is not there, or holds nothing but what is left of a demo whose warm start has not begun."""
+    names = {path.name for path in output.glob("*")}
+    return names <= {"data", "untrained", "warm_start", ".lock"} and not has_begun(output)
 
 
 def has_begun(output: Path) -> bool:
-    """True if a run has begun in the folder, so that its data and model are complete."""
-    return (output / "config.json").exists()
+    """True if a warm start or run has begun in the folder, so that its data and untrained model are complete."""
+    return (output / "config.json").exists() or (output / "warm_start" / "config.json").exists()
 
 
 def command_of(config: Config) -> list[str]:
@@ -171,7 +178,7 @@ def report(config: Config, began: float) -> None:
     output = Path(config.output_dir)
     evaluations = json.loads((output / "final" / "progress.json").read_text())["evaluations"]
     rows = {f"step {one['step']}": {name: one.get(f"eval/{name}") for name in FIGURES} for one in evaluations}
-    rows["best constant"] = {name: evaluations[-1][f"eval/zero_skill_{name}"] for name in ("reward", "mae")}
+    rows["best constant"] = {name: evaluations[-1].get(f"eval/zero_skill_{name}") for name in ("reward", "mae")}
     print(f"\n{NUM_HELDOUT} held-out hearts, greedy answers; errors in points:")
     print(f"{'':14}" + "".join(f"{title:>13}" for title in FIGURES.values()))
     for when, row in rows.items():

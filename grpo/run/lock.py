@@ -8,11 +8,16 @@ from pathlib import Path
 from data.sample import InputError
 from grpo.ranks import print_rank0
 
+
+class FolderInUse(InputError):
+    """Another run has locked a folder."""
+
+
 _held = {}  # open lock files by path: to close one, or to open it again and close that, would release the lock
 
 
 def lock_folder(folder: str) -> None:
-    """Lock an existing folder for this process until it ends; raise InputError that names the holder if it is taken.
+    """Lock an existing folder for this process until it ends; raise FolderInUse that names the holder if it is taken.
 
     A POSIX record lock: the kernel drops it when the process dies, child processes do not inherit it, and network file
     systems share it between hosts. The file `.lock` stays, with the last holder in it. Raises OSError if it cannot be
@@ -26,7 +31,7 @@ def lock_folder(folder: str) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
-        raise InputError(
+        raise FolderInUse(
             f"--output_dir {folder!r} is in use by {file.read() or 'another run'}: wait for it, end it, or name "
             "another folder"
         ) from error

@@ -58,10 +58,12 @@ def with_trial_advantages(rollouts: list[Rollout]) -> list[ScoredRollout]:
 def trial_step(run, prompt: Prompt, rollout_phase: Callable, update_phase: Callable) -> None:
     """Do a step with copies of a prompt, full length and made-up advantages, and answer as many as an evaluation.
 
-    An optimizer of its own, with a learning rate of 0, leaves the weights as they are.
+    A learning rate of 0 leaves the weights as they are; the optimizer must not have stepped yet.
     """
-    models, config, tokens = run.models, run.config, run.tokens.without_eos()
-    optimizer = type(run.optimizer)([group | {"lr": 0.0} for group in run.optimizer.param_groups])
+    models, config, tokens, optimizer = run.models, run.config, run.tokens.without_eos(), run.optimizer
+    learning_rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     init_optimizer_state(optimizer)
     prompts, model = [prompt] * config.per_device_train_batch_size, models.sampling.sync(models.policy)
     if config.supervised:
@@ -72,7 +74,10 @@ def trial_step(run, prompt: Prompt, rollout_phase: Callable, update_phase: Calla
     if run.heldout:
         together = [prompt] * config.per_device_eval_batch_size
         generate(model, together, tokens, SamplingParams.of(config, 1, temperature=1.0))
+    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+        group["lr"] = learning_rate
     optimizer.zero_grad()
+    optimizer.state.clear()
 
 
 def memory_preflight(run, rollout_phase: Callable, update_phase: Callable) -> str:
@@ -97,10 +102,11 @@ def memory_preflight(run, rollout_phase: Callable, update_phase: Callable) -> st
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        of_sampling = "" if config.supervised else "--num_generations, --max_completion_length, "
         line = (
             f"out of memory in a trial step on {what}: lower --max_videos, --nframes or --fps, the video size, "
-            "--num_generations, --max_completion_length, --per_device_train_batch_size or --per_device_eval_batch_size"
-            ", add --gradient_checkpointing true or --lora_enable, or take more GPUs"
+            f"{of_sampling}--per_device_train_batch_size or --per_device_eval_batch_size, add --gradient_checkpointing "
+            "true or --lora_enable, or take more GPUs"
         )
         if dist.get_world_size() == 1:
             raise InputError(line) from error

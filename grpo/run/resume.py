@@ -54,8 +54,9 @@ def find_resume_state(
     is_own = newest is not None and newest.resolve() == Path(wanted).resolve()
     is_origin = not newest and not final.exists() and wanted == origin  # killed before its first checkpoint
     if not is_own and not is_origin and (newest or final.exists() or (output / "config.json").exists()):
+        further = f" ({newest.name} is the newest: move away what is newer than {wanted!r})" if newest else ""
         raise InputError(
-            f"{where} holds another run, or one that went further: name a new folder, or continue it with "
+            f"{where} holds another run, or one that went further{further}: name a new folder, or continue it with "
             "--resume_from_checkpoint auto"
         )
     return ResumeState(metadata) if wanted == "none" else resume_at(Path(wanted), metadata)

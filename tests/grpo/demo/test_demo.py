@@ -211,6 +211,20 @@ def test_a_second_demo_beside_one_that_is_preparing_takes_the_next_folder(folder
         chosen("--output_dir", "output/demo", "--resume_from_checkpoint", "output/demo/checkpoint-5")
 
 
+def test_an_interrupted_warm_start_is_continued_where_one_says_so(folders):
+    (folders / "demo" / "warm_start").mkdir(parents=True)
+    (folders / "demo" / "warm_start" / "config.json").write_text("{}")
+    assert chosen("--resume_from_checkpoint", "auto") == "output/demo"
+    assert chosen() == "output/demo-2"
+
+
+def test_a_folder_that_cannot_be_made_ends_the_search(folders):
+    folders.mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        chosen("--frame_cache", "/proc/frames")
+    assert [path.name for path in folders.iterdir()] == ["demo"]
+
+
 def test_a_demo_that_was_interrupted_before_its_run_began_starts_again_in_its_folder(folders):
     (folders / "demo" / "data" / "videos").mkdir(parents=True)
     (folders / "demo" / "untrained").mkdir()
