@@ -179,7 +179,8 @@ def test_a_flag_that_has_no_effect_is_refused(tiny, tmp_path, capfd, flag):
     assert train.main(flags(tiny, tmp_path / "out", *SUPERVISED, *flag.split())) == 2
     name = flag.split()[0]
     (line,) = capfd.readouterr().err.splitlines()
-    assert line == f"train.py: error: {name} has no effect with --supervised: leave out one of them"
+    assert line.startswith(f"train.py: error: {name} ") and line.endswith("leave out one of them")
+    assert "--supervised" in line
 
 
 def test_a_checkpoint_of_the_other_kind_is_not_resumed(tiny, run, tmp_path, capfd):
