@@ -75,11 +75,13 @@ def convert(root: str, output: str) -> None:
         table.append(f"{split:8}{len(found):8}{len(listed) - len(found):9}{figures}")
     if not contents:
         raise InputError(f"none of the {len(missing)} listed videos is in {str(folder)!r}: give its parent as --root")
+    written = []
     try:
         for path, samples in contents.items():
             write_entries(samples, str(path), "output")
+            written.append(path)
     except InputError:  # the same command begins anew
-        for path in filter(os.path.exists, contents):
+        for path in written:
             path.unlink()
         raise
     print(*missing, f"{'split':8}{'samples':>8}{'missing':>9}{'least EF':>10}{'mean':>7}{'most':>7}", *table, sep="\n")

@@ -8,8 +8,8 @@ chosen on. Each run is evaluated ten times on the demo's held-out hearts, and ju
 hearts of their own: at its last step, and at the step that was best on the held-out ones (`best/`). Supervised training
 tries three learning rates on the first seed, and takes the one whose best evaluation was best.
 
-Runs go side by side, each on one core. What is judged is a line of `reward/results.jsonl`, with all that decides it,
-and is not done again: the same command continues where it was interrupted, on another machine, too.
+Runs go side by side, each on one core. What is judged is a line of `reward/results.jsonl`, with its settings, and is
+not done again: the same command continues where it was interrupted, on another machine, too.
 """
 
 import dataclasses

@@ -26,6 +26,7 @@ from grpo.evaluate.report import number
 from grpo.model.layers import use_our_layers
 from grpo.model.random_model import TextSize, VisionSize, random_model
 from grpo.ranks import broadcast_object, print_rank0, raise_together
+from grpo.run.batches import resolve_batch_sizes
 from grpo.run.lock import FolderInUse
 from grpo.run.start import load_training_scorer, take_folders
 
@@ -102,7 +103,8 @@ def prepare(config: Config, train: Callable[[Config], bool]) -> Config | None:
     train: runs training, and returns False if a signal stopped it; then None is returned. With
     --resume_from_checkpoint auto a warm start or run that has begun is continued.
     """
-    raise_together(load_training_scorer, config, [])  # a mistake is known before anything is made
+    raise_together(load_training_scorer, config, [])  # mistakes are known before anything is made
+    raise_together(resolve_batch_sizes, config, dist.get_world_size())
     config = broadcast_object(raise_together(choose_folder, config))
     output = Path(config.output_dir)
     if not broadcast_object(has_begun(output)):

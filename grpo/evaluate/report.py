@@ -1,6 +1,7 @@
 """What an evaluation leaves: metrics.json, pictures, and a table on the screen."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,9 @@ def report(config, settings: dict, samples: Sequence[Sample], done: dict[str, Pr
     }
     title, output = ", ".join(Path(path).name for path in config.data_path), Path(config.output_dir)
     with writing("output_dir", config.output_dir):  # all of it is made of predictions.jsonl, by the same command again
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        unfinished = output / "metrics.json.unfinished"  # a full disk leaves the figures that are there
+        unfinished.write_text(json.dumps(metrics, indent=2) + "\n")
+        os.replace(unfinished, output / "metrics.json")
         for name, figure in pictures(answers, found[main], config.cuts, title).items():
             figure.savefig(output / f"{name}.png")
     print("\n" + table(found))

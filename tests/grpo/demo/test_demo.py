@@ -165,10 +165,11 @@ def test_the_demo_does_not_touch_a_folder_that_exists(demo, capsys):
     [
         (["--reward_kwargs", '{"error_scale": 0}'], "error_scale 0"),
         (["--reward_funcs", "concordance_reward", "--global_batch_size", "1"], "--global_batch_size 1"),
+        (["--global_batch_size", "3", "--per_device_train_batch_size", "2"], "--global_batch_size 3 is not a multiple"),
     ],
-    ids=["arguments", "nothing to compare"],
+    ids=["arguments", "nothing to compare", "batch sizes"],
 )
-def test_wrong_rewards_are_known_before_anything_is_made(tmp_path, capsys, more, words):
+def test_wrong_rewards_and_batch_sizes_are_known_before_anything_is_made(tmp_path, capsys, more, words):
     assert train.main(["--demo", "--output_dir", str(tmp_path / "out"), *more]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
