@@ -13,7 +13,8 @@ from reward.functions import RewardError, RewardFunction, score_answers
 from reward.time_limit import OutOfTime, time_limit
 
 MOST_SAMPLES = 1000  # that constant answers are scored on at the start of a run
-MOST_SECONDS = 10.0  # for all of them and all constants
+BLOCK = 64  # texts that a function is given at a time
+MOST_SECONDS = 10.0  # for all of them
 
 
 @dataclass
@@ -50,9 +51,14 @@ def constant_rewards(functions: list[RewardFunction], samples: list, truths: np.
     there is no step, and where one is slow, or fails on a text that no model would write.
     """
     texts, weighted = constant_texts(truths), [function for function in functions if function.weight]
+    blocks = [samples[first : first + BLOCK] for first in range(0, len(samples), BLOCK)]
+
+    def rewards_of(text: str) -> np.ndarray:
+        return np.concatenate([score_answers(weighted, block, [text] * len(block), keys) for block in blocks])
+
     if not any(function.is_whole_step for function in weighted):
         with suppress(RewardError, OutOfTime), time_limit(MOST_SECONDS):  # on sampled answers an error is reported
-            return np.array([score_answers(weighted, samples, [text] * len(samples), keys) for text in texts])
+            return np.array([rewards_of(text) for text in texts])
     return np.full((len(texts), len(samples)), np.nan)
 
 

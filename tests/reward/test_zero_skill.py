@@ -127,18 +127,23 @@ def test_without_any_score_there_is_a_median_only(functions):
     assert str(found) == "zero skill: answering always 50 has a mean error of 10.00"
 
 
-def test_of_many_samples_an_even_choice_of_a_thousand_is_scored():
+def test_of_many_samples_an_even_choice_of_a_thousand_is_scored_64_at_a_time():
     calls = []
 
     def score(completions, assistant, sample_id, **kwargs):
-        calls.append([int(id_[1:]) for id_ in sample_id])
-        assert len(set(texts_of(completions))) == 1
+        calls.append(([int(id_[1:]) for id_ in sample_id], set(texts_of(completions))))
         return minus_squares(completions, assistant)
 
     found = zero_skill_of([function_of(score)], samples_of(*(f"{i}%" for i in range(2001))), [])
-    assert len(calls) == 2 * 51 and calls == calls[:1] * len(calls)
-    assert (len(calls[0]), calls[0][0], calls[0][-1]) == (1000, 0, 2000)
-    assert set(np.diff(calls[0])) == {2, 3}
+    assert len(calls) == 2 * 51 * 16
+    by_text = [calls[first : first + 16] for first in range(0, len(calls), 16)]
+    for blocks in by_text:
+        assert [len(chosen) for chosen, _ in blocks] == [64] * 15 + [40]
+        assert [chosen for chosen, _ in blocks] == [chosen for chosen, _ in by_text[0]]
+        assert len(set.union(*(texts for _, texts in blocks))) == 1
+    chosen = np.concatenate([chosen for chosen, _ in by_text[0]])
+    assert (len(chosen), chosen[0], chosen[-1]) == (1000, 0, 2000)
+    assert set(np.diff(chosen)) == {2, 3}
     assert (found.answer, found.mae) == (1000.0, pytest.approx(1000 * 1001 / 2001, abs=1e-9))  # of all samples
     assert found.rewarded_answer == pytest.approx(1000, abs=2)
 
@@ -166,6 +171,18 @@ def test_rewards_of_constants_stand_by_text_and_sample():
 
     found = constant_rewards([function_of(score)], samples_of("1%", "1%", "1%"), TWO, [])
     np.testing.assert_array_equal(found, [[4, 104, 204], [6, 106, 206], [np.nan] * 3, [np.nan] * 3])
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 128, 130])
+def test_blocks_are_put_together_in_order(size):
+    def score(completions, sample_id, **kwargs):
+        sizes.append(len(completions))
+        return [int(id_[1:]) for id_ in sample_id]
+
+    sizes = []
+    found = constant_rewards([function_of(score)], samples_of(*["1%"] * size), TWO, [])
+    np.testing.assert_array_equal(found, [list(range(size))] * 4)
+    assert max(sizes) <= 64 and sum(sizes) == 4 * size and len(sizes) == 4 * -(-size // 64)
 
 
 def test_rewards_of_constants_are_weighted_sums_of_the_functions_that_have_a_say():
