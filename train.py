@@ -49,7 +49,7 @@ from grpo.run.tracking import Clock, Tracker
 
 
 def batched(items: list, size: int) -> list[list]:
-    """Cut a list into pieces of `size`; `--per_device_train_batch_size` prompts pass through the model at a time."""
+    """Cut a list into pieces of `size`: so many prompts pass through the model at a time."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
@@ -57,7 +57,7 @@ def rollout_phase(model, prompts: list[Prompt], tokens: SpecialTokens, config: C
     """Sample a group for every prompt of this rank. model: unsharded, so that ranks do not wait for each other."""
     params = SamplingParams.of(config, config.num_generations, config.temperature)
     rollouts = []
-    for batch in batched(prompts, config.per_device_train_batch_size):
+    for batch in batched(prompts, config.per_device_generation_batch_size):
         if config.freeze_vision_tower and not config.vision_lora:
             batch = [encode_media(model, prompt.to(tokens.device)) for prompt in batch]  # once, for the update too
         rollouts += generate(model, batch, tokens, params, generators(batch, config.seed, step, tokens.device))

@@ -89,9 +89,16 @@ def shared_prefix_attention(module, query, key, value, attention_mask, attention
 
 
 @functools.lru_cache(maxsize=2)  # keyed by tensor identity: one for windows, one for frames
-def distinct_lengths(cu_seq_lens: Tensor) -> list[int]:
-    """List the distinct segment lengths. Reading them waits for the GPU, so it is done once, not in every block."""
-    return cu_seq_lens.diff().unique().tolist()
+def segments_by_length(cu_seq_lens: Tensor) -> list[Tensor]:
+    """Return the places of the segments of each length: (segments, length) per length.
+
+    Finding them makes a GPU wait for the host, so it is done once, not in every block.
+    """
+    starts, lengths = cu_seq_lens[:-1].long(), cu_seq_lens.diff()
+    return [
+        starts[lengths == length, None] + torch.arange(length, device=starts.device)
+        for length in lengths.unique().tolist()
+    ]
 
 
 def varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q: Tensor, **kwargs):
@@ -100,14 +107,12 @@ def varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q: T
     query, key, value: (1, H, S, D); cu_seq_lens_q: (segments + 1,), cumulative lengths from 0 to S. Segments of equal
     length share one SDPA call: usually there is one, where Hugging Face loops over hundreds of windows.
     """
-    lengths = distinct_lengths(cu_seq_lens_q)
-    if len(lengths) == 1:  # views (segments, H, length, D), no copies
-        q, k, v = (x[0].unflatten(1, (-1, lengths[0])).transpose(0, 1) for x in (query, key, value))
+    segments = segments_by_length(cu_seq_lens_q)
+    if len(segments) == 1:  # views (segments, H, length, D), no copies
+        q, k, v = (x[0].unflatten(1, segments[0].shape).transpose(0, 1) for x in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)[None], None
-    starts, segment_lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff()
     out = torch.empty_like(query.transpose(1, 2))  # (1, S, H, D)
-    for length in lengths:
-        rows = starts[segment_lengths == length, None] + torch.arange(length, device=query.device)  # (n, length)
+    for rows in segments:
         q, k, v = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
         out[0, rows] = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return out, None

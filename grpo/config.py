@@ -112,6 +112,9 @@ class BatchFlags:
     global_batch_size: int | None = flag(None, "prompts per step on all ranks (else 1 per rank)", POSITIVE, demo=8)
     per_device_train_batch_size: int | None = flag(None, "prompts of a rank in one pass", POSITIVE, may_change=True)
     gradient_accumulation_steps: int | None = flag(None, "passes of a rank per step", POSITIVE, may_change=True)
+    per_device_generation_batch_size: int | None = flag(
+        None, "prompts of a rank whose completions are sampled together (else all of a step)", POSITIVE, may_change=True
+    )
     # With another number of steps the learning rate goes on as in a run of the new length.
     num_train_epochs: float = flag(1.0, "epochs", POSITIVE, may_change=True)
     max_steps: int = flag(0, "steps; 0: as --num_train_epochs says", NOT_NEGATIVE, demo=150, may_change=True)
@@ -220,6 +223,7 @@ def check_contradictions(c: Config) -> None:
     """Raise InputError for a flag that is given although others leave it without effect or cannot go with it."""
     of_sampling = {field.name for section in (GroupFlags, ObjectiveFlags) for field in dataclasses.fields(section)}
     of_sampling -= {"max_completion_length"}  # which evaluations use
+    of_sampling |= {"per_device_generation_batch_size"}
     of_own_model = ("model_id", "data_path", "data_weights", "image_folder", "eval_data_path", "supervised")
     of_held_out = ("eval_steps", "eval_on_start", "metric_for_best_model")
     of_adapters = ("vision_lora", "lora_namespan_exclude", "lora_rank", "lora_alpha", "lora_dropout")

@@ -9,30 +9,13 @@ import dataclasses
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.checkpoint import checkpoint
 
 from data.loader import Prompt
 from data.media.patches import MERGE_SIZE, PATCH_VALUES
 from grpo.attention import matmul_float32, packed
 
 TOKENS_PER_CHUNK = 1024  # logits of this many tokens exist at a time: 0.6 GB in float32, with Qwen's 152k words
-PATCHES_PER_PASS = 2048  # enough to keep a GPU busy; with more, activations outgrow a CPU's caches
-
-
-class Logits(torch.autograd.Function):
-    """Logits (N, V) in float32 from hidden (N, E) and lm_head (V, E); the gradients have the inputs' dtype."""
-
-    @staticmethod
-    def forward(ctx, hidden, lm_head):
-        ctx.save_for_backward(hidden, lm_head)
-        return matmul_float32(hidden, lm_head.T)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        hidden, lm_head = ctx.saved_tensors
-        gradient = gradient.to(lm_head.dtype)
-        needs_hidden, needs_lm_head = ctx.needs_input_grad
-        return gradient @ lm_head if needs_hidden else None, gradient.T @ hidden if needs_lm_head else None
+PATCHES_PER_PASS = {"cpu": 2048, "cuda": 16384}  # of the tower: with more, activations outgrow a CPU's caches
 
 
 def sampling_logprobs(hidden: Tensor, lm_head: Tensor, temperature: float, suppress_tokens: Tensor) -> Tensor:
@@ -40,18 +23,40 @@ def sampling_logprobs(hidden: Tensor, lm_head: Tensor, temperature: float, suppr
 
     hidden: (N, E); lm_head: (V, E); suppress_tokens: ids that never occur in a completion. Returns (N, V), float32.
     """
-    logits = Logits.apply(hidden, lm_head).div_(temperature)  # in place: one (N, V) less
+    logits = matmul_float32(hidden, lm_head.T).div_(temperature)  # in place: one (N, V) less
     return torch.log_softmax(logits.index_fill_(1, suppress_tokens, -torch.inf), dim=1)
 
 
-def _chosen_logprobs(hidden, ids, lm_head, temperature, suppress_tokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probability, entropy and `is_top` (0 or 1) at each token: hidden (N, E), ids (N,) -> (N,) each."""
-    logprobs = sampling_logprobs(hidden, lm_head, temperature, suppress_tokens)
-    with torch.no_grad():  # both are only shown: as a term of the loss the entropy would need a gradient
-        # clamp: a suppressed token would add 0 · -inf = nan
-        entropy = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(dim=1)
+class ChosenLogprobs(torch.autograd.Function):
+    """What the model says of each token: (N,) log-probability, entropy and `is_top`, 0 or 1.
+
+    Only the first has a gradient. (N, V) is too large to wait for the backward pass, which computes it again, except
+    where `keep` says that it comes next.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, ids, lm_head, temperature: float, suppress_tokens, keep: bool):
+        logprobs = sampling_logprobs(hidden, lm_head, temperature, suppress_tokens)  # (N, V)
+        entropy = torch.special.entr(logprobs.exp()).sum(dim=1)
+        ctx.save_for_backward(hidden, ids, lm_head, suppress_tokens)
+        ctx.temperature, ctx.kept = temperature, logprobs if keep else None
         is_top = (logprobs.argmax(dim=1) == ids).float()
-    return logprobs.gather(1, ids[:, None])[:, 0], entropy, is_top
+        ctx.mark_non_differentiable(entropy, is_top)
+        return logprobs.gather(1, ids[:, None])[:, 0], entropy, is_top
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        hidden, ids, lm_head, suppress_tokens = ctx.saved_tensors
+        logprobs, ctx.kept = ctx.kept, None
+        if logprobs is None:
+            logprobs = sampling_logprobs(hidden, lm_head, ctx.temperature, suppress_tokens)
+        # The derivative of log p(chosen) by a logit is 1 at the chosen token, minus p everywhere.
+        gradient = gradient[:, None] / ctx.temperature
+        of_logits = logprobs.exp_().mul_(-gradient).scatter_add_(1, ids[:, None], gradient).to(lm_head.dtype)
+        needs_hidden, _, needs_lm_head, *_ = ctx.needs_input_grad
+        of_hidden = of_logits @ lm_head if needs_hidden else None
+        of_lm_head = of_logits.T @ hidden if needs_lm_head else None
+        return of_hidden, None, of_lm_head, None, None, None
 
 
 def media_features(model, prompts: list[Prompt]) -> list[Tensor]:
@@ -66,7 +71,8 @@ def media_features(model, prompts: list[Prompt]) -> list[Tensor]:
         pixels = pixels.new_zeros(MERGE_SIZE**2, PATCH_VALUES)
     sizes = grids.prod(dim=1)
     # With FSDP every pass gathers the weights again, so there is only one.
-    at_once = len(grids) if isinstance(model, FSDPModule) else max(1, PATCHES_PER_PASS // int(sizes.max()))
+    fitting = max(1, PATCHES_PER_PASS[pixels.device.type] // int(sizes.max()))
+    at_once = len(grids) if isinstance(model, FSDPModule) else fitting
     pieces = pixels.split([int(size.sum()) for size in sizes.split(at_once)])
     passes = zip(pieces, grids.split(at_once), strict=True)
     return [states for piece in passes for states in model.model.get_video_features(*piece).pooler_output]
@@ -134,12 +140,10 @@ def completion_logprobs(
         first, rest = row[0].expand(G, 1, -1), row[1:].unflatten(0, mask.shape)[:, :-1]
         predictors.append(torch.cat([first, rest], dim=1)[mask])  # (tokens, E)
     chosen = [ids[mask] for ids, mask in zip(completion_ids, completion_mask, strict=True)]  # (tokens,)
-    # The logits of a chunk are recomputed in the backward pass, so that (tokens, V) never exists. Not those of the last
-    # chunk: the backward pass begins with it, so dropping them would save no memory.
-    *chunks, last = zip(*(torch.cat(rows).split(TOKENS_PER_CHUNK) for rows in (predictors, chosen)), strict=True)
+    # The backward pass begins with the last chunk, so dropping its logits would save no memory.
+    chunks = list(zip(*(torch.cat(rows).split(TOKENS_PER_CHUNK) for rows in (predictors, chosen)), strict=True))
     head = model.lm_head.weight, temperature, suppress_tokens
-    results = [checkpoint(_chosen_logprobs, *chunk, *head, use_reentrant=False) for chunk in chunks]
-    results.append(_chosen_logprobs(*last, *head))
+    results = [ChosenLogprobs.apply(*chunk, *head, chunk is chunks[-1]) for chunk in chunks]
     num_tokens = [len(ids) for ids in chosen]
     per_prompt = zip(*(torch.cat(parts).split(num_tokens) for parts in zip(*results, strict=True)), strict=True)
     return [

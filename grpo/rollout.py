@@ -18,7 +18,7 @@ from grpo.logprobs import sampling_logprobs
 from grpo.model.load import SpecialTokens
 from grpo.ranks import all_gather_object
 
-MIN_PROMPT_CAPACITY = 2048  # tokens; their keys and values take a hundredth of the weights' memory
+TOKENS_PER_WAIT = 8  # a GPU waits for the host once in so many tokens, to hear whether all completions have ended
 
 
 @dataclass
@@ -108,9 +108,8 @@ def generate(
     prompts as given: pixels in the host's memory wait there for the update.
     """
     B, G, P = len(prompts), params.num_generations, max(len(prompt.prompt_ids) for prompt in prompts)
-    if model.device.type == "cuda":  # one graph for many lengths; of this batch alone, not of what came before
-        P = max(MIN_PROMPT_CAPACITY, 1 << (P - 1).bit_length())
     decoder = decoder_for(model, B, G, P, params.max_completion_length)
+    tokens_per_wait = TOKENS_PER_WAIT if model.device.type == "cuda" else 1
     on_device = [prompt.to(model.device) for prompt in prompts]
     hidden = prefill(model, on_device, decoder.cache).repeat_interleave(G, dim=0)  # (B·G, E)
     positions = torch.cat([prompt.completion_positions(1)[0] for prompt in on_device]).repeat_interleave(G)  # (B·G,)
@@ -125,17 +124,16 @@ def generate(
         mask.append(running)
         logprobs.append(distribution.gather(1, ids[-1][:, None])[:, 0])
         running = running & ~torch.isin(ids[-1], tokens.eos_token_ids)
-        if len(ids) == params.max_completion_length or not running.any():
+        if len(ids) == params.max_completion_length or (len(ids) % tokens_per_wait == 0 and not running.any()):
             break
         hidden = decoder.step(ids[-1], positions)
         positions = positions + 1
     ids, mask, logprobs = (torch.stack(rows, dim=1) for rows in (ids, mask, logprobs))  # (B·G, longest C)
     # Tokens drawn after the end are not part of the completion.
     ids, logprobs = torch.where(mask, ids, tokens.eos_token_ids[0]), torch.where(mask, logprobs, 0.0)
-    rollouts = []
-    for b, prompt in enumerate(prompts):
+    rollouts, lengths = [], mask.sum(dim=1).view(B, G).amax(dim=1).tolist()  # other groups may have gone on for longer
+    for b, (prompt, C) in enumerate(zip(prompts, lengths, strict=True)):
         group = slice(b * G, (b + 1) * G)
-        C = int(mask[group].sum(dim=1).max())  # other groups may have gone on for longer
         rollouts.append(Rollout(prompt, ids[group, :C], mask[group, :C], logprobs[group, :C], ~running[group]))
     return rollouts
 

@@ -10,7 +10,7 @@ import train
 from grpo.attention import matmul_float32
 from grpo.benchmark.__main__ import IDS, random_prompt
 from grpo.benchmark.__main__ import Options as BenchmarkOptions
-from grpo.decoding import Decoder, decoder_for
+from grpo.decoding import DECODERS, Decoder
 from grpo.logprobs import Logits, completion_logprobs
 from grpo.model.layers import use_our_layers
 from grpo.model.load import SpecialTokens
@@ -43,10 +43,10 @@ def prompts():
 
 def test_graph_and_eager_decoding_give_the_same_tokens(model, prompts, monkeypatch):
     graph = sample(model, prompts, 24)
-    decoder_for.cache_clear()
+    DECODERS.clear()
     monkeypatch.setattr(Decoder, "capture", lambda self: None)
     eager = sample(model, prompts, 24)
-    decoder_for.cache_clear()
+    DECODERS.clear()
     for a, b in zip(graph, eager, strict=True):
         assert torch.equal(a.completion_ids, b.completion_ids)
         assert torch.allclose(a.logprobs, b.logprobs, atol=1e-3)
@@ -58,7 +58,7 @@ def test_a_graph_reads_the_weights_that_are_there_now(model, prompts):
         for parameter in model.parameters():
             parameter.mul_(1.5)
     after = sample(model, prompts, 8)
-    decoder_for.cache_clear()
+    DECODERS.clear()
     fresh = sample(model, prompts, 8)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -27,7 +27,7 @@ from data.prompt import mrope_positions
 from data.sample import InputError, Sample
 from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update
 from grpo.config import Config
-from grpo.decoding import decoder_for
+from grpo.decoding import DECODERS
 from grpo.model.layers import use_hugging_faces_layers, use_our_layers
 from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import init_optimizer_state, make_optimizer
@@ -161,6 +161,7 @@ def run(options: Options, device: torch.device) -> dict:
         max_completion_length=C,
         temperature=1.0,
         per_device_train_batch_size=1,
+        per_device_generation_batch_size=1,
         freeze_vision_tower=options.freeze_vision_tower,
         gradient_checkpointing=options.gradient_checkpointing,
     )
@@ -191,7 +192,7 @@ def run(options: Options, device: torch.device) -> dict:
     for _ in range(options.runs):  # in turn, so that a machine that becomes slower slows both down
         ours.append(measure(rollout, update))
         if options.baseline:
-            decoder_for.cache_clear()  # free our cache
+            DECODERS.clear()  # free our cache
             models.sampling.sync(policy)  # not part of the baseline's time
             for module in (policy, sampling_model):
                 use_hugging_faces_layers(module)
@@ -218,7 +219,7 @@ def run_what_fits(options: Options, device: torch.device) -> dict:
         if not options.baseline:
             raise InputError(line) from error
     # An interrupted pass leaves the model in an undefined state: start again, without the baseline.
-    decoder_for.cache_clear()
+    DECODERS.clear()
     gc.collect()
     return run_what_fits(replace(options, baseline=False), device) | {"baseline_out_of_memory": True}
 

@@ -36,7 +36,6 @@ from grpo.evaluate.answer import Prediction, answer
 from grpo.evaluate.predictions import append_predictions, open_predictions
 from grpo.evaluate.report import report
 from grpo.export import base_of, load_merged
-from grpo.model.layers import pack_weights
 from grpo.model.load import load_model
 from grpo.model.sharding import compute_dtype
 from grpo.ranks import broadcast_object, exit_code, print_rank0, raise_together, start_processes
@@ -123,10 +122,7 @@ def decisive_flags(config: EvaluateConfig) -> dict:
 def load_for_sampling(config: EvaluateConfig, device: torch.device):
     """Load the model, an adapter merged into it, in the precision in which training samples."""
     load = partial(load_merged, config.adapter) if config.adapter else load_model
-    model = load(config.model_id, compute_dtype(device)).to(device).eval()
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        pack_weights(model.model)
-    return model
+    return load(config.model_id, compute_dtype(device)).to(device).eval()
 
 
 def digest_of(model) -> str:

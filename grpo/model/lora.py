@@ -18,7 +18,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 
 from data.sample import InputError
 from grpo.config import Config
@@ -72,14 +71,9 @@ def lora_layers(model) -> dict[str, LoraLayer]:
 
 
 def merged_weight(layer: LoraLayer) -> Tensor:
-    """Return W + scaling B A of a sharded layer, (outputs, inputs), in the precision and sharding of W.
-
-    W and B are sharded by the same rows, so each rank merges its own rows and only the small A is gathered.
-    """
-    weight, A, B = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    if isinstance(A, DTensor):
-        A = A.redistribute(placements=[Replicate()] * A.device_mesh.ndim)
-    return weight + layer.scaling["default"] * (B @ A)
+    """Return W + scaling B A of a gathered layer, (outputs, inputs), summed up in float32."""
+    A, B = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
+    return layer.base_layer.weight + layer.scaling["default"] * (B @ A)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """FSDP2 sharding of the policy, and its unsharded copy for sampling: the same code on one CPU, one GPU, or many nodes.
 
 FSDP2 (`fully_shard`) splits float32 master weights, gradients and optimizer states over the ranks and computes in
-bfloat16 on GPUs; a single CPU process has nothing to split and does without it. Rank 0 alone reads the weights and
-hands out the shards, so that a host holds one copy of them, not one per GPU. Sampling reads all weights for every
-token, so `SamplingModel` gathers them once per step.
+bfloat16 on GPUs, the precision in which frozen weights are kept; a single CPU process has nothing to split and does
+without it. Rank 0 alone reads the weights and hands out the shards, so that a host holds one copy of them, not one per
+GPU. Sampling reads all weights for every token, so `SamplingModel` gathers them once per step.
 """
 
 import copy
@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from grpo.config import Config
 from grpo.logprobs import completion_logprobs
-from grpo.model.layers import pack_weights, use_our_layers
+from grpo.model.layers import use_our_layers
 from grpo.model.lora import add_adapters, lora_layers, merged_weight, trains_only_adapters
 from grpo.model.optimizer import freeze
 from grpo.ranks import broadcast_object
@@ -40,8 +40,14 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def apply_fsdp(model, device: torch.device):
-    """Shard each decoder layer, each vision block and the rest, in place; adds `model.completion_logprobs`."""
+def apply_fsdp(model, device: torch.device, is_trained: bool = True):
+    """Shard each decoder layer, each vision block and the rest, in place; adds `model.completion_logprobs`.
+
+    Frozen weights are kept in compute precision. is_trained: a backward pass follows each forward pass.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.to(compute_dtype(device))
     model.completion_logprobs = types.MethodType(completion_logprobs, model)
     if dist.get_world_size() == 1 and compute_dtype(device) == torch.float32:
         return model  # nothing to split or to round, and FSDP's copies would cost a tenth of the update
@@ -52,7 +58,8 @@ def apply_fsdp(model, device: torch.device):
     )
     for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
         fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+    # Between forward and backward pass the rest stays gathered, where there is a backward pass.
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not is_trained)
     register_fsdp_forward_method(model, "completion_logprobs")  # the root gathers its weights around this call
     return model
 
@@ -61,7 +68,7 @@ class SamplingModel:
     """An unsharded copy of the policy in compute precision, for sampling, evaluation and saving.
 
     `model` is an ordinary Hugging Face model, with the adapters merged into its weights. `sync` is collective; between
-    syncs nothing communicates. Where the policy is not sharded, the copy shares its weights, except merged ones.
+    syncs nothing communicates.
     """
 
     def __init__(self, policy):
@@ -79,27 +86,37 @@ class SamplingModel:
 
     @torch.no_grad()
     def sync(self, policy):
-        """Copy the policy's current weights into `model` and return it; collective."""
+        """Copy the policy's current weights into `model` and return it; collective.
+
+        They are copied in place, since what decodes, such as a captured graph, reads this memory.
+        """
         is_first = self.model.device.type == "meta"
         if is_first:
             self.allocate(policy)
-        adapted = lora_layers(policy)
-        weights = dict(self.model.named_parameters())
-        for name, sharded in policy.named_parameters():
-            if ".lora_" in name:
+        weights, adapted = dict(self.model.named_parameters()), lora_layers(policy)
+        for prefix, module in policy.named_modules():
+            is_sharded = isinstance(module, FSDPModule)  # a layer or block, which is gathered as one piece, or the root
+            if not (is_sharded or module is policy):
                 continue
-            layer_name, _, kind = name.rpartition(".base_layer.")
-            if kind == "weight" and layer_name in adapted:
-                sharded = merged_weight(adapted[layer_name])
-            elif not is_first and not sharded.requires_grad:
-                continue  # frozen, so it has not changed
-            weight = weights[name.replace(".base_layer.", ".")]
-            if isinstance(policy, FSDPModule):
-                weight.copy_(sharded.to(weight.dtype).full_tensor())  # in place: captured graphs read this memory
-            else:
-                weight.data = sharded.data
-        if self.model.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            pack_weights(self.model.model)
+            if not (is_first or any(parameter.requires_grad for parameter in module.parameters())):
+                continue
+            if is_sharded:
+                module.unshard()
+            targets, sources = [], []
+            for name, weight in module.named_parameters(prefix):
+                if isinstance(weight, DTensor) or ".lora_" in name:
+                    continue  # the part of another piece, or merged below
+                layer_name, _, kind = name.rpartition(".base_layer.")
+                if kind == "weight":
+                    weight = merged_weight(adapted[layer_name])
+                elif not (is_first or weight.requires_grad):
+                    continue  # frozen, so it has not changed
+                targets.append(weights[name.replace(".base_layer.", ".")])
+                sources.append(weight)
+            if targets:
+                torch._foreach_copy_(targets, sources)
+            if is_sharded:
+                module.reshard()
         return self.model
 
 
@@ -148,7 +165,7 @@ def build_models(loaded, config: Config, device: torch.device) -> Models:
     if reference is not None and trains_only_adapters(policy):
         reference = policy  # with its adapters disabled it is the initial policy
     elif reference is not None:
-        load_sharded_weights(apply_fsdp(reference, device), loaded, device)
+        load_sharded_weights(apply_fsdp(reference, device, is_trained=False), loaded, device)
     if config.lora_enable and loaded is not None:
         add_adapters(loaded, config)
     load_sharded_weights(apply_fsdp(policy, device), loaded, device)

@@ -28,10 +28,11 @@ def resolve_batch_sizes(config: Config, world_size: int) -> Config:
         relation = "equal to" if device and accumulation else "a multiple of"
         arithmetic = f"{product} = {' x '.join(factors)}" if len(factors) > 1 else factors[0]
         raise InputError(f"--global_batch_size {total} is not {relation} {arithmetic}: change it, or leave it out")
-    device = device or total // product
+    device, of_a_rank = device or total // product, total // world_size
     return dataclasses.replace(
         config,
         global_batch_size=total,
         per_device_train_batch_size=device,
-        gradient_accumulation_steps=total // (world_size * device),
+        gradient_accumulation_steps=of_a_rank // device,
+        per_device_generation_batch_size=config.per_device_generation_batch_size or of_a_rank,
     )

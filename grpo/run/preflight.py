@@ -65,12 +65,14 @@ def trial_step(run, prompt: Prompt, rollout_phase: Callable, update_phase: Calla
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     init_optimizer_state(optimizer)
-    prompts, model = [prompt] * config.per_device_train_batch_size, models.sampling.sync(models.policy)
+    model, num_trained = models.sampling.sync(models.policy), config.per_device_train_batch_size
     if config.supervised:
-        rollouts = true_answers(prompts, tokens)
+        rollouts = true_answers([prompt] * num_trained, tokens)
     else:
-        rollouts = rollout_phase(model, prompts, tokens, config, step=0)
-    update_phase(models, optimizer, with_trial_advantages(rollouts), tokens.suppress_tokens, config)
+        num_sampled = max(config.per_device_generation_batch_size, num_trained)
+        rollouts = rollout_phase(model, [prompt] * num_sampled, tokens, config, step=0)
+    scored = with_trial_advantages(rollouts[:num_trained])
+    update_phase(models, optimizer, scored, tokens.suppress_tokens, config)
     if run.heldout:
         together = [prompt] * config.per_device_eval_batch_size
         generate(model, together, tokens, SamplingParams.of(config, 1, temperature=1.0))
@@ -91,22 +93,23 @@ def memory_preflight(run, rollout_phase: Callable, update_phase: Callable) -> st
     _, index, dataset = max(candidates, key=itemgetter(0))
     (prompt,) = raise_together(checked, [dataset[BatchItem(0, index)]])
     sample = prompt.sample  # another one, if its videos are broken and --on_bad_video is skip
+    together = "" if config.supervised else f", {config.per_device_generation_batch_size} sampled together"
     sampled = f"{config.num_generations} completions of {config.max_completion_length} tokens"
     what = (
         f"sample {sample.id!r} with {len(sample.media)} videos or images ({len(prompt.prompt_ids):,} prompt tokens, "
         f"{'its true answer' if config.supervised else sampled}, "
-        f"{config.per_device_train_batch_size} such prompts at a time)"
+        f"{config.per_device_train_batch_size} such prompts at a time{together})"
     )
     try:
         trial_step(run, prompt, rollout_phase, update_phase)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        of_sampling = "" if config.supervised else "--num_generations, --max_completion_length, "
+        of_sampling = "--num_generations, --max_completion_length, --per_device_generation_batch_size, "
         line = (
             f"out of memory in a trial step on {what}: lower --max_videos, --nframes or --fps, the video size, "
-            f"{of_sampling}--per_device_train_batch_size or --per_device_eval_batch_size, add --gradient_checkpointing "
-            "true or --lora_enable, or take more GPUs"
+            f"{'' if config.supervised else of_sampling}--per_device_train_batch_size or "
+            "--per_device_eval_batch_size, add --gradient_checkpointing true or --lora_enable, or take more GPUs"
         )
         if dist.get_world_size() == 1:
             raise InputError(line) from error

@@ -151,8 +151,8 @@ def test_the_videos_and_their_order_reach_the_logprobs(tiny):
 
 def test_logits_in_chunks_equal_logits_at_once(tiny, monkeypatch):
     ids, masks = completions_for(tiny.prompts[:2], 3, 5, len(tiny.tokenizer), tiny.suppress_tokens)
-    gradients, calls, compute = [], [], grpo.logprobs._chosen_logprobs
-    monkeypatch.setattr("grpo.logprobs._chosen_logprobs", lambda *x: calls.append(len(x[1])) or compute(*x))
+    gradients, calls, compute = [], [], grpo.logprobs.sampling_logprobs
+    monkeypatch.setattr("grpo.logprobs.sampling_logprobs", lambda *x: calls.append(len(x[0])) or compute(*x))
     for tokens_per_chunk in (1024, 4):
         calls.clear()
         monkeypatch.setattr("grpo.logprobs.TOKENS_PER_CHUNK", tokens_per_chunk)
@@ -206,14 +206,14 @@ def test_decoding_keeps_its_precision_with_bfloat16_and_large_keys():
     cache.begin([P])
     cache.prefill(torch.randn(1, 2, P, D).bfloat16(), key, value, layer=0)
     query, own_key, own_value = (
-        torch.randn(G, heads, 1, D).bfloat16() + shift for heads, shift in ((2, 1), (1, 12), (1, 0))
+        torch.randn(G, heads, D).bfloat16() + shift for heads, shift in ((2, 1), (1, 12), (1, 0))
     )
     cache.unmask_next()
     out = cache.decode(query, own_key, own_value, layer=0).double()
-    keys = torch.cat([key.expand(G, -1, -1, -1), own_key], dim=2).double()
-    values = torch.cat([value.expand(G, -1, -1, -1), own_value], dim=2).double()
-    exact = torch.softmax(query.double() @ keys.transpose(2, 3) / D**0.5, dim=3) @ values
-    assert relative(out, exact) < 0.01
+    keys = torch.cat([key.expand(G, -1, -1, -1), own_key[:, :, None]], dim=2).double()
+    values = torch.cat([value.expand(G, -1, -1, -1), own_value[:, :, None]], dim=2).double()
+    exact = torch.softmax(query[:, :, None].double() @ keys.transpose(2, 3) / D**0.5, dim=3) @ values
+    assert relative(out, exact.flatten(1)) < 0.01
 
 
 @pytest.mark.parametrize("lengths", [[4, 16, 4, 1, 16], [6, 6, 6], [9]])
@@ -261,7 +261,7 @@ def test_videos_encoded_some_at_a_time_equal_videos_encoded_at_once(tiny, monkey
     ]
     with torch.no_grad():
         at_once = media_features(tiny.model, prompts)
-        monkeypatch.setattr("grpo.logprobs.PATCHES_PER_PASS", patches_per_pass)
+        monkeypatch.setitem(grpo.logprobs.PATCHES_PER_PASS, "cpu", patches_per_pass)
         encode, passes = tiny.model.model.get_video_features, []
         monkeypatch.setattr(tiny.model.model, "get_video_features", lambda *x: passes.append(x) or encode(*x))
         in_passes = media_features(tiny.model, prompts)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from grpo.config import Config
-from grpo.decoding import Decoder, decoder_for, prefill
+from grpo.decoding import DECODERS, Decoder, prefill
 from grpo.logprobs import completion_logprobs
 from grpo.loss import clipped_loss, clipped_tokens, importance_ratios, weighted_sum
 from grpo.model.load import SpecialTokens
@@ -122,30 +122,31 @@ def test_sampled_tokens_follow_the_distribution(tiny):
 
 
 def test_a_decoder_serves_many_rollouts_and_remembers_nothing_of_them(tiny):
-    decoder_for.cache_clear()
     first = sample(tiny, tiny.prompts[:2], C=7)
     sample(tiny, tiny.prompts[2:], C=7, seed=5)  # shorter or longer ones in between
     pixels = torch.full_like(tiny.prompts[1].pixel_values, torch.nan)
     sample(tiny, [tiny.prompts[0], dataclasses.replace(tiny.prompts[1], pixel_values=pixels)], C=7)
+    decoder = DECODERS[4, 7]
     again = sample(tiny, tiny.prompts[:2], C=7)
-    assert decoder_for.cache_info().hits > 0
+    assert DECODERS[4, 7] is decoder
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a.completion_ids, b.completion_ids) and torch.equal(a.logprobs, b.logprobs)
 
 
-def test_there_is_never_more_than_one_decoder(tiny, monkeypatch):
+def test_there_is_one_decoder_for_training_and_one_for_evaluations(tiny, monkeypatch):
     alive, init = weakref.WeakSet(), Decoder.__init__
 
-    def spy(self, *arguments):
-        assert not alive  # not even while the next one takes its memory
+    def spy(self, model, B, G, P, C):
+        assert (G, C) not in {(one.cache.completion_keys.shape[4:6]) for one in alive}  # freed before the next is made
+        init(self, model, B, G, P, C)
         alive.add(self)
-        init(self, *arguments)
 
-    decoder_for.cache_clear()
+    DECODERS.clear()
     monkeypatch.setattr(Decoder, "__init__", spy)
-    for C in (7, 8, 7):
-        sample(tiny, tiny.prompts[:1], C=C)
-    assert len(alive) == 1
+    for G in (4, 1):
+        for prompts in (tiny.prompts[:1], tiny.prompts[:2], tiny.prompts[:1]):
+            sample(tiny, prompts, G=G, C=7)
+    assert len(alive) == 2
 
 
 def test_room_that_stays_empty_changes_nothing(tiny):
@@ -153,8 +154,8 @@ def test_room_that_stays_empty_changes_nothing(tiny):
     P = len(tiny.prompts[0].prompt_ids)
     logits = []
     with torch.no_grad():
-        for room in (P, P + 100):  # as on a GPU, where a graph serves prompts of many lengths
-            decoder = Decoder(tiny.model, 1, 4, room, 6)
+        for B, room in ((1, P), (3, P + 100)):  # as on a GPU, where a graph serves batches of many sizes
+            decoder = Decoder(tiny.model, B, 4, room, 6)
             prefill(tiny.model, tiny.prompts[:1], decoder.cache)
             for t in range(5):
                 position = tiny.prompts[0].position_ids.max() + 1 + t

@@ -138,7 +138,9 @@ def refreshed(tiny, path: str) -> None:
     again = {component_of(name) for name, p in first.items() if torch.equal(p, kept[name][1])}
     left = {component_of(name) for name, p in first.items() if (p == 7).all()}
     moved = [name for name, p in first.items() if p.data_ptr() != kept[name][0]]
-    torch.save({"dtypes": {p.dtype for p in first.values()}, "again": again, "left": left, "moved": moved}, path)
+    kept_in = {(component_of(name), p.dtype) for name, p in model.named_parameters()}
+    dtypes = {p.dtype for p in first.values()}
+    torch.save({"dtypes": dtypes, "kept_in": kept_in, "again": again, "left": left, "moved": moved}, path)
     dist.destroy_process_group()
 
 
@@ -146,6 +148,7 @@ def test_frozen_weights_are_gathered_once_and_all_stay_where_they_are(tiny, tmp_
     run_ranks(refreshed, 2, tiny, str(tmp_path / "result"))
     assert torch.load(tmp_path / "result") == {
         "dtypes": {torch.bfloat16},
+        "kept_in": {("vision tower", torch.bfloat16), ("language model", torch.float32), ("merger", torch.float32)},
         "again": {"language model", "merger"},
         "left": {"vision tower"},
         "moved": [],  # graphs that were captured read from there

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
 import train
 from data.loader import checked
@@ -91,7 +92,7 @@ def step(tiny: Tiny, device: torch.device, case: Case) -> dict:
         reference = copy.deepcopy(tiny.model).requires_grad_(False)
         with torch.no_grad():  # another policy, so that the KL is not 0
             reference.lm_head.weight *= 1.1
-        sharding.apply_fsdp(reference, device)
+        sharding.apply_fsdp(reference, device, is_trained=False)
     optimizer, _ = make_optimizer(model, config, total_steps=1)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate
@@ -99,6 +100,8 @@ def step(tiny: Tiny, device: torch.device, case: Case) -> dict:
     models = sharding.Models(model, sampling, reference)
     metrics = train.update_phase(models, optimizer, own, tiny.suppress_tokens, config)
     gradients = full_gradients(model)
+    if reference and world_size > 1:  # what it has gathered for its passes is gone
+        assert all(isinstance(parameter, DTensor) for parameter in reference.parameters())
     sampling.sync(model)
     weights = [p.detach().clone() for p in sampling.model.parameters()]
     return {"gradients": gradients, "metrics": metrics, "weights": weights}
