@@ -18,7 +18,8 @@ from grpo.logprobs import sampling_logprobs
 from grpo.model.load import SpecialTokens
 from grpo.ranks import all_gather_object
 
-TOKENS_PER_WAIT = 8  # a GPU waits for the host once in so many tokens, to hear whether all completions have ended
+# Once in so many tokens the host asks whether all completions have ended, for which it waits for a GPU to be there.
+TOKENS_PER_QUESTION = {"cpu": 1, "cuda": 8}
 
 
 @dataclass
@@ -109,7 +110,7 @@ def generate(
     """
     B, G, P = len(prompts), params.num_generations, max(len(prompt.prompt_ids) for prompt in prompts)
     decoder = decoder_for(model, B, G, P, params.max_completion_length)
-    tokens_per_wait = TOKENS_PER_WAIT if model.device.type == "cuda" else 1
+    tokens_per_question = TOKENS_PER_QUESTION[model.device.type]
     on_device = [prompt.to(model.device) for prompt in prompts]
     hidden = prefill(model, on_device, decoder.cache).repeat_interleave(G, dim=0)  # (B·G, E)
     positions = torch.cat([prompt.completion_positions(1)[0] for prompt in on_device]).repeat_interleave(G)  # (B·G,)
@@ -124,7 +125,7 @@ def generate(
         mask.append(running)
         logprobs.append(distribution.gather(1, ids[-1][:, None])[:, 0])
         running = running & ~torch.isin(ids[-1], tokens.eos_token_ids)
-        if len(ids) == params.max_completion_length or (len(ids) % tokens_per_wait == 0 and not running.any()):
+        if len(ids) == params.max_completion_length or (len(ids) % tokens_per_question == 0 and not running.any()):
             break
         hidden = decoder.step(ids[-1], positions)
         positions = positions + 1

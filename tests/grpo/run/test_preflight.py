@@ -55,23 +55,26 @@ def test_the_longest_prompt_is_found_without_decoding_and_broken_videos_do_not_m
     "more", [[], ["--lora_enable", "--lora_rank", "2", "--beta", "0.1"]], ids=["whole", "adapters"]
 )
 def test_the_trial_step_names_the_sample_and_leaves_no_trace(tiny, tmp_path, capsys, monkeypatch, more):
-    more = ["--max_steps", "3", "--global_batch_size", "2", "--weight_decay", "0.1", *more]
+    more = ["--max_steps", "3", "--global_batch_size", "4", "--per_device_train_batch_size", "2", *more]
+    more += ["--weight_decay", "0.1", "--per_device_generation_batch_size", "3"]
     more += ["--max_completion_length", "40", "--temperature", "1.5"]  # some would end early
     assert train.main(flags(tiny, tmp_path / "without", *more)) == 0
     capsys.readouterr()
     sampled, rollout_phase = [], train.rollout_phase
     monkeypatch.setattr(train, "rollout_phase", lambda *a, **k: sampled.append(rollout_phase(*a, **k)) or sampled[-1])
-    has_states, update_phase = [], train.update_phase
+    has_states, trained, update_phase = [], [], train.update_phase
 
-    def spy(models, optimizer, *rest):
+    def spy(models, optimizer, scored, *rest):
         has_states.append(len(optimizer.state) > 0)
-        return update_phase(models, optimizer, *rest)
+        trained.append(len(scored))
+        return update_phase(models, optimizer, scored, *rest)
 
     monkeypatch.setattr(train, "update_phase", spy)
     assert train.main(flags(tiny, tmp_path / "with", *more, "--memory_preflight", "true")) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("memory:"))
-    assert "sample 's1' with 3 videos" in line and "8 completions of 40 tokens, 2 such prompts" in line
-    assert len(sampled) == 1 + 3 and len(sampled[0]) == 2
+    assert "sample 's1' with 3 videos" in line
+    assert "8 completions of 40 tokens, 2 such prompts at a time, 3 sampled together" in line
+    assert [len(rollouts) for rollouts in sampled] == [3, 4, 4, 4] and trained == [2, 4, 4, 4]
     assert all(one.completion_mask.all() and one.completion_mask.shape == (8, 40) for one in sampled[0])
     assert has_states == [True, False, True, True]  # they take memory in every backward pass but that of step 1
     found, expected = curves(tmp_path / "with"), curves(tmp_path / "without")
