@@ -11,7 +11,7 @@ from grpo.attention import matmul_float32
 from grpo.benchmark.__main__ import IDS, random_prompt
 from grpo.benchmark.__main__ import Options as BenchmarkOptions
 from grpo.decoding import DECODERS, Decoder
-from grpo.logprobs import Logits, completion_logprobs
+from grpo.logprobs import ChosenLogprobs, completion_logprobs
 from grpo.model.layers import use_our_layers
 from grpo.model.load import SpecialTokens
 from grpo.model.random_model import SIZES, random_model
@@ -101,10 +101,16 @@ def test_products_of_bfloat16_come_in_float32():
     a, b = torch.randn(2, 3, 64, 128, device=CUDA).bfloat16()
     exact = a.double() @ b.double().transpose(1, 2)
     assert torch.allclose(matmul_float32(a, b.transpose(1, 2)).double(), exact, atol=1e-3)
-    hidden, lm_head = (x.clone().requires_grad_() for x in (a[0], b[0]))
-    Logits.apply(hidden, lm_head).square().sum().backward()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_gradient_of_bfloat16_log_probabilities_is_that_of_float32(keep):
+    hidden, lm_head = (torch.randn(n, 128, device=CUDA).bfloat16().requires_grad_() for n in (64, 500))
+    ids, suppressed = torch.randint(5, 500, (64,), device=CUDA), torch.tensor(SUPPRESSED, device=CUDA)
+    ChosenLogprobs.apply(hidden, ids, lm_head, 0.7, suppressed, keep)[0].square().sum().backward()
     other = [x.detach().float().requires_grad_() for x in (hidden, lm_head)]
-    F.linear(*other).square().sum().backward()
+    logits = F.linear(*other).div(0.7).index_fill(1, suppressed, -torch.inf)
+    logits.log_softmax(dim=1).gather(1, ids[:, None]).square().sum().backward()
     for x, y in zip((hidden, lm_head), other, strict=True):
         assert (x.grad.float() - y.grad).norm() / y.grad.norm() < 0.02
 

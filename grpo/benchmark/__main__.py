@@ -44,6 +44,7 @@ IDS = {"video_token_id": 1, "vision_start_token_id": 2, "vision_end_token_id": 3
 VISION_TOKENS = list(IDS.values())
 IDS |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 FIGURES = ("rollout_seconds", "update_seconds", "step_seconds", "peak_memory_gb")
+ROWS = ("prefill_seconds", "decode_seconds", *FIGURES)
 AT_LEAST_2 = Bounds(lambda n: n >= 2, "must be at least 2")
 # The machine's limits are measured by a copy of this many bytes, and by a product of matrices of this size.
 COPIED_BYTES, MATRIX_SIDE = 2**29, {"cuda": 8192, "cpu": 2048}
@@ -138,7 +139,7 @@ def shares_of_the_machine(model, prompt: Prompt, options: Options, figures: dict
 
     G, C = options.num_generations, options.completion_length
     P, S = len(prompt.prompt_ids), len(prompt.pixel_values)
-    decode_seconds = (figures["rollout_seconds"] - figures["prefill_seconds"]) / (C - 1)  # per token
+    decode_seconds = figures["decode_seconds"] / (C - 1)  # per token
     text, visual, merger = model.config.text_config, model.model.visual, size(model.model.visual.merger)
     layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
@@ -203,7 +204,9 @@ def run(options: Options, device: torch.device) -> dict:
     ours, theirs = (
         {name: median(run[name] for run in runs) for name in FIGURES} if runs else None for runs in (ours, theirs)
     )
-    figures = ours | {"prefill_seconds": best_of_five(lambda: rollout(1)), "baseline": theirs}
+    prefill_seconds = best_of_five(lambda: rollout(1))
+    decode_seconds = ours["rollout_seconds"] - prefill_seconds
+    figures = ours | {"prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds, "baseline": theirs}
     return figures | shares_of_the_machine(sampling_model, prompt, options, figures)
 
 
@@ -229,8 +232,10 @@ def table(figures: dict) -> str:
     lines = [f"{'':24} {'ours':>10} {'baseline':>14} {'ratio':>8}"]
     theirs, machine = figures["baseline"], figures["machine"]
     missing = "out of memory" if figures["baseline_out_of_memory"] else "-"
-    for name in FIGURES:
-        other = f"{theirs[name]:14.3f} {theirs[name] / figures[name]:7.1f}x" if theirs else f"{missing:>14}"
+    for name in ROWS:
+        other = f"{missing if name in FIGURES else '-':>14}"
+        if theirs and name in theirs:
+            other = f"{theirs[name]:14.3f} {theirs[name] / figures[name]:7.1f}x"
         lines.append(f"{name.replace('_', ' '):24} {figures[name]:10.3f} {other}")
     return "\n".join(lines) + (
         f"\ndecoding: {figures['decode_tokens_per_second']:,.0f} tokens per second, "
