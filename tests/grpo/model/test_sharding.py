@@ -220,7 +220,7 @@ def test_passes_order_of_the_prompts_and_padding_change_nothing(done, variant):
 
 @pytest.mark.parametrize("name", TEXT_ONLY)
 def test_a_rank_whose_prompts_are_text_only_keeps_in_step(mixed, done, name):
-    assert [len(prompt.pixel_values) > 0 for prompt in mixed.prompts[:4]] == [True, False, True, False]
+    assert [len(prompt.patches) > 0 for prompt in mixed.prompts[:4]] == [True, False, True, False]
     assert_equal_steps(done(name, (2, 2)), done(name))
 
 
