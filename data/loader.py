@@ -40,10 +40,10 @@ class Prompt:
     sample: Sample
     prompt_ids: Tensor  # (P,) token ids, one placeholder per token of a video or image
     position_ids: Tensor  # (3, P) mRoPE positions
-    pixel_values: Tensor  # (S, 1176) patches of all videos and images, in the order of their tags
+    patches: Tensor  # (S, 1176) uint8, of all videos and images in the order of their tags
     grid_thw: Tensor  # (M, 3) patches of each along time, height, width
     second_per_grid_ts: Tensor  # (M,) seconds between patches along time
-    vision_states: Tensor | None = None  # (S, hidden size of the tower): a frozen tower's output, replaces the pixels
+    vision_states: Tensor | None = None  # (S, hidden size of the tower): a frozen tower's output, replaces patches
     position: int = 0  # in the step's global batch
     is_padding: bool = False  # True: keeps this rank in step with the others; excluded from loss and metrics
     bad_media: str = ""  # if the sample for this position was left out: why
@@ -129,7 +129,7 @@ def load_prompt(
     with ThreadPoolExecutor(options.threads) as pool:
         places = range(len(sample.media))
         loaded = list(pool.map(lambda place: augmentation.load(sample, place, turn, options), places))
-    patches = torch.cat([one.pixel_values for one in loaded]) if loaded else torch.empty(0, PATCH_VALUES)
+    patches = torch.cat([torch.empty(0, PATCH_VALUES, dtype=torch.uint8), *(one.patches for one in loaded)])
     grid_thw = torch.tensor([one.grid_thw for one in loaded], dtype=torch.long).view(-1, 3)
     seconds = torch.tensor([one.second_per_grid_t for one in loaded])
     prompt_ids, position_ids = encode_prompt(sample.turns, tokenizer, grid_thw, seconds, tokens_per_second)

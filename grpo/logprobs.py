@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from data.loader import Prompt
-from data.media.patches import MERGE_SIZE, PATCH_VALUES
+from data.media.patches import MERGE_SIZE, PATCH_VALUES, normalise
 from grpo.attention import matmul_float32, packed
 
 TOKENS_PER_CHUNK = 1024  # logits of this many tokens exist at a time: 0.6 GB in float32, with Qwen's 152k words
@@ -64,18 +64,20 @@ def media_features(model, prompts: list[Prompt]) -> list[Tensor]:
 
     Prompts of text only give those of a blank image, which no token takes: sharded ranks must all run the tower.
     """
-    pixels = torch.cat([prompt.pixel_values for prompt in prompts])
+    patches = torch.cat([prompt.patches for prompt in prompts])
     grids = torch.cat([prompt.grid_thw for prompt in prompts])  # (M of all, 3)
     if not len(grids):
         grids = grids.new_tensor([[1, MERGE_SIZE, MERGE_SIZE]])
-        pixels = pixels.new_zeros(MERGE_SIZE**2, PATCH_VALUES)
+        patches = patches.new_zeros(MERGE_SIZE**2, PATCH_VALUES)
     sizes = grids.prod(dim=1)
     # With FSDP every pass gathers the weights again, so there is only one.
-    fitting = max(1, PATCHES_PER_PASS[pixels.device.type] // int(sizes.max()))
+    fitting = max(1, PATCHES_PER_PASS[patches.device.type] // int(sizes.max()))
     at_once = len(grids) if isinstance(model, FSDPModule) else fitting
-    pieces = pixels.split([int(size.sum()) for size in sizes.split(at_once)])
-    passes = zip(pieces, grids.split(at_once), strict=True)
-    return [states for piece in passes for states in model.model.get_video_features(*piece).pooler_output]
+    pieces = patches.split([int(size.sum()) for size in sizes.split(at_once)])
+    features = []
+    for piece, grid in zip(pieces, grids.split(at_once), strict=True):
+        features += model.model.get_video_features(normalise(piece), grid).pooler_output
+    return features
 
 
 def embed(model, token_ids: Tensor, prompts: list[Prompt]) -> Tensor:
@@ -91,7 +93,7 @@ def embed(model, token_ids: Tensor, prompts: list[Prompt]) -> Tensor:
 
 @torch.no_grad()
 def encode_media(model, prompt: Prompt) -> Prompt:
-    """Return the prompt with the vision tower's output, (S, E of the tower), in place of pixels.
+    """Return the prompt with the vision tower's output, (S, E of the tower), in place of patches.
 
     For a frozen tower, which then runs once. The merger behind it, which may be trained, still runs in every pass.
     """
@@ -99,8 +101,8 @@ def encode_media(model, prompt: Prompt) -> Prompt:
     merger = model.model.visual.merger
     with merger.register_forward_hook(lambda _, inputs, out: inputs[0].reshape(len(out), -1)):
         states = torch.cat(media_features(model, [prompt])).unflatten(1, (MERGE_SIZE**2, -1)).flatten(0, 1)
-    states = states[: len(prompt.pixel_values)]  # none for a prompt of text only
-    return dataclasses.replace(prompt, vision_states=states, pixel_values=states.new_empty(0))
+    states = states[: len(prompt.patches)]  # none for a prompt of text only
+    return dataclasses.replace(prompt, vision_states=states, patches=prompt.patches.new_empty(0))
 
 
 def completion_logprobs(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import train
+from data.media.patches import normalise
 from grpo.attention import matmul_float32
 from grpo.benchmark.__main__ import IDS, random_prompt
 from grpo.benchmark.__main__ import Options as BenchmarkOptions
@@ -89,7 +90,7 @@ def test_the_packed_pass_equals_hugging_faces_in_float32(tiny):
         logits = twin(
             input_ids=torch.cat([prompt.prompt_ids, ids[g]])[None],
             position_ids=torch.cat([prompt.position_ids, prompt.completion_positions(6)], dim=1)[:, None],
-            pixel_values_videos=prompt.pixel_values,
+            pixel_values_videos=normalise(prompt.patches),
             video_grid_thw=prompt.grid_thw,
             use_cache=False,
         ).logits[0, P - 1 : -1]

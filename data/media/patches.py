@@ -1,7 +1,8 @@
 """Frames -> patches for Qwen2.5-VL's vision tower, in plain torch.
 
-Frames are resized as uint8 pixels (bicubic, antialiased), normalised with CLIP's mean and standard deviation, and cut
-into patches. Their order follows HF's Qwen2VLVideoProcessor, which is no dependency, since it needs torchvision.
+Frames are resized (bicubic, antialiased) and cut into patches as uint8, and stay so until they enter the model: a
+quarter of the bytes of `pixel_values`, which CLIP's mean and standard deviation make of them in float32. The order of
+patches follows HF's Qwen2VLVideoProcessor, which is no dependency, since it needs torchvision.
 
 T frames, H x W pixels, S = t·h·w patches with t = T / 2, h = H / 14, w = W / 14.
 """
@@ -19,7 +20,8 @@ SIZE_FACTOR = PATCH_SIZE * MERGE_SIZE  # height and width are multiples of 28 pi
 PIXELS_PER_TOKEN = SIZE_FACTOR**2
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+# Of each value of a patch, whose channels follow each other: (1176,).
+MEAN, STD = (torch.tensor(values).repeat_interleave(PATCH_VALUES // 3) for values in (CLIP_MEAN, CLIP_STD))
 
 
 class Grid(NamedTuple):
@@ -45,16 +47,15 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, Grid]:
-    """Normalise frames and cut them into patches, in the order that the vision tower expects.
+    """Cut frames into patches, in the order that the vision tower expects.
 
     frames: (T, 3, H, W) uint8, T even, H and W multiples of 28.
-    Returns pixel_values (S, 1176) float32 and the grid (t, h, w) of patches. A row of pixel_values is one patch
-    (3, 2, 14, 14), flattened; the four patches that are merged into one token follow each other.
+    Returns patches (S, 1176) uint8 and their grid (t, h, w). A row is one patch (3, 2, 14, 14), flattened; the four
+    patches that are merged into one token follow each other.
     """
     num_frames, channels, height, width = frames.shape
     t, h, w = num_frames // TEMPORAL_PATCH_SIZE, height // PATCH_SIZE, width // PATCH_SIZE
-    pixels = (frames.float() / 255).sub_(MEAN).div_(STD)  # (T, 3, H, W)
-    patches = pixels.reshape(
+    patches = frames.reshape(
         *(t, TEMPORAL_PATCH_SIZE, channels),
         *(h // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE),
         *(w // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE),
@@ -63,22 +64,27 @@ def patchify(frames: torch.Tensor) -> tuple[torch.Tensor, Grid]:
     return patches.reshape(t * h * w, -1), Grid(t, h, w)  # (S, 1176)
 
 
-def unpatchify(pixel_values: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
-    """Undo `patchify`: (S, 1176) and the grid (t, h, w) -> uint8 (T, 3, H, W), the frames that the model sees."""
+def normalise(patches: torch.Tensor) -> torch.Tensor:
+    """Make the vision tower's input of patches: uint8 (S, 1176) -> pixel_values, float32 (S, 1176)."""
+    mean, std = (values.to(patches.device, non_blocking=True) for values in (MEAN, STD))
+    return (patches.float() / 255).sub_(mean).div_(std)
+
+
+def unpatchify(patches: torch.Tensor, grid_thw: tuple[int, int, int]) -> torch.Tensor:
+    """Undo `patchify`: (S, 1176) and the grid (t, h, w) -> (T, 3, H, W), the frames that the model sees."""
     t, h, w = grid_thw
-    patches = pixel_values.reshape(
+    patches = patches.reshape(
         *(t, h // MERGE_SIZE, w // MERGE_SIZE, MERGE_SIZE, MERGE_SIZE),
         *(3, TEMPORAL_PATCH_SIZE, PATCH_SIZE, PATCH_SIZE),
     )  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
-    pixels = patches.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)  # (t, 2, 3, h/2, 2, 14, w/2, 2, 14)
-    pixels = pixels.reshape(t * TEMPORAL_PATCH_SIZE, 3, h * PATCH_SIZE, w * PATCH_SIZE)
-    return ((pixels * STD + MEAN) * 255).round().clamp(0, 255).to(torch.uint8)
+    frames = patches.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)  # (t, 2, 3, h/2, 2, 14, w/2, 2, 14)
+    return frames.reshape(t * TEMPORAL_PATCH_SIZE, 3, h * PATCH_SIZE, w * PATCH_SIZE)
 
 
 class LoadedMedia(NamedTuple):
     """A video or an image as input of the vision tower."""
 
-    pixel_values: torch.Tensor  # (S, 1176) float32
+    patches: torch.Tensor  # (S, 1176) uint8
     grid_thw: Grid
     second_per_grid_t: float  # seconds of video between two steps of the grid's time axis; of an image 0
 

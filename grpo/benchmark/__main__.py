@@ -78,8 +78,8 @@ def random_prompt(options: Options) -> Prompt:
     video = [IDS["vision_start_token_id"], *placeholders, IDS["vision_end_token_id"]]
     ids = torch.tensor([5] * 20 + video * options.num_videos + [6] * 20)
     positions = mrope_positions(ids == video_token, grid, seconds, TOKENS_PER_SECOND)
-    pixels = torch.randn(int(grid.prod(dim=1).sum()), PATCH_VALUES)
-    return Prompt(Sample("random", (), (), ""), ids, positions, pixels, grid, seconds)
+    patches = torch.randint(256, (int(grid.prod(dim=1).sum()), PATCH_VALUES), dtype=torch.uint8)
+    return Prompt(Sample("random", (), (), ""), ids, positions, patches, grid, seconds)
 
 
 def reset_peak_memory() -> None:
@@ -138,7 +138,7 @@ def shares_of_the_machine(model, prompt: Prompt, options: Options, figures: dict
         return sum(parameter.numel() for parameter in module.parameters())
 
     G, C = options.num_generations, options.completion_length
-    P, S = len(prompt.prompt_ids), len(prompt.pixel_values)
+    P, S = len(prompt.prompt_ids), len(prompt.patches)
     decode_seconds = figures["decode_seconds"] / (C - 1)  # per token
     text, visual, merger = model.config.text_config, model.model.visual, size(model.model.visual.merger)
     layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()

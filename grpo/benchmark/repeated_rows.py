@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Prompt
+from data.media.patches import normalise
 from grpo.loss import clipped_loss
 
 
@@ -22,7 +23,7 @@ def repeated_rollout(model, prompt: Prompt, G: int, C: int, suppress_tokens: Ten
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         position_ids=prompt.position_ids[:, None].expand(-1, G, -1),  # (3, G, P)
-        pixel_values_videos=prompt.pixel_values.repeat(G, 1),
+        pixel_values_videos=normalise(prompt.patches).repeat(G, 1),
         video_grid_thw=prompt.grid_thw.repeat(G, 1),
         min_new_tokens=C,
         max_new_tokens=C,
@@ -40,7 +41,7 @@ def repeated_update(model, optimizer, prompt: Prompt, ids: Tensor, advantages: T
     logits = model(
         input_ids=torch.cat([prompt.prompt_ids.expand(G, -1), ids], dim=1),
         position_ids=positions[:, None].expand(-1, G, -1),
-        pixel_values_videos=prompt.pixel_values.repeat(G, 1),
+        pixel_values_videos=normalise(prompt.patches).repeat(G, 1),
         video_grid_thw=prompt.grid_thw.repeat(G, 1),
         logits_to_keep=C + 1,
         use_cache=False,

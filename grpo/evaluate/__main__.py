@@ -37,7 +37,7 @@ from grpo.evaluate.predictions import append_predictions, open_predictions
 from grpo.evaluate.report import report
 from grpo.export import base_of, load_merged
 from grpo.model.load import load_model
-from grpo.model.sharding import compute_dtype
+from grpo.model.sharding import compute_dtype, distribute_weights, without_weights
 from grpo.ranks import broadcast_object, exit_code, print_rank0, raise_together, start_processes
 from grpo.run.scoring import load_scorer
 from grpo.run.survey import check_same_on_all_ranks, survey
@@ -120,9 +120,16 @@ def decisive_flags(config: EvaluateConfig) -> dict:
 
 
 def load_for_sampling(config: EvaluateConfig, device: torch.device):
-    """Load the model, an adapter merged into it, in the precision in which training samples."""
+    """Load the model, an adapter merged into it, in the precision in which training samples. Collective.
+
+    Rank 0 alone reads, so that a host holds one copy. Raises InputError.
+    """
     load = partial(load_merged, config.adapter) if config.adapter else load_model
-    return load(config.model_id, compute_dtype(device)).to(device).eval()
+    is_first, dtype = dist.get_rank() == 0, compute_dtype(device)
+    loaded = raise_together(lambda: load(config.model_id, dtype) if is_first else None)
+    model = without_weights(loaded).eval()
+    distribute_weights(model, loaded, device)
+    return model
 
 
 def digest_of(model) -> str:
@@ -137,7 +144,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> None:
     scorer = raise_together(load_scorer, config, found.keys)
     check_same_on_all_ranks(found, functions=scorer.functions)
     tokenizer = raise_together(load_tokenizer, config.model_id)
-    model = raise_together(load_for_sampling, config, device)
+    model = load_for_sampling(config, device)
     settings = decisive_flags(config)
     settings["rewards"] = [[f.name, f.weight, f.options, f.digest] for f in scorer.functions]
     settings |= {"samples": found.fingerprint, "weights": digest_of(model)}

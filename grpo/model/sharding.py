@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from grpo.config import Config
 from grpo.logprobs import completion_logprobs
@@ -120,9 +120,19 @@ class SamplingModel:
         return self.model
 
 
+def without_weights(loaded) -> Qwen2_5_VLForConditionalGeneration:
+    """Return on every rank a copy, without weights, of rank 0's `loaded`, which is None on the others; collective."""
+    described = loaded and (loaded.config.to_dict(), loaded.dtype, loaded.generation_config)
+    config, dtype, generation = broadcast_object(described)
+    with torch.device("meta"):  # shapes only, no memory
+        model = AutoModelForImageTextToText.from_config(Qwen2_5_VLConfig.from_dict(config), dtype=dtype)
+    model.generation_config = generation
+    return use_our_layers(model)
+
+
 @torch.no_grad()
-def load_sharded_weights(model, loaded, device: torch.device) -> None:
-    """Fill the sharded `model`, in place, with the weights and buffers of rank 0's `loaded`; collective."""
+def distribute_weights(model, loaded, device: torch.device) -> None:
+    """Fill `model`, sharded or not, in place with the weights and buffers of rank 0's `loaded`; collective."""
     weights = {} if loaded is None else dict(loaded.named_parameters())
     buffers = broadcast_object(loaded and {name: buffer.cpu() for name, buffer in loaded.named_buffers()})
     model.to_empty(device=device)
@@ -130,9 +140,13 @@ def load_sharded_weights(model, loaded, device: torch.device) -> None:
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     for name, sharded in model.named_parameters():
-        weight = torch.empty(sharded.shape, device=device) if loaded is None else weights[name].to(device)
+        weight = torch.empty(sharded.shape, dtype=sharded.dtype, device=device)
+        if loaded is not None:
+            weight.copy_(weights[name])
         if isinstance(model, FSDPModule):
             weight = distribute_tensor(weight, sharded.device_mesh, sharded.placements)
+        else:
+            dist.broadcast(weight, src=0)
         sharded.copy_(weight)
 
 
@@ -150,11 +164,7 @@ def build_models(loaded, config: Config, device: torch.device) -> Models:
 
     loaded: the unsharded model on rank 0, None on the others. Collective.
     """
-    described, generation = broadcast_object(loaded and (loaded.config.to_dict(), loaded.generation_config))
-    with torch.device("meta"):  # shapes only, no memory
-        policy = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(described))
-    use_our_layers(policy)
-    policy.generation_config = generation
+    policy = without_weights(loaded)
     reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
     if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -165,8 +175,8 @@ def build_models(loaded, config: Config, device: torch.device) -> Models:
     if reference is not None and trains_only_adapters(policy):
         reference = policy  # with its adapters disabled it is the initial policy
     elif reference is not None:
-        load_sharded_weights(apply_fsdp(reference, device, is_trained=False), loaded, device)
+        distribute_weights(apply_fsdp(reference, device, is_trained=False), loaded, device)
     if config.lora_enable and loaded is not None:
         add_adapters(loaded, config)
-    load_sharded_weights(apply_fsdp(policy, device), loaded, device)
+    distribute_weights(apply_fsdp(policy, device), loaded, device)
     return Models(policy, sampling, reference)

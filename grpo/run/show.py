@@ -95,12 +95,12 @@ def video_strips(prompt: Prompt) -> list[tuple[str, Image.Image]]:
     """Draw the frames of each video and image of a prompt side by side, with a line about them."""
     num_columns = columns_for(len(prompt.grid_thw))
     width = (WIDTH - MARGIN) // num_columns - MARGIN
-    strips, pixels_of = [], prompt.pixel_values.split(prompt.grid_thw.prod(dim=1).tolist())
-    videos = list(zip(prompt.sample.media, pixels_of, prompt.grid_thw.tolist(), strict=True))
-    for media, pixels, (t, h, w) in videos[:MAX_VIDEOS]:
+    strips, patches_of = [], prompt.patches.split(prompt.grid_thw.prod(dim=1).tolist())
+    videos = list(zip(prompt.sample.media, patches_of, prompt.grid_thw.tolist(), strict=True))
+    for media, patches, (t, h, w) in videos[:MAX_VIDEOS]:
         num_shown = 1 if media.kind == "image" else min(2 * t, MAX_FRAMES, width // FRAME_SIZES[0])
         shown = np.linspace(0, 2 * t - 1, num_shown).round().astype(int)
-        frames = unpatchify(pixels, (t, h, w))[shown].permute(0, 2, 3, 1).numpy()  # (frames, H, W, 3)
+        frames = unpatchify(patches, (t, h, w))[shown].permute(0, 2, 3, 1).numpy()  # (frames, H, W, 3)
         strip = Image.fromarray(np.concatenate(list(frames), axis=1))
         scale = min(width / strip.width, FRAME_SIZES[1] / strip.height, 2.0)
         strip = strip.resize((max(1, int(strip.width * scale)), max(1, int(strip.height * scale))))

@@ -106,7 +106,7 @@ def test_the_frames_reach_the_model_as_they_were_drawn(root, tmp_path):
     assert main(["--root", str(root), "--output", str(tmp_path / "out")]) == 0
     for number, sample in enumerate(load_samples([str(tmp_path / "out" / "train.json")], str(root / "Videos"))):
         loaded = load_video(sample.media[0].path, VideoOptions(nframes=4, resized_width=56, resized_height=56))
-        frames = unpatchify(loaded.pixel_values, loaded.grid_thw)
+        frames = unpatchify(loaded.patches, loaded.grid_thw)
         expected = grey(number)[[0, 2, 5, 7], :56, :56][:, None]
         assert frames.shape == (4, 3, 56, 56) and abs(frames.numpy().astype(int) - expected).max() <= 2  # JPEG
         assert loaded.second_per_grid_t == pytest.approx(2 / (4 / 8 * FPS))  # 4 of 8 frames, 2 per step

@@ -173,7 +173,8 @@ def test_workers_hand_over_the_prompts_of_each_step_in_order(tiny, num_workers):
     for batch in batches:
         for prompt in batch:
             original = tiny.prompts[int(prompt.sample.id[1:])]
-            for name in ("prompt_ids", "position_ids", "pixel_values", "grid_thw", "second_per_grid_ts"):
+            assert prompt.patches.dtype == torch.uint8  # what passes through shared memory
+            for name in ("prompt_ids", "position_ids", "patches", "grid_thw", "second_per_grid_ts"):
                 assert torch.equal(getattr(prompt, name), getattr(original, name)), name
 
 
@@ -222,9 +223,9 @@ def test_an_epoch_has_its_own_videos_and_frames_whoever_loads_them(tiny):
     assert all(len(prompt.grid_thw) == prompt.sample.turns[0][1].count("<video>") == 2 for prompt in epochs)
     for epoch in (3, 1):
         same = again[BatchItem(7, 1, turn=epoch)]
-        assert same.sample == epochs[epoch].sample and torch.equal(same.pixel_values, epochs[epoch].pixel_values)
+        assert same.sample == epochs[epoch].sample and torch.equal(same.patches, epochs[epoch].patches)
     moved = PromptDataset(samples, tiny.tokenizer, 2, PromptOptions(OPTIONS, augmentation=Augmentation(3, 0, True)))
-    pixels = [moved[BatchItem(0, 1, turn=epoch)].pixel_values.numpy().tobytes() for epoch in range(6)]
+    pixels = [moved[BatchItem(0, 1, turn=epoch)].patches.numpy().tobytes() for epoch in range(6)]
     assert len(set(pixels)) > 3  # the clips are short: some draws move them by the same whole frames
 
 

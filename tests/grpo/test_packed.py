@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import grpo.logprobs
+from data.media.patches import normalise
 from grpo.attention import varlen_attention
 from grpo.decoding import SharedPrefixKVCache
 from grpo.logprobs import completion_logprobs, media_features, sampling_logprobs
@@ -35,7 +36,7 @@ def completions_for(prompts, G, C, vocabulary, suppress_tokens):
 def pixels_of(prompt) -> dict:
     """The inputs of Hugging Face's model, which takes videos and images apart."""
     inputs = {}
-    pieces = prompt.pixel_values.split(prompt.grid_thw.prod(dim=1).tolist())
+    pieces = normalise(prompt.patches).split(prompt.grid_thw.prod(dim=1).tolist())
     for kind, pixels, grid in (
         ("video", "pixel_values_videos", "video_grid_thw"),
         ("image", "pixel_values", "image_grid_thw"),
@@ -142,8 +143,8 @@ def test_the_videos_and_their_order_reach_the_logprobs(tiny):
     prompt = tiny.prompts[1]  # three videos, of 4, 8 and 12 frames but 4 each are read: equal grids
     ids, masks = completions_for([prompt], 2, 4, len(tiny.tokenizer), tiny.suppress_tokens)
     swapped = copy.copy(prompt)
-    first, second, third = prompt.pixel_values.chunk(3)
-    swapped.pixel_values = torch.cat([second, first, third])
+    first, second, third = prompt.patches.chunk(3)
+    swapped.patches = torch.cat([second, first, third])
     ((one, *_),) = completion_logprobs(tiny.model, [prompt], ids, masks, T, tiny.suppress_tokens)
     ((other, *_),) = completion_logprobs(tiny.model, [swapped], ids, masks, T, tiny.suppress_tokens)
     assert (one - other).abs().max() > 1e-3
@@ -254,8 +255,8 @@ def test_the_last_layer_works_for_the_tokens_alone_that_predict(tiny):
 @pytest.mark.parametrize("patches_per_pass, num_passes", [(1, 4), (450, 2)])
 def test_videos_encoded_some_at_a_time_equal_videos_encoded_at_once(tiny, monkeypatch, patches_per_pass, num_passes):
     prompts = [
-        replace(prompt, pixel_values=torch.randn(patches, 1176), grid_thw=torch.tensor(grids))
-        for prompt, patches, grids in zip(
+        replace(prompt, patches=torch.randint(256, (S, 1176), dtype=torch.uint8), grid_thw=torch.tensor(grids))
+        for prompt, S, grids in zip(
             tiny.prompts[:2], (200 + 96, 96 + 64), ([[2, 10, 10], [1, 8, 12]], [[1, 8, 12], [4, 4, 4]]), strict=True
         )
     ]

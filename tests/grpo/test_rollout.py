@@ -1,16 +1,16 @@
 """Sampling: against Hugging Face's own generate, against the trainer's log-probabilities, and where completions end."""
 
 import copy
-import dataclasses
 import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from data.media.patches import normalise
 from grpo.config import Config
 from grpo.decoding import DECODERS, Decoder, prefill
-from grpo.logprobs import completion_logprobs
+from grpo.logprobs import completion_logprobs, encode_media
 from grpo.loss import clipped_loss, clipped_tokens, importance_ratios, weighted_sum
 from grpo.model.load import SpecialTokens
 from grpo.ranks import start_processes
@@ -36,7 +36,7 @@ def test_greedy_completions_equal_those_of_hugging_faces_generate(tiny):
             input_ids=full,
             attention_mask=torch.ones_like(full),
             position_ids=prompt.position_ids[:, None],
-            pixel_values_videos=prompt.pixel_values,
+            pixel_values_videos=normalise(prompt.patches),
             video_grid_thw=prompt.grid_thw,
             max_new_tokens=12,
             do_sample=False,
@@ -124,8 +124,9 @@ def test_sampled_tokens_follow_the_distribution(tiny):
 def test_a_decoder_serves_many_rollouts_and_remembers_nothing_of_them(tiny):
     first = sample(tiny, tiny.prompts[:2], C=7)
     sample(tiny, tiny.prompts[2:], C=7, seed=5)  # shorter or longer ones in between
-    pixels = torch.full_like(tiny.prompts[1].pixel_values, torch.nan)
-    sample(tiny, [tiny.prompts[0], dataclasses.replace(tiny.prompts[1], pixel_values=pixels)], C=7)
+    encoded = [encode_media(tiny.model, prompt) for prompt in tiny.prompts[:2]]
+    encoded[1].vision_states.fill_(torch.nan)  # from there it reaches the cache
+    sample(tiny, encoded, C=7)
     decoder = DECODERS[4, 7]
     again = sample(tiny, tiny.prompts[:2], C=7)
     assert DECODERS[4, 7] is decoder

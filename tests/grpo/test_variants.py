@@ -184,7 +184,7 @@ def test_prompts_and_completions_stay_aligned(tiny, tmp_path, monkeypatch):
     for rollout in seen:  # 1, 3, 2 and 1 videos
         original = tiny.prompts[int(rollout.prompt.sample.id[1:])]
         assert len(rollout.prompt.sample.media) == len(rollout.prompt.grid_thw)
-        assert torch.equal(rollout.prompt.pixel_values, original.pixel_values)
+        assert torch.equal(rollout.prompt.patches, original.patches)
 
 
 def test_adapters_alone_learn_a_reward(tiny, tmp_path):

@@ -176,7 +176,7 @@ def test_a_file_that_only_looks_odd_gives_all_its_frames(what, mp4, tmp_path, to
     (tmp_path / "clip.mp4").write_bytes(FINE[what](mp4))
     assert (tmp_path / "clip.mp4").read_bytes() != mp4
     prompt = load(tmp_path / "clip.mp4", tokenizer)
-    assert gray_levels(prompt.pixel_values, prompt.grid_thw[0].tolist()) == pytest.approx(LEVELS, abs=1.5)
+    assert gray_levels(prompt.patches, prompt.grid_thw[0].tolist()) == pytest.approx(LEVELS, abs=1.5)
 
 
 @pytest.mark.parametrize("name", ["clip.txt", "clip.png", "clip", "view:2.mp4", "http:a.mp4", "ünï\n.mp4"])
@@ -184,7 +184,7 @@ def test_a_good_file_may_have_any_name(name, mp4, tmp_path, tokenizer, monkeypat
     (tmp_path / name).write_bytes(mp4)
     monkeypatch.chdir(tmp_path)  # FFmpeg takes a relative "view:2.mp4" for an address
     prompt = load(name, tokenizer)
-    assert gray_levels(prompt.pixel_values, prompt.grid_thw[0].tolist()) == pytest.approx(LEVELS, abs=1.5)
+    assert gray_levels(prompt.patches, prompt.grid_thw[0].tolist()) == pytest.approx(LEVELS, abs=1.5)
 
 
 def test_a_name_that_is_not_utf_8_is_named(mp4, tmp_path, tokenizer):
@@ -229,5 +229,5 @@ def test_short_videos_give_what_they_have_or_say_what_is_missing(num_frames, opt
         assert outcome in error_of(path, tokenizer, options)
     else:
         prompt = load(path, tokenizer, options)
-        levels = gray_levels(prompt.pixel_values, prompt.grid_thw[0].tolist())
+        levels = gray_levels(prompt.patches, prompt.grid_thw[0].tolist())
         assert levels == pytest.approx(outcome, abs=1.5)

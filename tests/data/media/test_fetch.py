@@ -201,7 +201,7 @@ def test_a_sample_of_addresses_is_that_of_their_files(server, tmp_path, tiny):
     options = OPTIONS._replace(media_cache=str(tmp_path / "cache"))
     ours = load_prompt(sample, tiny.tokenizer, 2, options)
     local = replace(sample, media=tuple(Media("video", str(tiny.folder / "videos" / name)) for name in names))
-    assert torch.equal(ours.pixel_values, load_prompt(local, tiny.tokenizer, 2, OPTIONS).pixel_values)
+    assert torch.equal(ours.patches, load_prompt(local, tiny.tokenizer, 2, OPTIONS).patches)
     assert [media.name for media in sample.media] == names
     del server.files["/1_0.mp4"]
     gone = replace(sample, media=(Media("video", f"{address}/404.mp4?token=x"),))

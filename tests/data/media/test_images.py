@@ -13,6 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.media.frames import VideoOptions, frame_span
 from data.media.images import ImageOptions, read_image
 from data.media.load import MediaOptions, load_media, media_grid
+from data.media.patches import normalise
 from data.media.video import open_video
 from data.sample import BadMedia, Media, TooFewFrames
 from grpo.demo.mp4 import write_mp4
@@ -43,12 +44,13 @@ def save(path, pixels, mode=None, **options) -> Media:
 def test_an_image_is_what_qwens_own_processor_makes_of_it(tmp_path, height, width, bounds):
     options = ImageOptions(**bounds)
     media = save(tmp_path / "a.png", smooth(height, width))
-    pixel_values, grid, seconds = load_media(media, MediaOptions(VideoOptions(), options))
+    patches, grid, seconds = load_media(media, MediaOptions(VideoOptions(), options))
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": options.min_pixels, "longest_edge": options.max_pixels})
     theirs = processor(Image.open(tmp_path / "a.png"), return_tensors="pt")
     assert [list(grid)] == theirs["image_grid_thw"].tolist() and seconds == 0
     assert media_grid(media, MediaOptions(VideoOptions(), options)) == grid
-    levels = (pixel_values - theirs["pixel_values"]).abs() * 0.27 * 255  # of 256, whose order of passes may differ
+    # In levels of 256; the order of the two passes of a resize may differ.
+    levels = (normalise(patches) - theirs["pixel_values"]).abs() * 0.27 * 255
     resized = (height, width) != (14 * grid.h, 14 * grid.w)
     assert levels.mean() < (0.6 if resized else 1e-4)
 
@@ -149,7 +151,7 @@ def clip(tmp_path):
 
 
 def assert_equal(ours, theirs):
-    assert torch.equal(ours.pixel_values, theirs.pixel_values) and ours.grid_thw == theirs.grid_thw
+    assert torch.equal(ours.patches, theirs.patches) and ours.grid_thw == theirs.grid_thw
     assert ours.second_per_grid_t == pytest.approx(theirs.second_per_grid_t)
 
 
@@ -170,7 +172,7 @@ def test_without_flags_all_frames_are_read_and_the_last_one_again_where_they_are
         read = load_media(Media("video", tuple(paths[:num_frames]), (("fps", fps),)), ALL)
         expected = [*paths[:num_frames], *([paths[num_frames - 1]] if num_frames % 2 else [])]
         whole = MediaOptions(VideoOptions(nframes=len(expected), resized_width=56, resized_height=56))
-        assert torch.equal(read.pixel_values, load_media(Media("video", tuple(expected)), whole).pixel_values)
+        assert torch.equal(read.patches, load_media(Media("video", tuple(expected)), whole).patches)
         assert read.second_per_grid_t == 2 / fps  # two frames a step
     assert (
         load_media(Media("video", tuple(paths)), ALL).second_per_grid_t == 1
@@ -221,7 +223,7 @@ def test_a_part_of_a_video_is_read_with_its_own_time(clip):
     for number, frame in enumerate(chosen):
         Image.fromarray(frame.permute(1, 2, 0).numpy()).save(clip / f"{number}.png")
     files = Media("video", (str(clip / "0.png"), str(clip / "1.png")))
-    assert torch.equal(video.pixel_values, load_media(files, ALL).pixel_values)
+    assert torch.equal(video.patches, load_media(files, ALL).patches)
     assert video.second_per_grid_t == pytest.approx(5 / 8)  # two frames stand for five
     _, indices, _ = open_video(clip / "clip.mp4", VideoOptions(fps=8, video_start=0.25, video_end=0.75))
     assert indices == [2, 3, 5, 6]

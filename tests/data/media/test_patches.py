@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data.media.patches import patchify, resize, unpatchify
+from data.media.patches import normalise, patchify, resize, unpatchify
 
 
 def random_frames(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -22,12 +22,20 @@ def test_patches_equal_those_of_hf_frame_by_frame():
         [torch.stack([first[:, :, 0], second[:, :, 1]], dim=2) for first, second in [(hf[0], hf[1]), (hf[2], hf[3])]]
     )  # (2·4·6, 3, 2, 14, 14)
 
-    pixel_values, grid_thw = patchify(frames)
+    patches, grid_thw = patchify(frames)
 
     assert grid_thw == (2, 4, 6)
-    assert pixel_values.dtype == torch.float32
-    assert pixel_values.shape == (48, 1176)
-    torch.testing.assert_close(pixel_values, expected.reshape(48, 1176), atol=1e-6, rtol=0)
+    torch.testing.assert_close(normalise(patches), expected.reshape(48, 1176), atol=1e-6, rtol=0)
+
+
+def test_each_channel_is_normalised_with_its_own_mean_and_standard_deviation():
+    frames = torch.full((2, 3, 28, 28), 7, dtype=torch.uint8)
+    frames[1, :, 3, 20] = torch.tensor([0, 128, 255])  # in the second patch, at its row 3 and column 6
+    patches, _ = patchify(frames)
+    assert patches.dtype == torch.uint8 and patches.shape == (4, 1176)
+    of_a_pixel = normalise(patches).view(4, 3, 2, 14, 14)[1, :, 1, 3, 6]
+    # (0 - 0.48145466) / 0.26862954, (128 / 255 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711
+    assert of_a_pixel.tolist() == pytest.approx([-1.792263, 0.168897, 2.145897], abs=1e-6)
 
 
 def pil_resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:

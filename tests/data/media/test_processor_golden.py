@@ -11,7 +11,7 @@ from data.dataset import load_samples
 from data.loader import load_prompt
 from data.media.frames import VideoOptions
 from data.media.load import MediaOptions
-from data.media.patches import CLIP_STD
+from data.media.patches import CLIP_STD, normalise
 from grpo.demo.tiny_tokenizer import CHAT_TEMPLATE
 
 FOLDER = Path(__file__).parent / "golden_processor"  # made by the script in it
@@ -38,7 +38,7 @@ def test_the_model_is_given_what_qwens_own_processor_gives_it(tokenizer, form):
     assert ours.prompt_ids.tolist() == theirs["prompt_ids"].tolist()
     assert ours.position_ids.tolist() == theirs["position_ids"].tolist()
     places = {kind: [i for i, media in enumerate(sample.media) if media.kind == kind] for kind in ("video", "image")}
-    patches = ours.pixel_values.split(ours.grid_thw.prod(dim=1).tolist()) if sample.media else []
+    pieces = normalise(ours.patches).split(ours.grid_thw.prod(dim=1).tolist()) if sample.media else []
     seconds = ours.second_per_grid_ts[places["video"]]
     assert torch.allclose(seconds, theirs["second_per_grid_ts"].float(), rtol=1e-6, atol=0)
     for kind, grid, pixels in (
@@ -51,12 +51,12 @@ def test_the_model_is_given_what_qwens_own_processor_gives_it(tokenizer, form):
         assert ours.grid_thw[places[kind]].tolist() == theirs[grid].tolist()
         start = 0
         for i in places[kind]:
-            one = theirs[pixels][start : start + len(patches[i])]
+            one = theirs[pixels][start : start + len(pieces[i])]
             start += len(one)
             if Path(sample.media[i].files[0]).name not in RESIZED:
-                assert torch.equal(patches[i], one)
+                assert torch.equal(pieces[i], one)
                 continue
             # By PIL there, on uint8 by torch here: see `resize`. In levels of 256; a patch is (3, 2 * 14 * 14).
-            levels = ((patches[i] - one).view(-1, 3, 392) * torch.tensor(CLIP_STD).view(3, 1) * 255).abs()
+            levels = ((pieces[i] - one).view(-1, 3, 392) * torch.tensor(CLIP_STD).view(3, 1) * 255).abs()
             assert levels.max() < 2.01 and levels.mean() < 0.12
         assert start == len(theirs[pixels])

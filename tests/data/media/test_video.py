@@ -11,7 +11,6 @@ from PIL import Image
 
 from data.media.frames import VideoOptions, choose_frames
 from data.media.load import MediaOptions, load_media, media_grid
-from data.media.patches import CLIP_MEAN, CLIP_STD
 from data.media.video import decode, open_video
 from data.sample import BadMedia, Media
 from grpo.demo.mp4 import encode_jpeg, write_mp4
@@ -38,20 +37,19 @@ def gray_clip(num_frames: int, height: int = 64, width: int = 64) -> np.ndarray:
     return np.broadcast_to(levels[:, None, None, None], (num_frames, height, width, 3)).copy()
 
 
-def gray_levels(pixel_values: torch.Tensor, grid_thw: tuple[int, int, int]) -> list[float]:
-    """Undo the normalisation: the mean level (0 to 255) of every frame."""
-    patches = pixel_values.view(grid_thw[0], -1, 3, 2, 14 * 14)  # (t, h·w, 3, 2, 196)
-    colours = patches * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    return (255 * colours.mean(dim=(1, 2, 4))).flatten().tolist()
+def gray_levels(patches: torch.Tensor, grid_thw: tuple[int, int, int]) -> list[float]:
+    """The mean level (0 to 255) of every frame."""
+    patches = patches.view(grid_thw[0], -1, 3, 2, 14 * 14)  # (t, h·w, 3, 2, 196)
+    return patches.float().mean(dim=(1, 2, 4)).flatten().tolist()
 
 
 def test_an_mp4_file_round_trip_gives_the_frames_that_were_asked_for(tmp_path):
     write_mp4(tmp_path / "clip.mp4", gray_clip(16), fps=8)
     options = VideoOptions(nframes=4, resized_width=64, resized_height=64)
-    pixel_values, grid_thw, second_per_grid_t = load_video(tmp_path / "clip.mp4", options)
-    assert pixel_values.shape == (2 * 4 * 4, 1176)
+    patches, grid_thw, second_per_grid_t = load_video(tmp_path / "clip.mp4", options)
+    assert patches.shape == (2 * 4 * 4, 1176)
     assert grid_thw == (2, 4, 4)
-    assert gray_levels(pixel_values, grid_thw) == pytest.approx([0, 50, 100, 150], abs=1.5)  # frames 0, 5, 10, 15
+    assert gray_levels(patches, grid_thw) == pytest.approx([0, 50, 100, 150], abs=1.5)  # frames 0, 5, 10, 15
     assert second_per_grid_t == 1.0  # 4 frames of 2 s
 
 
@@ -60,9 +58,9 @@ def test_an_mp4_file_round_trip_gives_the_frames_that_were_asked_for(tmp_path):
 def test_frames_are_the_right_ones_where_decord_seeks_wrongly(name, nframes):
     """H.264 with open groups of pictures, MPEG-4 without times; 24 frames of 3 s; frame k is gray of level 10·k."""
     options = VideoOptions(nframes=nframes, resized_width=56, resized_height=56)
-    pixel_values, grid_thw, _ = load_video(Path(__file__).with_name(name), options)
+    patches, grid_thw, _ = load_video(Path(__file__).with_name(name), options)
     expected = [10 * index for index in choose_frames(24, 8.0, options)[0]]
-    assert gray_levels(pixel_values, grid_thw) == pytest.approx(expected, abs=1.5)
+    assert gray_levels(patches, grid_thw) == pytest.approx(expected, abs=1.5)
 
 
 def test_frames_before_the_beginning_of_a_trimmed_video_do_not_count(tmp_path):
@@ -73,16 +71,16 @@ def test_frames_before_the_beginning_of_a_trimmed_video_do_not_count(tmp_path):
     struct.pack_into(">II", mp4, at, duration - 3 * 1000 // 8, begin + 3 * 16384 // 8)
     (tmp_path / "trimmed.mp4").write_bytes(mp4)
     options = VideoOptions(nframes=4, resized_width=56, resized_height=56)
-    pixel_values, grid_thw, second_per_grid_t = load_video(tmp_path / "trimmed.mp4", options)
+    patches, grid_thw, second_per_grid_t = load_video(tmp_path / "trimmed.mp4", options)
     expected = [30 + 10 * index for index in choose_frames(21, 8.0, options)[0]]
-    assert gray_levels(pixel_values, grid_thw) == pytest.approx(expected, abs=1.5)
+    assert gray_levels(patches, grid_thw) == pytest.approx(expected, abs=1.5)
     assert second_per_grid_t == pytest.approx(2 / (4 / 21 * 8))
 
 
 def test_colours_stay_in_the_order_red_green_blue(tmp_path):
     write_mp4(tmp_path / "red.mp4", np.full((4, 56, 56, 3), (250, 100, 20), dtype=np.uint8), fps=8)
-    pixel_values, _, _ = load_video(tmp_path / "red.mp4", VideoOptions(resized_width=56, resized_height=56))
-    colour = 255 * (pixel_values.view(-1, 3, 392).mean(dim=(0, 2)) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN))
+    patches, _, _ = load_video(tmp_path / "red.mp4", VideoOptions(resized_width=56, resized_height=56))
+    colour = patches.view(-1, 3, 392).float().mean(dim=(0, 2))
     assert colour.tolist() == pytest.approx([250, 100, 20], abs=3)
 
 
@@ -110,9 +108,9 @@ def test_frames_of_any_width_are_those_that_pillow_decodes(tmp_path, width):
 def test_a_narrow_video_becomes_the_patches_of_its_frames(tmp_path, width):
     path, options = tmp_path / "clip.mp4", VideoOptions(nframes=4, resized_width=56, resized_height=84)
     write_mp4(path, gray_clip(16, height=40, width=width), fps=8)
-    pixel_values, grid_thw, _ = load_video(path, options)
-    assert pixel_values.shape == (2 * 6 * 4, 1176)
-    assert gray_levels(pixel_values, grid_thw) == pytest.approx([0, 50, 100, 150], abs=1.5)
+    patches, grid_thw, _ = load_video(path, options)
+    assert patches.shape == (2 * 6 * 4, 1176)
+    assert gray_levels(patches, grid_thw) == pytest.approx([0, 50, 100, 150], abs=1.5)
     assert grid_thw == video_grid(path, options) == (2, 6, 4)
     assert video_grid(path, VideoOptions(nframes=4)) == load_video(path, VideoOptions(nframes=4))[1]
 
@@ -132,9 +130,9 @@ def test_rows_and_columns_are_not_swapped(tmp_path):
     frames[:, :28] = 200  # the upper half
     write_mp4(tmp_path / "wide.mp4", frames, fps=8)
     options = VideoOptions(resized_width=112, resized_height=56)
-    pixel_values, grid_thw, _ = load_video(tmp_path / "wide.mp4", options)
+    patches, grid_thw, _ = load_video(tmp_path / "wide.mp4", options)
     assert grid_thw == (1, 4, 8)
-    bright = pixel_values.mean(dim=1) > 0  # (32,): 4 tokens of 4 patches in the upper row, then 4 in the lower
+    bright = patches.float().mean(dim=1) > 100  # (32,): 4 tokens of 4 patches in the upper row, then 4 in the lower
     assert bright.tolist() == [True] * 16 + [False] * 16
 
 
@@ -232,8 +230,8 @@ def test_the_file_with_its_index_first_is_good_until_it_is_cut(tmp_path):
     path = tmp_path / "clip.mp4"
     write_mp4(path, gray_clip(16), fps=8)
     path.write_bytes(with_index_first(path.read_bytes()))
-    pixel_values, grid_thw, _ = load_video(path, VideoOptions(nframes=2))
-    assert gray_levels(pixel_values, grid_thw) == pytest.approx([0, 150], abs=1.5)
+    patches, grid_thw, _ = load_video(path, VideoOptions(nframes=2))
+    assert gray_levels(patches, grid_thw) == pytest.approx([0, 150], abs=1.5)
 
 
 def test_a_video_with_too_few_frames_is_a_bad_video(tmp_path):

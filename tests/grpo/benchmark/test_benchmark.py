@@ -30,11 +30,12 @@ def bench(path: str) -> None:
 def check_figures(path, ranks: int) -> None:
     figures = json.loads(path.read_text())
     assert figures["ranks"] == ranks and figures["options"]["num_videos"] == 2
+    assert figures["prefill_seconds"] > 0 and figures["decode_seconds"] > 0
     for one in (figures, figures["baseline"]):
         assert all(one[name] > 0 for name in benchmark.FIGURES)
         assert one["step_seconds"] == pytest.approx(one["rollout_seconds"] + one["update_seconds"])
     lines = benchmark.table(figures).splitlines()
-    assert [line.split()[0] for line in lines[1:5]] == ["rollout", "update", "step", "peak"]
+    assert [line.split()[0] for line in lines[1:7]] == ["prefill", "decode", "rollout", "update", "step", "peak"]
 
 
 def test_figures_of_both_ways_are_written_and_no_pass_lacks_the_optimizers_states(tmp_path, monkeypatch):

@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import train
+from data.sample import InputError
 from grpo.evaluate import __main__ as command
+from grpo.export import load_merged
+from grpo.model.load import load_model
+from grpo.ranks import start_processes
 from reward.numerical import numerical_video_reward
 from tests.conftest import FLAGS, free_port, make_tiny, run_ranks
 from tests.grpo.rewards import named
@@ -92,8 +97,14 @@ def adapters(tiny, tmp_path_factory):
     return trained(tiny, tmp_path_factory.mktemp("adapters") / "out", *LORA)
 
 
+def refuse(*arguments) -> None:
+    raise AssertionError("rank 0 alone reads the weights")
+
+
 def on_a_rank(several: list[list[str]], ports: list[int], log: str) -> None:
     """Evaluate more than once, each time in a new process group."""
+    if os.environ["RANK"] != "0":
+        command.load_model = command.load_merged = refuse
     with open(f"{log}.{os.environ['RANK']}", "w") as file, redirect_stdout(file), redirect_stderr(file):
         for arguments, port in zip(several, ports, strict=True):
             os.environ["MASTER_PORT"] = str(port)
@@ -137,6 +148,40 @@ def test_the_number_of_ranks_changes_nothing(tiny, answered, sampled, tmp_path):
             found = tmp_path / way / ranks
             assert predictions(found) == one
             assert (found / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
+
+
+def load_on_a_rank(ways: list[list[str]], output: str) -> None:
+    """Load several models in the precision of a GPU."""
+    device = start_processes()
+    command.compute_dtype = lambda device: torch.bfloat16
+    if os.environ["RANK"] != "0":
+        command.load_model = command.load_merged = refuse
+    models = [command.load_for_sampling(command.parse(arguments), device) for arguments in ways]
+    assert not any(model.training for model in models)
+    torch.save([weights_and_buffers(model) for model in models], f"{output}.{os.environ['RANK']}")
+    with pytest.raises(InputError, match="its weights cannot be read"):  # on both ranks
+        command.load_for_sampling(command.parse([*ways[0], "--model_id", "/nowhere"]), device)
+    dist.destroy_process_group()
+
+
+def weights_and_buffers(model) -> dict:
+    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def test_every_rank_gets_the_model_that_rank_0_has_read(tiny, adapters, tmp_path):
+    untied = load_model(tiny.folder / "model")
+    untied.config.tie_word_embeddings = untied.config.text_config.tie_word_embeddings = False
+    untied.lm_head.weight = torch.nn.Parameter(2 * untied.lm_head.weight.detach())
+    untied.save_pretrained(tmp_path / "untied")
+    more = [], ["--model_id", tmp_path / "untied"], ["--adapter", adapters / "final"]
+    run_ranks(load_on_a_rank, 2, [by_hand(tiny, tmp_path / "out", *way) for way in more], str(tmp_path / "loaded"))
+    expected = [load_model(path, torch.bfloat16) for path in (tiny.folder / "model", tmp_path / "untied")]
+    expected.append(load_merged(adapters / "final", tiny.folder / "model", torch.bfloat16))
+    for rank in "01":
+        found = torch.load(tmp_path / f"loaded.{rank}", weights_only=False)
+        for model, contents in zip(expected, found, strict=True):
+            torch.testing.assert_close(contents, weights_and_buffers(model), rtol=0, atol=0)
+        assert ["lm_head.weight" in contents for contents in found] == [False, True, False]
 
 
 def interrupt(arguments: list[str], calls: str) -> None:

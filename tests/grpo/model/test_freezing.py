@@ -162,7 +162,7 @@ def test_a_frozen_tower_encodes_once_and_gives_the_same_log_probabilities_and_gr
         model = copy.deepcopy(tiny.model)
         freeze(model, Config(freeze_vision_tower=True))
         prompts = [encode_media(model, prompt) for prompt in tiny.prompts] if encode else tiny.prompts
-        assert all(len(prompt.pixel_values) == 0 for prompt in prompts) == encode
+        assert all(len(prompt.patches) == 0 for prompt in prompts) == encode
         logprobs = [
             logprobs for logprobs, *_ in completion_logprobs(model, prompts, ids, masks, 0.7, tiny.suppress_tokens)
         ]

@@ -223,7 +223,7 @@ def test_passes_order_of_the_prompts_and_padding_change_nothing(done, variant):
 
 @pytest.mark.parametrize("name", TEXT_ONLY)
 def test_a_rank_whose_prompts_are_text_only_keeps_in_step(mixed, done, name):
-    assert [len(prompt.pixel_values) > 0 for prompt in mixed.prompts[:4]] == [True, False, True, False]
+    assert [len(prompt.patches) > 0 for prompt in mixed.prompts[:4]] == [True, False, True, False]
     assert_equal_steps(done(name, (2, 2)), done(name))
 
 
@@ -260,7 +260,8 @@ def test_the_gradient_is_that_of_the_trained_tokens_divided_by_their_number(tiny
 def what_a_rank_has(tiny: Tiny, folder: str) -> None:
     """On every rank, what the functions below return, by their names."""
     device = start_processes()
-    tasks = (error_of_another, doubled, spread, spread_with_adapters, has_loaded, in_bfloat16)
+    tasks = (error_of_another, doubled, spread, spread_with_adapters, spread_frozen_in_bfloat16)
+    tasks += (has_loaded, in_bfloat16)
     torch.save({task.__name__: task(tiny, device, folder) for task in tasks}, f"{folder}/{dist.get_rank()}")
     dist.destroy_process_group()
 
@@ -327,6 +328,21 @@ def spread(tiny: Tiny, device: torch.device, folder: str, **settings) -> dict:
 
 def spread_with_adapters(tiny: Tiny, device: torch.device, folder: str) -> dict:
     return spread(tiny, device, folder, lora_enable=True, lora_rank=2)
+
+
+def spread_frozen_in_bfloat16(tiny: Tiny, device: torch.device, folder: str) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "compute_dtype", lambda device: torch.bfloat16)
+        return spread(tiny, device, folder, freeze_vision_tower=True, freeze_llm=True)
+
+
+def test_frozen_weights_arrive_in_compute_precision(tiny, ranks):
+    for rank in ranks:
+        found = rank["spread_frozen_in_bfloat16"]
+        for name, weight in tiny.model.named_parameters():
+            dtype = torch.float32 if component_of(name) == "merger" else torch.bfloat16
+            assert found["sharded"][name].dtype == dtype and torch.equal(found["sharded"][name], weight.to(dtype))
+            assert torch.equal(found["whole"][name], weight.bfloat16())
 
 
 @pytest.mark.parametrize("how", ["spread", "spread_with_adapters"])
