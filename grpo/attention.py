@@ -16,6 +16,7 @@ follow each other in a row. In sampling, too, G completions read one copy of the
 
 import functools
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -37,38 +38,46 @@ def causal(query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> Tensor:
 
 
 def group_attention(query: Tensor, key: Tensor, value: Tensor, P: int, G: int) -> Tensor:
-    """Attend within one group `[prompt | c1 | … | cG]`: two SDPA calls, no (P + G·C)² mask.
+    """Attend within N groups `[prompt | c1 | … | cG]` of equal lengths: two SDPA calls, no (P + G·C)² mask.
 
-    query: (1, H, N + G·C, D), the last N prompt tokens and all completions; key, value: (1, K, P + G·C, D). Returns the
+    query: (N, H, Q + G·C, D), the last Q prompt tokens and all completions; key, value: (N, K, P + G·C, D). Returns the
     shape of query.
     """
-    C = (key.shape[2] - P) // G
+    N, C = len(key), (key.shape[2] - P) // G
 
     def completions(x: Tensor) -> Tensor:
-        return x[0, :, -G * C :].unflatten(1, (G, C)).transpose(0, 1)  # (1, heads, … + G·C, D) -> (G, heads, C, D)
+        x = x[:, :, -G * C :].unflatten(2, (G, C)).transpose(1, 2)
+        return x.flatten(0, 1)  # (N, heads, … + G·C, D) -> (N·G, heads, C, D)
 
     def with_prompt(x: Tensor) -> Tensor:
-        return torch.cat([x[:, :, :P].expand(G, -1, -1, -1), completions(x)], dim=2)  # (G, K, P + C, D)
+        prompt = x[:, None, :, :P].expand(-1, G, -1, -1, -1).flatten(0, 1)
+        return torch.cat([prompt, completions(x)], dim=2)  # (N·G, K, P + C, D)
 
-    prompt_out = causal(query[:, :, : -G * C], key[:, :, :P], value[:, :, :P])  # (1, H, N, D)
+    prompt_out = causal(query[:, :, : -G * C], key[:, :, :P], value[:, :, :P])  # (N, H, Q, D)
     # Completions shorter than C need no mask: padding comes last, and causal attention never looks ahead.
-    out = causal(completions(query), with_prompt(key), with_prompt(value))  # (G, H, C, D)
-    return torch.cat([prompt_out, out.transpose(0, 1).flatten(1, 2)[None]], dim=2)
+    out = causal(completions(query), with_prompt(key), with_prompt(value))  # (N·G, H, C, D)
+    return torch.cat([prompt_out, out.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)], dim=2)
 
 
 def packed(prompt_lengths: list[int], group_lengths: list[int], num_completions: int) -> AttentionFn:
-    """Return the attention function for a row of groups.
+    """Return the attention function for a row of groups; neighbours of equal lengths are computed together.
 
     prompt_lengths, group_lengths: P and P + G·C of each group. The queries are either those of all tokens, or of each
     group those of the last prompt token and the completions.
     """
-    query_lengths = [length - P + 1 for length, P in zip(group_lengths, prompt_lengths, strict=True)]
+    both = zip(prompt_lengths, group_lengths, strict=True)
+    runs = [(P, length, len(list(run))) for (P, length), run in groupby(both)]
+    key_lengths = [N * length for _, length, N in runs]
+    query_lengths = [N * (length - P + 1) for P, length, N in runs]
 
     def attend_packed(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-        queries = query.split(group_lengths if query.shape[2] == key.shape[2] else query_lengths, dim=2)
-        keys, values = (x.split(group_lengths, dim=2) for x in (key, value))
-        groups = zip(queries, keys, values, prompt_lengths, strict=True)
-        return torch.cat([group_attention(q, k, v, P, num_completions) for q, k, v, P in groups], dim=2)
+        queries = query.split(key_lengths if query.shape[2] == key.shape[2] else query_lengths, dim=2)
+        keys, values, outs = key.split(key_lengths, dim=2), value.split(key_lengths, dim=2), []
+        for (P, _, N), *of_run in zip(runs, queries, keys, values, strict=True):
+            q, k, v = (x[0].unflatten(1, (N, -1)).transpose(0, 1) for x in of_run)  # (N, heads, …, D)
+            out = group_attention(q, k, v, P, num_completions)
+            outs.append(out.transpose(0, 1).flatten(1, 2)[None])
+        return torch.cat(outs, dim=2)
 
     return attend_packed
 

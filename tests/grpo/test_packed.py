@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import grpo.attention
 import grpo.logprobs
 from data.media.patches import normalise
 from grpo.attention import varlen_attention
@@ -137,6 +138,28 @@ def test_what_stands_behind_a_completions_end_changes_nothing(tiny):
     noise = [torch.where(masks[0], ids[0], 7)]
     after = completion_logprobs(tiny.model, tiny.prompts[:1], noise, masks, T, tiny.suppress_tokens)
     assert torch.equal(before[0][0], after[0][0])
+
+
+def test_neighbours_of_equal_lengths_are_computed_together_and_equal_each_alone(tiny, monkeypatch):
+    other = replace(tiny.prompts[0], patches=255 - tiny.prompts[0].patches)
+    prompts = [tiny.prompts[0], other, tiny.prompts[1], tiny.prompts[0]]
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(5, 200, (3, 5), generator=generator) for _ in prompts]
+    masks = [torch.arange(5) < torch.tensor([[5], [1 + n], [3]]) for n in range(4)]
+    calls, attend = [], grpo.attention.group_attention
+    monkeypatch.setattr(grpo.attention, "group_attention", lambda *x: calls.append(len(x[0])) or attend(*x))
+    gradients, results = [], []
+    for batches in ([[0, 1, 2, 3]], [[0], [1], [2], [3]]):
+        calls.clear()
+        model, found = copy.deepcopy(tiny.model), []
+        for batch in batches:
+            given = ([one[n] for n in batch] for one in (prompts, ids, masks))
+            found += completion_logprobs(model, *given, T, tiny.suppress_tokens)
+        sum((n + 1) * logprobs.sum() for n, (logprobs, *_) in enumerate(found)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        results.append(torch.cat([logprobs.flatten() for logprobs, *_ in found]))
+        assert calls == ([2, 1, 1] if len(batches) == 1 else [1, 1, 1, 1]) * 2  # in each of two layers
+    assert torch.allclose(*results, atol=1e-5) and relative(*gradients) < 1e-5
 
 
 def test_the_videos_and_their_order_reach_the_logprobs(tiny):
