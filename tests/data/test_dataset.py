@@ -3,6 +3,7 @@ import math
 import os
 import re
 import tracemalloc
+from unicodedata import normalize
 
 import pytest
 
@@ -96,6 +97,37 @@ def test_a_path_that_exists_is_used_as_it_is(folder, monkeypatch):
     videos = ["a.mp4", "b.mp4", str(folder / "c.mp4")]
     (sample,) = load_samples([write(folder, [entry(video=videos)])], str(folder))
     assert [media.path for media in sample.media] == ["a.mp4", str(folder / "b.mp4"), str(folder / "c.mp4")]
+
+
+@pytest.mark.parametrize(("on_disk", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_name_in_the_other_unicode_form_is_found(folder, monkeypatch, on_disk, written):
+    disk, name = folder / normalize(on_disk, "Écho"), normalize(on_disk, "vidéo_ü")
+    for frames in (disk / name, folder / "ascii" / name):
+        frames.mkdir(parents=True)
+        (frames / f"{name}.png").touch()
+        frames.with_suffix(".mp4").touch()
+    name, gone = normalize(written, "vidéo_ü"), normalize(written, "é/gone.mp4")
+    videos = [f"{name}.mp4", {"video": name}, [f"{name}/{name}.png"], gone]
+
+    def files_of(image_folder, videos):
+        (sample,) = Samples([write(folder, [entry(video=videos, image=[f"{name}/{name}.png"])])], image_folder)
+        return [path for media in sample.media for path in media.files], sample.missing()
+
+    for image_folder in (str(folder / "ascii"), str(disk), normalize(written, str(disk))):
+        found, missing = files_of(image_folder, videos)
+        assert missing == [os.path.join(image_folder, gone)]  # as it is written
+        assert all(normalize(on_disk, path) == path for path in found if path not in missing)
+    monkeypatch.chdir(disk)
+    assert files_of("", videos[:3])[1] == files_of("gone", videos[:3])[1] == []
+    assert files_of("", [str(folder / normalize(written, "Écho") / f"{name}.mp4")])[1] == []
+
+
+def test_a_name_that_exists_in_both_unicode_forms_is_used_as_it_is(folder):
+    names = [normalize(form, "é.mp4") for form in ("NFC", "NFD")]
+    for name in names:
+        (folder / name).touch()
+    (sample,) = load_samples([write(folder, [entry(video=names)])], str(folder))
+    assert [media.path for media in sample.media] == [str(folder / name) for name in names] and names[0] != names[1]
 
 
 def test_ids_are_strings_and_a_missing_one_is_the_position(folder):
