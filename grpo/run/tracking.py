@@ -216,10 +216,8 @@ class Tracker:
         main = [(name, figures[f"eval/{name}"]) for name in MAIN_FIGURES if f"eval/{name}" in figures]
         print_rank0(f"step {step}: held-out " + ", ".join(f"{name} {value:.3f}" for name, value in main))
         if metric not in figures:
-            why = "undefined, as where truths or answers are all equal, so this model is not kept in best/"
-            print_rank0(
-                f"step {step}: {metric} is {why}: add held-out samples, or take another --metric_for_best_model"
-            )
+            why = f"{metric} is undefined, as where truths or answers are all equal, so this model is not kept in best/"
+            print_rank0(f"step {step}: {why}: add held-out samples, or take another --metric_for_best_model")
             return False
         return step > 0 and all(goodness(figures[metric]) > goodness(value) for value in best)
 

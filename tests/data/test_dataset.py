@@ -122,12 +122,20 @@ def test_a_name_in_the_other_unicode_form_is_found(folder, monkeypatch, on_disk,
     assert files_of("", [str(folder / normalize(written, "Écho") / f"{name}.mp4")])[1] == []
 
 
-def test_a_name_that_exists_in_both_unicode_forms_is_used_as_it_is(folder):
-    names = [normalize(form, "é.mp4") for form in ("NFC", "NFD")]
-    for name in names:
-        (folder / name).touch()
-    (sample,) = load_samples([write(folder, [entry(video=names)])], str(folder))
-    assert [media.path for media in sample.media] == [str(folder / name) for name in names] and names[0] != names[1]
+def test_what_exists_in_both_unicode_forms_is_used_as_it_is_written(folder, monkeypatch):
+    nfc, nfd = normalize("NFC", "é"), normalize("NFD", "é")
+    for name in (nfc, nfd):
+        (folder / name / "cwd").mkdir(parents=True)
+        (folder / name / "a.mp4").touch()
+    (folder / nfd / f"{nfc}.mp4").touch()
+    (folder / nfd / "cwd" / f"{nfd}.mp4").touch()
+    monkeypatch.chdir(folder / nfd / "cwd")
+    videos = [f"{nfc}/a.mp4", f"{nfd}/a.mp4", f"{nfd}/{nfd}.mp4"]
+    (sample,) = load_samples([write(folder, [entry(video=videos)])], str(folder))
+    expected = [folder / nfc / "a.mp4", folder / nfd / "a.mp4", folder / nfd / f"{nfc}.mp4"]
+    assert [media.path for media in sample.media] == [str(path) for path in expected]
+    (sample,) = load_samples([write(folder, [entry(video=[f"{nfc}.mp4"])])], str(folder / nfd))
+    assert sample.media[0].path == str(folder / nfd / f"{nfc}.mp4")  # not that of the working folder
 
 
 def test_ids_are_strings_and_a_missing_one_is_the_position(folder):
