@@ -14,6 +14,7 @@ one.
 import difflib
 import os
 import re
+import unicodedata
 from functools import lru_cache
 
 from data.media.fetch import check_address
@@ -92,14 +93,29 @@ def _read_media(written, kind: str, image_folder: str) -> list[Media]:
 
 
 def _read_path(written, kind: str, image_folder: str) -> str:
-    """Return an address as it is, and of a path where it leads to: as written if that file exists, else inside."""
+    """Return an address as it is, and of a path where it leads to: as written if that file exists, else inside.
+
+    Where nothing is there, the path that is meant may be written otherwise (`_on_disk`).
+    """
     _expect(written or None, [str], f"a path in {kind!r}", f"give a string, or an object with one under {kind!r}")
     if is_address(written):
         check_address(written)
         return written
     inside = os.path.join(image_folder, written)
     is_meant = os.path.exists(written) and (os.path.isfile(written) or not os.path.isfile(inside))
-    return written if is_meant else inside
+    path = written if is_meant else inside
+    if path.isascii() or os.path.exists(path):
+        return path
+    return next(filter(os.path.exists, map(_on_disk, (written, inside))), path)
+
+
+def _on_disk(path: str) -> str:
+    """Return a path with each part in the Unicode form that it has on the disk: macOS splits "é" into "e" and "´"."""
+    if path.isascii() or os.path.exists(path):
+        return path
+    folder, name = os.path.split(path)
+    forms = (os.path.join(_on_disk(folder), unicodedata.normalize(form, name)) for form in ("NFC", "NFD"))
+    return next(filter(os.path.exists, forms), path)
 
 
 def _read_options(written: dict, kind: str) -> tuple[tuple[str, float], ...]:

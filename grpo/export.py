@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import file_exists, try_to_load_from_cache
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
@@ -21,6 +22,8 @@ from grpo.model.card import model_card
 from grpo.model.load import ModelFiles, load_model, processor_files
 from grpo.ranks import exit_code
 from reward.flags import NAMED, flag
+
+CONFIG = "config.json"  # which every model has
 
 
 @dataclass
@@ -33,8 +36,11 @@ class ExportConfig:
     model_id: str = flag("", "the base model, if it is no longer where the adapter says")
 
 
-def base_of(adapter: str) -> str:
-    """Return the base model that an adapter folder names, if any; raise InputError if it is not an adapter folder."""
+def base_of(adapter: str, model_id: str = "") -> str:
+    """Return the base model of an adapter folder: `model_id`, or without one that which the folder names.
+
+    Raises InputError if it is not an adapter folder, or if what it names is not to be found.
+    """
     try:
         described = json.loads(Path(adapter, "adapter_config.json").read_text())
         if described.get("peft_type") != "LORA":
@@ -42,7 +48,14 @@ def base_of(adapter: str) -> str:
     except (OSError, ValueError) as error:
         why = f"adapter_config.json: {first_line(error)}"
         raise InputError(f"--adapter {adapter!r} is no adapter folder of --lora_enable ({why})") from error
-    return described.get("base_model_name_or_path") or ""
+    base = model_id or described.get("base_model_name_or_path") or ""
+    try:  # asked once: to load it would ask the hub again and again
+        if not (model_id or os.path.isdir(base) or try_to_load_from_cache(base, CONFIG) or file_exists(base, CONFIG)):
+            raise ValueError("no such model")
+    except Exception as error:  # of any type, where there is no network
+        why = f"is not found, neither here nor on the hub ({first_line(error)}): name it with --model_id"
+        raise InputError(f"--adapter {adapter!r}: its base model {base!r} {why}") from error
+    return base
 
 
 def load_merged(adapter: str, model_id: str, dtype="auto"):
@@ -50,7 +63,7 @@ def load_merged(adapter: str, model_id: str, dtype="auto"):
 
     Raise InputError if it is no adapter, or does not fit the base.
     """
-    base_of(adapter)  # raises
+    base_of(adapter, model_id)  # raises
     model = load_model(model_id, dtype)
     try:
         with safe_open(Path(adapter, "adapter_model.safetensors"), "pt") as file:
@@ -74,9 +87,7 @@ def export(adapter: str, output: str, model_id: str = "") -> None:
     """
     if Path(output).exists():
         raise InputError(f"--output {output!r} exists: name a new folder")
-    model_id = model_id or base_of(adapter)
-    if not model_id:
-        raise InputError(f"--adapter {adapter!r} does not say its base: name it with --model_id")
+    model_id = base_of(adapter, model_id)
     tokenizer, model = load_tokenizer(model_id), load_merged(adapter, model_id)
     unfinished, progress = Path(f"{output}.unfinished"), Path(adapter, "progress.json")  # of the run that saved it
     try:

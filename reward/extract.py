@@ -1,7 +1,6 @@
 """Extract the number that a text gives as its answer."""
 
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 
 # A number next to one of these words is a count or a label ("3 videos", "view 2", "4 chamber"), not an answer.
@@ -17,37 +16,44 @@ ADJECTIVES = """
     different separate individual consecutive available provided given input short
 """.split()
 
-# Sampled text can be long and strange, so the time must be linear in its length: every pattern below is matched at one
-# position or in a short window before it, and every run of digits is scanned a bounded number of times.
-_THING = rf"(?:{'|'.join(THINGS)})"
-_LETTER = "A-Za-z_\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u04ff"  # no Chinese: it is written without spaces
-_RUN = re.compile(rf"(?:(?<![{_LETTER}0-9.])\.)?[0-9][0-9.,]*")
-_GLUED_BEFORE = re.compile(rf"[{_LETTER}]\Z")
-_GLUED_AFTER = re.compile(rf"-?[{_LETTER}]")  # "2D", "1st", and compounds: "4-chamber"
-_PERCENT = re.compile(r" ?\\?%|[ -]?per ?cent\b", re.IGNORECASE)
-_HYPHEN = re.compile(r"(?:[\w).-]|[0-9] )-\Z")  # "55-60", "55 -60", "EF-55": not a minus sign
-_MARGIN = re.compile(r"(?:±|\+/-) ?\Z")  # "55 ± 5"
-_LIST_ITEM = re.compile(r"^[0-9][.)] ", re.MULTILINE)  # "1. The heart is ..."
-_LABEL = re.compile(
-    rf"\b{_THING}(?:[ -]?| [0-9]+ (?:and|or|to|&) "  # "view 2", "view 2 and 3"
-    r"|s (?:[0-9]+(?:,? (?:and|or|to|&) | ?[-–] ?|, ?))*)"  # "views 2, 3 and 4"
-    r"(?:#|no\.? ?|number )?\Z|#\Z",
-    re.IGNORECASE,
+_THING, _ADJECTIVE = f"(?:{'|'.join(THINGS)})", f"(?:{'|'.join(ADJECTIVES)})"
+
+# A text is cut into tokens: what has digits but is no answer, and numbers. Sampled text can be long and strange, so the
+# time must be linear in its length: a token that can fail looks at a few runs of digits, and the last kind takes any.
+_LETTER = "A-Za-z_\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u04ff"  # no Chinese, which is written without spaces,
+_LETTER += "第个個张張段腔维維帧幀年月日"  # but for what stands between numbers and things: "第2个视频"
+_RUN = rf"(?>(?:(?<![{_LETTER}0-9.])\.)?[0-9](?:[0-9.,]*[0-9])?)"
+_PERCENT = r"(?:[ )}*_$~\\,;]{0,5}%|[ -]?(?:per ?cent|prozent)\b)"  # "55 %", "55\,\%", "**55**%"
+_MARGIN = rf" ?(?:±|\+/-|\\pm) ?{_RUN}"
+_TIMES = r"(?:[×·]|\\times|\\cdot|\bx|(?<=\S )\*(?= )|(?<=[^\s*])\*(?=[0-9(]))"  # no "* 100%" of a list, no "*100%*"
+_WHOLE = rf"[0-9]+(?!\.?[0-9]|{_PERCENT})"  # nobody counts in decimals or percent
+_AND, _NO = r",? (?:and|or|to|of|&) ", r"[ -]?(?:#|no\.? ?|number )?"
+_OF_THINGS = (
+    r"(?: (?:of|out of|to|or)(?: (?:the|these|those|all)){0,2}(?: [0-9]+)?|[/–-][0-9]+)?"
+    rf"(?: {_ADJECTIVE}){{0,3}} {_THING}s?\b(?! per\b|/min)"  # "72 beats per minute" is a measurement
 )
-_COUNT = re.compile(
-    r"(?: (?:of|out of|to|or)(?: (?:the|these|those|all)){0,2}(?: [0-9]+)?|[/–-][0-9]+)?"  # "5 of the 7 views"
-    rf"(?: (?:{'|'.join(ADJECTIVES)})){{0,3}} {_THING}s?\b(?! per\b|/min)",  # "72 beats per minute" is a measurement
-    re.IGNORECASE,
+_NO_ANSWER = [
+    rf"^(?:[-#>*+|•_ ]*\(?1?[0-9][.)、]|#+ [0-9.]+(?!{_PERCENT}))[*_]*(?: |(?=[^\W\d_]))",  # "**2. Ejection fraction**"
+    rf"{_TIMES} ?100{_PERCENT}|100{_PERCENT} ?{_TIMES}",  # "(EDV - ESV) / EDV × 100%"
+    rf"\b{_THING}s{_NO}{_WHOLE}(?:(?:{_AND}|, ?| ?[–-] ?){_WHOLE})*",  # "views 2, 3 and 4"
+    rf"(?:\b{_THING}{_NO}|#){_WHOLE}(?:{_AND}{_WHOLE})?",  # "view 2", "frame 10 of 32", "#2"
+    rf"[0-9]+{_OF_THINGS}",  # "3 short clips", "5 of the 7 views"
+    rf"{_RUN}{_PERCENT}(?= (?:out )?of ){_OF_THINGS}",  # "100% of the clips"
+    rf"(?:(?<=[{_LETTER}]){_RUN}|{_RUN}(?=(?:- ?)?[{_LETTER}]))(?!{_PERCENT})",  # "A4C", "2D", "2- and 4-chamber"
+    rf"{_MARGIN}{_PERCENT}?",  # "55% ± 5%"
+]
+_NUMBER = (
+    r"(?P<minus>(?<![\w).%-])-)?"  # not in "55-60", "EF-55"
+    rf"(?P<numbers>{_RUN}(?: ?[–-] ?{_RUN}(?={_PERCENT}))?)(?P<percent>(?:{_MARGIN})?{_PERCENT})?"
 )
-_WINDOW = 48  # characters; longer than any label
+_TOKEN = re.compile("|".join([*_NO_ANSWER, _NUMBER]), re.IGNORECASE | re.MULTILINE)
 
 _THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _DECIMAL_COMMA = re.compile(r"[0-9]+,[0-9]+")
 _PLAIN = re.compile(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+")
-_SEVERAL_POINTS = re.compile(r"\.[0-9]+\.[0-9]")  # "55%.3.3", "12.03.2024": no number, but more than one
 _LARGEST = 1e100  # larger numbers are no measurements; up to here, squared errors are finite
 
-_ONE_SPELLING = str.maketrans("０１２３４５６７８９．％\u2212\u2010\u2011", "0123456789.%---")
+_ONE_SPELLING = str.maketrans("０１２３４５６７８９．％﹪（）\u2212\u2010\u2011", "0123456789.%%()---")
 
 
 @lru_cache(maxsize=4096)  # the texts of constant answers and the truths are read again and again
@@ -57,25 +63,31 @@ def extract_number(text: str) -> float | None:
     Looks only inside `<answer>…</answer>` if there is one, else outside of `<think>` parts. Returns the first
     percentage, else the first bare number that is not a count or a label; always finite.
     """
-    first_bare = None
-    for values, is_percentage in _runs(_answer_block(text), one_bare=True):
-        if is_percentage:
-            return values[-1]  # of a list "10,20,30%" the last one carries the sign
-        first_bare = values[0]
-    return first_bare
+    return next(iter(_numbers(_answer_block(text))), None)
 
 
 @lru_cache(maxsize=4096)
 def says_two_numbers(text: str) -> bool:
-    """Say whether a text has two different numbers outside its `<think>` parts; counts and labels are none."""
-    said, text = set(), without_thoughts(text)
-    if _SEVERAL_POINTS.search(text.translate(_ONE_SPELLING)):
-        return True
-    for values, _ in _runs(text):
-        said.update(values)
-        if len(said) > 1:
-            return True
-    return False
+    """Say whether a text has, outside its `<think>` parts, a number beside the one that is read from it.
+
+    Like is compared with like: where it has percentages, bare numbers do not count.
+    """
+    return len({extract_number(text), *_numbers(without_thoughts(text))} - {None}) > 1
+
+
+def _numbers(text: str) -> list[float]:
+    """Return the percentages in a text, or the bare numbers of one without, the one to read first."""
+    percentages, bare = [], []
+    text = "\n".join(" ".join(line.split()) for line in text.translate(_ONE_SPELLING).splitlines())
+    for token in _TOKEN.finditer(text):
+        values = _values(token["numbers"] or "")
+        if values and token["minus"]:
+            values[0] = -values[0]
+        if token["percent"]:
+            percentages += reversed(values)  # of "55-60%" the last one carries the sign
+        else:
+            bare += values
+    return percentages or bare
 
 
 def without_thoughts(text: str) -> str:
@@ -88,29 +100,6 @@ def without_thoughts(text: str) -> str:
     first = re.split("</think>", first, maxsplit=1, flags=re.IGNORECASE)[-1]
     after = (re.split("</think>", other, maxsplit=1, flags=re.IGNORECASE)[1:] for other in others)
     return "\n".join([first, *(text for rest in after for text in rest)])
-
-
-def _runs(text: str, one_bare: bool = False) -> Iterator[tuple[list[float], bool]]:
-    """Yield each run of digits that is no count or label: its numbers, and whether they are percentages.
-
-    one_bare: after the first that are none, yield only percentages, which is faster.
-    """
-    has_bare = False
-    text = text.translate(_ONE_SPELLING)
-    text = "\n".join(" ".join(line.split()) for line in text.splitlines())
-    for run in _RUN.finditer(text):
-        start, end = run.span()
-        percent = _PERCENT.match(text, end)
-        if (one_bare and has_bare and not percent) or _is_no_answer(text, start, end, percent):
-            continue
-        values = _values(run.group())
-        if not values:
-            continue
-        before = text[max(start - 3, 0) : start]
-        if before.endswith("-") and not _HYPHEN.search(before):
-            values[0] = -values[0]
-        has_bare = has_bare or not percent
-        yield values, bool(percent)
 
 
 def _answer_block(text: str) -> str:
@@ -128,32 +117,13 @@ def _answer_block(text: str) -> str:
     return said
 
 
-def _is_no_answer(text: str, start: int, end: int, percent: re.Match | None) -> bool:
-    """Say whether the run of digits text[start:end] is part of a word, a count, a label or a margin."""
-    window = max(start - _WINDOW, 0)
-    if _GLUED_BEFORE.search(text, max(start - 1, 0), start) or _MARGIN.search(text, max(start - 4, 0), start):
-        return True
-    if percent:  # a percentage counts only in "100% of the clips"
-        after = percent.end()
-        return text.startswith((" of ", " out of "), after) and bool(_COUNT.match(text, after))
-    ends_in_digit = text[end - 1].isdigit()  # otherwise a full stop or comma separates it from what follows
-    if ends_in_digit and _GLUED_AFTER.match(text, end):
-        return True
-    if _LIST_ITEM.match(text, start):
-        return True
-    if "." in text[start:end].rstrip(".,"):  # nobody counts in decimals
-        return False
-    return bool((ends_in_digit and _COUNT.match(text, end)) or _LABEL.search(text, window, start))
-
-
-def _values(run: str) -> list[float]:
-    """Read a run of digits, points and commas as one number, or as those of a list; leave out what is unreadable."""
-    run = run.rstrip(".,")
-    if _THOUSANDS.fullmatch(run):
-        parts = [run.replace(",", "")]
-    elif _DECIMAL_COMMA.fullmatch(run):
-        parts = [run.replace(",", ".")]
-    else:
-        parts = re.split(r",|\.{2,}", run)
-    values = [float(part) for part in parts if _PLAIN.fullmatch(part)]
+def _values(numbers: str) -> list[float]:
+    """Read a number, or those of a list or range; leave out what is unreadable."""
+    values = []
+    for run in re.split(" ?[–-] ?", numbers):
+        if _THOUSANDS.fullmatch(run):
+            run = run.replace(",", "")
+        elif _DECIMAL_COMMA.fullmatch(run):
+            run = run.replace(",", ".")
+        values += [float(part) for part in re.split(r",|\.{2,}", run) if _PLAIN.fullmatch(part)]
     return [value for value in values if value <= _LARGEST]

@@ -61,7 +61,7 @@ def smooth_numerical_reward(
 
     The arguments are those of `numerical_video_reward`, and: valid_range: numbers outside are no answer, and get 0;
     is_stopped: one per completion, False where it was cut. A completion that was cut, or that says two different
-    numbers outside its `<think>` parts, gets 0.1 at the most, so that answers end, and say one thing.
+    answers outside its `<think>` parts (`says_two_numbers`), gets 0.1 at the most, so that answers end, and say one.
     """
 
     def reward(truth: float, prediction: float, i: int) -> float:

@@ -2,10 +2,11 @@
 
     python -m data.check --data_path train.json --image_folder videos --nframes 16 --write_clean clean.json
 
-Samples that the trainer would refuse are "left out" of the cleaned file, and the exit code is 1. Two problems are only
-reported, and the sample is "kept": an answer without a number, from which nothing is learned, and more videos than
---max_videos. The videos over that cap are checked, too. Keys of their own that only few samples have are listed, since
-one may be misspelt, and so is what the best constant answer earns. Nothing is written except the cleaned file.
+Samples that the trainer would refuse are "left out" of the cleaned file, and the exit code is 1. Some problems are only
+reported, and the sample is "kept": an answer without a number, from which nothing is learned, or with two of them or a
+negative one, which may be read otherwise than it is meant, and more videos than --max_videos. The videos over that cap
+are checked, too. Keys of their own that only few samples have are listed, since one may be misspelt, and so is what the
+best constant answer earns. Nothing is written except the cleaned file.
 """
 
 import os
@@ -26,13 +27,14 @@ from data.media.patches import Grid
 from data.prompt import load_tokenizer
 from data.sample import BadMedia, DuplicateId, InputError, Media, Sample, TooFewFrames, WrongTags, with_system_prompt
 from data.video_cap import cap_videos, choice_of, varies
-from reward.extract import extract_number
+from reward.extract import extract_number, says_two_numbers
 from reward.flags import Bounds, WeightedFlags, flag
 from reward.functions import ARGUMENTS, RewardError, check_keys, keys_of, load_reward_functions
 
 OF_ERROR = {WrongTags: "tags and files differ", DuplicateId: "duplicate id", InputError: "malformed sample"}
 OF_ERROR |= {FileNotFoundError: "missing file", TooFewFrames: "too few frames"}
-KEPT = ("no number in the truth", "over --max_videos", "over --max_images")
+KEPT = ("no number in the truth", "two numbers in the truth", "negative truth")
+KEPT += ("over --max_videos", "over --max_images")
 PROBLEMS = (*OF_ERROR.values(), "undecodable video", "undecodable image", *KEPT)
 
 
@@ -66,8 +68,14 @@ def find_problems(
         error = checked[media]
         if isinstance(error, FileNotFoundError) or (media in used and isinstance(error, BadMedia)):  # all must exist
             problems.setdefault(OF_ERROR.get(type(error), f"undecodable {media.kind}"), str(error))
-    if extract_number(sample.answer) is None:
+    truth = extract_number(sample.answer)
+    if truth is None:
         problems["no number in the truth"] = f"{sample.answer!r}: a numerical reward gives every completion 0.5"
+    elif says_two_numbers(sample.answer):
+        mend = "leave only the answer, or make it the only percentage"
+        problems["two numbers in the truth"] = f"{sample.answer!r} is read as {truth:g}: {mend}"
+    if truth and truth < 0:
+        problems["negative truth"] = f"{sample.answer!r} is read as {truth:g}: correct it if that is no minus sign"
     for kind, most in (("video", args.max_videos), ("image", args.max_images)):
         of_kind = [media for media in sample.media if media.kind == kind]
         if 0 < most < len(of_kind):

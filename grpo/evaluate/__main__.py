@@ -81,8 +81,8 @@ def parse(argv: list[str]) -> EvaluateConfig:
     """Read the flags, with those of a run as defaults; raise InputError."""
     given = parse_flags(EvaluateConfig, argv, PROG, {"reward_funcs": None})  # None: they are not given
     config = parse_flags(EvaluateConfig, argv, PROG, defaults_of_run(given) if given.run else {})
-    if config.adapter and not config.model_id:
-        config.model_id = base_of(config.adapter)
+    if config.adapter:
+        config.model_id = base_of(config.adapter, config.model_id)
     for name in ("model_id", "data_path", "output_dir"):
         if getattr(config, name) in ("", [], [""]):
             raise InputError(f"--{name} is missing: name it, or a run that has it with --run")
@@ -95,7 +95,7 @@ def parse(argv: list[str]) -> EvaluateConfig:
 def defaults_of_run(given: EvaluateConfig) -> dict:
     """Return the flags that a run supplies: model, held-out samples, and how it prepared and sampled."""
     final = os.path.join(given.run, "final")
-    names = {field.name for field in dataclasses.fields(EvaluateConfig)} - {"run", "adapter", "temperature"}
+    names = {field.name for field in dataclasses.fields(EvaluateConfig)} - {"run", "adapter", "model_id", "temperature"}
     if given.reward_funcs is not None:  # the run's weights and arguments are those of other functions
         names -= {"reward_weights", "reward_kwargs"}
     try:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -70,6 +70,8 @@ def start(config: Config, device: torch.device, rollout_phase: Callable, update_
     raises InputError.
     """
     config = raise_together(resolve_batch_sizes, config, dist.get_world_size())
+    if os.path.isdir(config.model_id):  # what is saved names it, and may be read from another folder
+        config = replace(config, model_id=os.path.abspath(config.model_id))
     tokenizer = raise_together(load_tokenizer, config.model_id)
     data = raise_together(survey, config.data_path, config, True, tokenizer if config.supervised else None)
     heldout = raise_together(survey, config.eval_data_path, config) if config.eval_data_path else None

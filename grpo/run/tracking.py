@@ -215,8 +215,11 @@ class Tracker:
         self.write(add, step)
         main = [(name, figures[f"eval/{name}"]) for name in MAIN_FIGURES if f"eval/{name}" in figures]
         print_rank0(f"step {step}: held-out " + ", ".join(f"{name} {value:.3f}" for name, value in main))
-        is_candidate = step > 0 and metric in figures
-        return is_candidate and all(goodness(figures[metric]) > goodness(value) for value in best)
+        if metric not in figures:
+            why = f"{metric} is undefined, as where truths or answers are all equal, so this model is not kept in best/"
+            print_rank0(f"step {step}: {why}: add held-out samples, or take another --metric_for_best_model")
+            return False
+        return step > 0 and all(goodness(figures[metric]) > goodness(value) for value in best)
 
     def state(self) -> dict:
         """Return what a checkpoint keeps of the records."""

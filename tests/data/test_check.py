@@ -83,6 +83,8 @@ def test_every_problem_is_counted_and_named(folder, capsys):
         "undecodable image": (0, None, ""),
         "too few frames": (1, "left out", "'short'"),
         "no number in the truth": (1, "kept", "'words'"),
+        "two numbers in the truth": (0, None, ""),
+        "negative truth": (0, None, ""),
         "over --max_videos": (1, "kept", "'many'"),
         "over --max_images": (0, None, ""),
     }
@@ -338,6 +340,25 @@ def test_rare_keys_truths_out_of_range_and_the_best_constant_are_shown(folder, c
         f"zero skill: answering always 50 has a mean error of 20.00; the best mean reward of a constant is {reward:.3f}"
     )
     assert f"{line}, for 50" in text
+
+
+def test_truths_that_may_be_read_otherwise_than_meant_are_named_and_kept(folder, capsys):
+    answers = {
+        "fine": "In the 2- and 4-chamber views the EF is 55%, EDV 120 ml",
+        "volumes": "EDV 120 ml, ESV 54 ml, EF 55",
+        "range": "50-55%",
+        "hyphen": "EF: -55%",
+        "both": "-5 or 5",
+        "strain": "-18.5",
+        "words": "normal",
+    }
+    code, text, table = run(folder, capsys, [entry(name, answer=answer) for name, answer in answers.items()])
+    assert code == 0 and "7 valid samples, 0 left out" in text
+    assert table["no number in the truth"] == (1, "kept", "'words'")
+    assert table["two numbers in the truth"] == (3, "kept", "'volumes', 'range', 'both'")
+    assert table["negative truth"] == (3, "kept", "'hyphen', 'both', 'strain'")
+    assert "\n    'EDV 120 ml, ESV 54 ml, EF 55' is read as 120: leave only the answer, or" in text
+    assert "\n    'EF: -55%' is read as -55: correct" in text
 
 
 def test_the_check_knows_the_reward_functions_of_the_flags(folder, capsys):

@@ -3,6 +3,7 @@ import math
 import os
 import re
 import tracemalloc
+from unicodedata import normalize
 
 import pytest
 
@@ -96,6 +97,45 @@ def test_a_path_that_exists_is_used_as_it_is(folder, monkeypatch):
     videos = ["a.mp4", "b.mp4", str(folder / "c.mp4")]
     (sample,) = load_samples([write(folder, [entry(video=videos)])], str(folder))
     assert [media.path for media in sample.media] == ["a.mp4", str(folder / "b.mp4"), str(folder / "c.mp4")]
+
+
+@pytest.mark.parametrize(("on_disk", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_name_in_the_other_unicode_form_is_found(folder, monkeypatch, on_disk, written):
+    disk, name = folder / normalize(on_disk, "Écho"), normalize(on_disk, "vidéo_ü")
+    for frames in (disk / name, folder / "ascii" / name):
+        frames.mkdir(parents=True)
+        (frames / f"{name}.png").touch()
+        frames.with_suffix(".mp4").touch()
+    name, gone = normalize(written, "vidéo_ü"), normalize(written, "é/gone.mp4")
+    videos = [f"{name}.mp4", {"video": name}, [f"{name}/{name}.png"], gone]
+
+    def files_of(image_folder, videos):
+        (sample,) = Samples([write(folder, [entry(video=videos, image=[f"{name}/{name}.png"])])], image_folder)
+        return [path for media in sample.media for path in media.files], sample.missing()
+
+    for image_folder in (str(folder / "ascii"), str(disk), normalize(written, str(disk))):
+        found, missing = files_of(image_folder, videos)
+        assert missing == [os.path.join(image_folder, gone)]  # as it is written
+        assert all(normalize(on_disk, path) == path for path in found if path not in missing)
+    monkeypatch.chdir(disk)
+    assert files_of("", videos[:3])[1] == files_of("gone", videos[:3])[1] == []
+    assert files_of("", [str(folder / normalize(written, "Écho") / f"{name}.mp4")])[1] == []
+
+
+def test_what_exists_in_both_unicode_forms_is_used_as_it_is_written(folder, monkeypatch):
+    nfc, nfd = normalize("NFC", "é"), normalize("NFD", "é")
+    for name in (nfc, nfd):
+        (folder / name / "cwd").mkdir(parents=True)
+        (folder / name / "a.mp4").touch()
+    (folder / nfd / f"{nfc}.mp4").touch()
+    (folder / nfd / "cwd" / f"{nfd}.mp4").touch()
+    monkeypatch.chdir(folder / nfd / "cwd")
+    videos = [f"{nfc}/a.mp4", f"{nfd}/a.mp4", f"{nfd}/{nfd}.mp4"]
+    (sample,) = load_samples([write(folder, [entry(video=videos)])], str(folder))
+    expected = [folder / nfc / "a.mp4", folder / nfd / "a.mp4", folder / nfd / f"{nfc}.mp4"]
+    assert [media.path for media in sample.media] == [str(path) for path in expected]
+    (sample,) = load_samples([write(folder, [entry(video=[f"{nfc}.mp4"])])], str(folder / nfd))
+    assert sample.media[0].path == str(folder / nfd / f"{nfc}.mp4")  # not that of the working folder
 
 
 def test_ids_are_strings_and_a_missing_one_is_the_position(folder):

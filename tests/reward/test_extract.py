@@ -141,6 +141,7 @@ def test_a_number_that_counts_or_labels_is_no_answer(text):
         ("In views 1-3, 55.5", 55.5),
         ("overview 55", 55),
         ("the clip shows 55", 55),
+        ("in this view 55%", 55),
         ("55 (4-chamber view)", 55),
         ("72 beats per minute", 72),
         ("72 beats/min", 72),
@@ -190,6 +191,85 @@ def test_without_an_answer_block_only_what_is_no_thought_is_read(text, number):
     assert extract_number(text) == number
 
 
+# What people and models write: all of it says one number.
+PHRASES = [
+    # English
+    ("LVEF55%", 55),
+    ("The visually estimated EF is 55%.", 55),
+    ("Ejection fraction: 55 percent.", 55),
+    ("EF (55 %)", 55),
+    ("EF≈55%", 55),
+    ("Ejection fraction (%): 55", 55),
+    ("In the apical 2- and 4-chamber views the EF is 55%.", 55),
+    ("In the apical 2- and 4-chamber views the EF is 55.", 55),
+    ("In the apical 2 and 4 chamber views the EF is 55%.", 55),
+    ("Frame 10 of 32 is end-diastole, frame 21 end-systole, EF 55%.", 55),
+    ("Frame 10 of 32 is end-diastole, so the EF is 55", 55),
+    ("Views 2, 3, 4 were read: EF 55", 55),
+    ("EDV 120 ml, ESV 54 ml, EF 55%", 55),
+    ("Biplane Simpson (A4C 54 ml, A2C 57 ml): LVEF 55.5 %", 55.5),
+    ("EF = (EDV - ESV) / EDV × 100% = 55%", 55),
+    ("EF = (EDV-ESV)/EDV*100% = 55%", 55),
+    ("EF = (120 - 54) / 120 * 100 % = 55 %", 55),
+    ("EF = (120 - 54)/120 x 100% = 55%", 55),
+    ("EF = 100% × (120 - 54) / 120 = 55%", 55),
+    ("EF = 100%*(120-54)/120 = 55%", 55),
+    ("EF 55 ± 5%, 72 beats per minute", 55),
+    ("EF 55% ± 5%", 55),
+    ("A 65-year-old man, examined on 12/03/2024: EF 55%.", 55),
+    ("On 2024-03-12 the EF was 55%, or 0.55.", 55),
+    ("NYHA class 3, stage 2, mitral valve 1.5 cm: EF 30%", 30),
+    ("Global strain −18.5 %", -18.5),
+    # Markdown
+    ("### 1. Left ventricle\nNormal.\n### 2. Ejection fraction\n55%", 55),
+    ("### 1. Left ventricle\nNormal.\n### 2. Ejection fraction\n55", 55),
+    ("## 1 Left ventricle\nNormal.\n## 2.1 Ejection fraction\n55", 55),
+    ("**1. Left ventricle:** normal.\n**2. Ejection fraction:** 55", 55),
+    ("**2.** Ejection fraction: 55", 55),
+    ("> 2. EF: 55", 55),
+    ("- 2) EF: 55", 55),
+    ("(1) Normal size\n(2) EF 55", 55),
+    ("10. EF: 55", 55),
+    ("1. **Step 1**: 30 frames\n2. **Step 2**: EF 55%", 55),
+    ("| View | EF |\n|---|---|\n| A4C | 55% |", 55),
+    ("* **EF:** 55%", 55),
+    ("- 55", 55),
+    ("### 55", 55),
+    ("# 55 %", 55),
+    ("**55**%", 55),
+    ("* 100%", 100),
+    ("The stenosis is *100%*, or **100%**", 100),
+    # LaTeX
+    (r"\boxed{55.5\%}", 55.5),
+    (r"$\boxed{\text{EF} = 55\,\%}$", 55),
+    (r"$\mathbf{55}\%$", 55),
+    (r"$55 \pm 5\%$", 55),
+    (r"\frac{120 - 54}{120} \times 100\% = 55\%", 55),
+    (r"\(EF = \frac{EDV - ESV}{EDV} \cdot 100\,\% = 55\,\%\)", 55),
+    # German
+    ("Die EF beträgt 55,5 %.", 55.5),
+    ("EDV 120, LVEF 55 Prozent", 55),
+    ("2D-Echo vom 12.03.2024: LVEF ca. 55 %", 55),
+    ("Im 2- und 4-Kammerblick EF 55", 55),
+    ("Eine 55%ige EF bei EDV 120 ml", 55),
+    ("1. Linker Ventrikel: normal\n2. Ejektionsfraktion: 55", 55),
+    # Chinese
+    ("左室EF65%", 65),
+    ("左室射血分数（LVEF）：５５％。", 55),
+    ("第2个视频，共30帧：射血分数约为55", 55),
+    ("2024年3月12日，4腔心切面，射血分数55", 55),
+    ("1、左室大小正常\n2、射血分数：55", 55),
+    ("（1）左室正常\n（2）EF：55", 55),
+    ("患者65岁，EDV 120ml，ESV 54ml，EF=(120-54)/120×100%=55%", 55),
+]
+
+
+@pytest.mark.parametrize(("text", "number"), PHRASES)
+def test_what_people_write_around_a_number_is_no_second_one(text, number):
+    assert extract_number(text) == number and not says_two_numbers(text)
+    assert extract_number(f"<think>40%</think>{text}") == number
+
+
 def test_a_number_too_large_for_a_float_is_none():
     assert extract_number("9" * 400) is None
     assert extract_number("9" * 400 + "%") is None
@@ -200,14 +280,30 @@ def test_a_number_too_large_for_a_float_is_none():
 @pytest.mark.parametrize(
     "piece",
     ["1 ", " ", ",", ".", "1,", "1.", ",111", "-", "1-", "%", "#", "1%%", "<answer>", "view ", "views 1, ", "1 of "]
-    + ["1 of the ", "1 different ", "55 ± ", "A1", "\n", "1\n", " 1 -", "9", "1 clip ", "clips1 "],
+    + ["1 of the ", "1 different ", "55 ± ", "A1", "\n", "1\n", " 1 -", "9", "1 clip ", "clips1 "]
+    + [
+        "view 1, ",
+        "view 1 and ",
+        "#1",
+        "100% of ",
+        "100% x ",
+        "× ",
+        "# 1.",
+        "1- ",
+        "1 - ",
+        "1 ± 1 ",
+        "*",
+        "1.1",
+        "百1",
+    ],
 )
 def test_hostile_text_is_read_in_linear_time(piece):
-    text = piece * (50_000 // len(piece))
+    text = piece * (20_000 // len(piece))
     started = time.process_time()
     extract_number(text)
     extract_number("1" + text + "x")
     extract_number("view 1" + text + " 55%")
+    extract_number("# views 1" + text + "1")
     assert time.process_time() - started < 1.0  # quadratic time takes many
 
 
@@ -215,9 +311,14 @@ def test_hostile_text_is_read_in_linear_time(piece):
     "text",
     [
         "55 or 60",
-        "55% or 60",
-        "It is 60, no: 55%",
+        "55% or 60%",
+        "It is 60%, no: 55%",
         "55-60%",
+        "EF 55–60 %",
+        "EF 55% (before: 48%)",
+        "Ejektionsfraktion 55 % (Vorbefund 48 %)",
+        "射血分数为55%-60%",
+        "EDV 120 ml, ESV 54 ml, EF 55",
         "10,20,30",
         "5 or -5",
         "<answer>55%</answer> or 60%",
@@ -227,8 +328,9 @@ def test_hostile_text_is_read_in_linear_time(piece):
         "30% <think> 55% </think> 55%",
         "40</think>55 60",
         "55<think>40</think>60</think>",
-        "55%.3.3.3",
-        "55% on 12.03.2024",
+        "<answer>55</answer> or 60%",
+        "60% <answer>55</answer>",
+        "12/03: 55",
     ],
 )
 def test_two_different_numbers_are_found_wherever_they_are_said(text):
@@ -246,7 +348,14 @@ def test_two_different_numbers_are_found_wherever_they_are_said(text):
         "55%" * 5,
         "3 videos, view 2, 4-chamber: 55%",
         "55 ± 5",
+        "55 ± 5%",
         "9" * 400 + " or 55",
+        "9" * 400 + "% or 55",
+        "55% or 60",
+        "It is 60, no: 55%",
+        "120 ml, 55%",
+        "55% on 12.03.2024",
+        "<answer>none</answer> 55",
         "<think>40, or 50</think>55%",
         "<Think>40%\n</THINK><answer>55%</answer>",
         "<think>40</think>55%<think>60",

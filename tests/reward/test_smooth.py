@@ -85,7 +85,7 @@ def test_each_completion_is_cut_or_not_by_itself():
 
 
 @pytest.mark.parametrize(
-    "text", ["50% or 60%", "50%. In short: 51%", "<answer>50%</answer> or 60%", "50-60%", "120 ml, 50%"]
+    "text", ["50% or 60%", "50%. In short: 51%", "<answer>50%</answer> or 60%", "50-60%", "120 ml, 50"]
 )
 def test_two_different_numbers_earn_a_tenth_at_the_most(text):
     assert 0 <= reward_of("50%", text) <= 0.1
@@ -96,6 +96,9 @@ def test_two_different_numbers_earn_a_tenth_at_the_most(text):
     "text",
     [
         "50%, so the answer is 50.0%",
+        "In the apical 2- and 4-chamber views: 120 ml, 50%",
+        "### 1. Left ventricle\nNormal.\n### 2. Ejection fraction\n50%",
+        "EF = (EDV - ESV) / EDV × 100% = 50%",
         "<think>It is 40, or 60.</think>50%",
         "<think>First I see 40%, then 60%.</think>\n<answer>50%</answer>",
         "Based on 3 videos and view 2 in 2D A4C, the EF is 50%",

@@ -337,6 +337,16 @@ def test_an_adapter_of_another_model_gets_one_line(tiny, adapters, tmp_path, cap
     assert "does not fit the model" in line
 
 
+def test_a_run_whose_base_is_gone_names_the_adapters_and_their_base(adapters, tmp_path, capfd):
+    run = shutil.copytree(adapters, tmp_path / "run")
+    path = run / "final" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/gone/base"}))
+    capfd.readouterr()
+    assert command.main(["--run", str(run)]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert f"--adapter {str(run / 'final')!r}: its base model '/gone/base' is not found" in line
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
@@ -310,6 +311,31 @@ def test_the_exported_model_can_be_trained_on(tiny, run, tmp_path):
     assert train.main(flags(tiny, tmp_path / "out", *LORA_FLAGS, "--model_id", tmp_path / "merged")) == 0
 
 
+def test_a_base_with_a_relative_path_is_found_from_every_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.folder)
+    given, output = (
+        flags(tiny, tmp_path / "out", *LORA_FLAGS, "--model_id", "model", "--max_steps", "1"),
+        tmp_path / "out",
+    )
+    assert train.main(given) == 0
+    monkeypatch.chdir(tmp_path)
+    assert export.main(["--adapter", "out/final", "--output", "merged"]) == 0
+    assert json.loads((output / "config.json").read_text())["model_id"] == str(tiny.folder / "model")
+    assert f"from_pretrained({str(tiny.folder / 'model')!r})" in (output / "final" / "README.md").read_text()
+
+
+def test_a_base_of_the_hub_is_found_by_its_name_in_the_cache(run, tmp_path, monkeypatch):
+    adapter, cached = tmp_path / "adapter", tmp_path / "hub" / "models--org--base"
+    shutil.copytree(run[0] / "base", cached / "snapshots" / "0")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    shutil.copytree(run[0] / "out" / "final", adapter)
+    described = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/base"}
+    (adapter / "adapter_config.json").write_text(json.dumps(described))
+    assert export.main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
+
+
 def spoil(adapter: Path, how: str) -> None:
     path = adapter / "adapter_model.safetensors"
     described, tensors = json.loads((adapter / "adapter_config.json").read_text()), load_file(path)
@@ -327,7 +353,7 @@ def spoil(adapter: Path, how: str) -> None:
     elif how == "no base":
         described["base_model_name_or_path"] = None
     elif how == "gone base":
-        described["base_model_name_or_path"] = "nowhere"
+        described["base_model_name_or_path"] = "models/nowhere"
     save_file(tensors, path)
     (adapter / "adapter_config.json").write_text("{" if how == "no JSON" else json.dumps(described))
     if how == "no config":
@@ -344,8 +370,8 @@ def spoil(adapter: Path, how: str) -> None:
         ("a weight gone", ["does not fit", "layers.1.mlp.up_proj"]),
         ("other layers", ["does not fit"]),
         ("not LoRA", ["no LoRA adapter"]),
-        ("no base", ["--model_id"]),
-        ("gone base", ["--model_id 'nowhere'"]),
+        ("no base", ["base model ''", "--model_id"]),
+        ("gone base", ["base model 'models/nowhere' is not found", "--model_id"]),
         ("no JSON", ["adapter_config.json"]),
         ("no config", ["no adapter folder", "adapter_config.json"]),
         ("cut", ["cannot be read"]),
@@ -358,7 +384,9 @@ def test_an_adapter_that_cannot_be_exported_gets_one_line(run, tmp_path, capfd, 
     capfd.readouterr()
     assert export.main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert line.startswith("grpo.export: error: ") and all(word in line for word in words), line
+    assert line.startswith("grpo.export: error: ") and all(
+        word in line for word in [f"--adapter {str(adapter)!r}", *words]
+    )
     assert not (tmp_path / "merged").exists()
 
 

@@ -1,5 +1,6 @@
 """TensorBoard's page: which evaluation is the best, the layout, and a disk that is full for a while."""
 
+import json
 import re
 import resource
 import signal
@@ -28,6 +29,15 @@ def test_each_figure_knows_which_way_is_better(metric):
 def test_of_a_bias_only_the_size_counts():
     goodness = GOODNESS["eval/bias"]
     assert goodness(-1.0) > goodness(2.0) and goodness(1.0) > goodness(-2.0) > goodness(-3.0)
+
+
+def test_where_the_metric_is_undefined_a_line_says_that_no_model_is_the_best(tiny, tmp_path, capsys):
+    (tmp_path / "one.json").write_text(json.dumps(json.loads((tiny.folder / "data.json").read_text())[:1]))
+    held = ["--eval_data_path", tmp_path / "one.json", "--eval_steps", "1", "--max_steps", "2"]
+    assert train.main(flags(tiny, tmp_path / "out", *held, "--metric_for_best_model", "eval/pearson")) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "eval/pearson is undefined" in line]
+    assert [line[:7] for line in lines] == ["step 1:", "step 2:"] and "--metric_for_best_model" in lines[0]
+    assert not (tmp_path / "out" / "best").exists()
 
 
 @pytest.mark.parametrize("kind", [[], ["--supervised"]], ids=["GRPO", "supervised"])
