@@ -94,8 +94,6 @@ def check_avi(file: BinaryIO, size: int) -> int:
     while position + 12 <= size:
         file.seek(position)
         kind, length, form = struct.unpack("<4sI4s", file.read(12))
-        if kind == bytes(4):
-            break
         if kind == b"RIFF":
             check_end(position + length, size)  # without its header's 8 bytes, which some programs count, too
         if kind == b"strh":
