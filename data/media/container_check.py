@@ -30,7 +30,7 @@ def check_container(path: str) -> int:
             check_matroska(file, size)
         elif start[:3] == b"FLV":
             check_flv(file, size, start)
-        elif (at := start.find(ASF_FACTS)) > 0 and not start[at + 88] & 1:  # the last bit: live, of unknown size
+        elif (at := start.find(ASF_FACTS)) > 0 and not int.from_bytes(start[at + 88 : at + 89]) & 1:  # 1: live, no size
             check_end(int.from_bytes(start[at + 40 : at + 48], "little"), size)
         elif start[:4] == b"\0\0\1\xba":
             check_mpeg(file, size)
