@@ -6,12 +6,14 @@
 
 import dataclasses
 import gc
+import mmap
 import multiprocessing
 import os
 import re
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
 from multiprocessing.util import Finalize
@@ -31,6 +33,9 @@ from data.media.load import MediaOptions, media_grid
 from data.media.patches import PATCH_VALUES
 from data.prompt import encode_prompt
 from data.sample import BadMedia, InputError, Sample, keep_media, named, read_system_prompt
+
+NUM_NOTES, NOTE_BYTES = 4096, 256
+NOTES = mmap.mmap(-1, NUM_NOTES * NOTE_BYTES)  # shared with the workers, which are forked: the sample each decodes
 
 
 @dataclass
@@ -177,10 +182,11 @@ class PromptDataset(Dataset):
         for offset in range(len(self.samples)):
             try:
                 sample = whole = self.sample(item, offset)
-                if options.max_prompt_length:
-                    sample, _ = fit_prompt(whole, self.tokenizer, options)
-                how = options.media, options.augmentation, item.turn
-                prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, *how)
+                with noted(sample.id):
+                    if options.max_prompt_length:
+                        sample, _ = fit_prompt(whole, self.tokenizer, options)
+                    how = options.media, options.augmentation, item.turn
+                    prompt = load_prompt(sample, self.tokenizer, self.tokens_per_second, *how)
             except (BadMedia, FileNotFoundError, LongPrompt) as error:
                 bad_media = bad_media or f"sample {sample.id!r}: {error}"
                 choice = "on_long_prompt" if isinstance(error, LongPrompt) else "on_bad_video"
@@ -246,15 +252,34 @@ def kill_workers() -> None:
             process.kill()
 
 
+def note_place(pid: int) -> slice:
+    """Return the place of a process's note."""
+    at = pid % NUM_NOTES * NOTE_BYTES
+    return slice(at, at + NOTE_BYTES)
+
+
+@contextmanager
+def noted(sample_id: str) -> Iterator[None]:
+    """Note which sample this process decodes, for the line about its death."""
+    place = note_place(os.getpid())
+    NOTES[place] = repr(sample_id).encode()[:NOTE_BYTES].ljust(NOTE_BYTES, b"\0")
+    try:
+        yield
+    finally:
+        NOTES[place] = bytes(NOTE_BYTES)
+
+
 def worker_failure(error: BaseException | None) -> str | None:
     """Return one line about a worker process that died, or None if the error is about something else.
 
     PyTorch raises the news wherever the main thread happens to be; code there may wrap it in an error of its own.
     """
     while error is not None:
-        if found := re.search(r"DataLoader worker \(pid.*", " ".join(str(error).split())):
+        if found := re.search(r"DataLoader worker \(pid(?:\(s\))? ([0-9, ]+).*", " ".join(str(error).split())):
+            notes = [NOTES[note_place(int(pid))].rstrip(b"\0").decode(errors="ignore") for pid in found[1].split(",")]
+            samples = "".join(f". It was decoding sample {note}" for note in notes if note)
             mend = "If memory ran out, lower --dataloader_num_workers (0: none)"
             crash = "If a broken video crashed the decoder, python -m data.check names it"
-            return f"{found.group().rstrip('.')}. {mend}. {crash}"
+            return f"{found[0].rstrip('.')}{samples}. {mend}. {crash}"
         error = error.__cause__ or error.__context__
     return None

@@ -91,7 +91,8 @@ def frame_files(media: Media, options: VideoOptions) -> tuple[list[str], float]:
     is_folder = isinstance(media.path, str)
     with named(repr(media.path) if is_folder else f"the list of {len(paths)} frames from {paths[0]!r} on"):
         if is_folder:
-            names = sorted(os.listdir(media.path), key=natural_order)
+            # Hidden files are no frames: macOS leaves a ._frame_1.png beside a frame_1.png that it copies.
+            names = sorted((name for name in os.listdir(media.path) if name[0] != "."), key=natural_order)
             paths = [os.path.join(media.path, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
         if len(paths) < 2:
             raise TooFewFrames(f"has {len(paths)} frame{'s' * (len(paths) != 1)} ({', '.join(IMAGE_SUFFIXES)})")

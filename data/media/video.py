@@ -7,8 +7,8 @@ import numpy as np
 import torch  # before decord: on some machines decord's bundled libraries clash with torch's if they are loaded first
 from decord import DECORDError, DECORDLimitReachedError, VideoReader
 
+from data.media.container_check import check_container
 from data.media.frames import VideoOptions, choose_frames, resize_frames
-from data.media.mp4_check import check_mp4
 from data.sample import BadMedia, named
 
 
@@ -22,7 +22,7 @@ def open_video(path: str, options: VideoOptions) -> tuple[VideoReader, list[int]
         raise FileNotFoundError(f"no video at {path!r}")
     with named(repr(path)):
         try:
-            check_mp4(path)
+            num_listed = check_container(path)
             # An absolute path, since FFmpeg reads "view:2.mp4" as a URL. One thread, since the data workers already run
             # in parallel. fault_tol: raise as soon as one frame is not found, instead of repeating its neighbour;
             # decord ignores a fault_tol of 0, hence the tiny number.
@@ -30,6 +30,8 @@ def open_video(path: str, options: VideoOptions) -> tuple[VideoReader, list[int]
             video_fps, times = reader.get_avg_fps(), reader.get_frame_timestamp(range(len(reader)))[:, 0]
         except (DECORDError, RuntimeError, AssertionError, IndexError) as error:
             raise BadMedia("is not a video that decord can open") from error
+        if len(times) < num_listed:  # those behind a lost one would take its place
+            raise BadMedia(f"is damaged: of {num_listed} frames in its index, {len(times)} are found")
         if not 0 < video_fps < math.inf:  # false for nan, too
             raise BadMedia(f"has no valid frame rate (decord reads {video_fps})")
         # A video trimmed without re-encoding still stores frames from before its beginning, with negative times. decord
@@ -72,7 +74,11 @@ def resized_frames(path: str, options: VideoOptions) -> tuple[torch.Tensor, floa
     Raises FileNotFoundError if there is no such file, BadMedia if the frames cannot be decoded.
     """
     reader, indices, sampled_fps = open_video(path, options)
-    return resize_frames(path, decode(path, reader, indices), options), sampled_fps
+    frames = decode(path, reader, indices)
+    if all((frame == frames[0, :, :1, :1]).all() for frame in frames):
+        reason = "as decord reads pixels with a palette (uncompressed AVI of 8 bits, QuickTime Animation)"
+        raise BadMedia(f"{path!r} has frames of one single colour, {reason}: re-encode it, for example as H.264 in mp4")
+    return resize_frames(path, frames, options), sampled_fps
 
 
 def first_frame(path: str, options: VideoOptions) -> tuple[torch.Tensor, int]:

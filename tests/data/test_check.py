@@ -23,6 +23,7 @@ from data.sample import BadMedia, InputError, Media
 from grpo.demo.mp4 import write_mp4
 from grpo.demo.tiny_tokenizer import build_tokenizer
 from tests.conftest import OPTIONS, make_tiny
+from tests.data.media.test_video import gray_clip
 
 SMALL = "--nframes 4 --video_resized_width 56 --video_resized_height 56 --num_workers 2".split()
 
@@ -106,9 +107,9 @@ def test_misspelt_keys_are_malformed_samples(folder, capsys):
 
 @pytest.mark.parametrize("width", [1, 2, 16, 72])
 def test_a_narrow_video_is_checked_by_its_real_size(folder, capsys, width):
-    write_mp4(folder / "videos" / "narrow.mp4", np.zeros((4, 56, width, 3), np.uint8), fps=8)
+    write_mp4(folder / "videos" / "narrow.mp4", gray_clip(4, 56, width), fps=8)
     assert run(folder, capsys, [entry("narrow", ["narrow.mp4"])])[0] == 0
-    write_mp4(folder / "videos" / "thread.mp4", np.zeros((4, 201 * width, width, 3), np.uint8), fps=8)
+    write_mp4(folder / "videos" / "thread.mp4", gray_clip(4, 201 * width, width), fps=8)
     path, options = str(folder / "videos" / "thread.mp4"), MediaOptions(VideoOptions(nframes=4))
     reason = f"{path!r} has frames of {width}x{201 * width} pixels: one side is over 200 times the other"
     assert str(check_media(Media("video", path), options)) == reason

@@ -2,6 +2,8 @@
 
 import dataclasses
 import multiprocessing
+import os
+import signal
 from collections import Counter
 
 import pytest
@@ -185,6 +187,37 @@ def test_news_of_a_dead_worker_is_found_in_any_error_that_code_made_of_it():
         line = worker_failure(wrap(RuntimeError(news)))
         assert line.startswith("DataLoader worker (pid 7) is killed by signal: Killed. If memory ran out")
     assert worker_failure(RuntimeError("DataLoader is fine")) is None and worker_failure(ValueError()) is None
+
+
+class DeadlyTokenizer:
+    """Ends the process that encodes the text of sample s1, as a decoder may that crashes."""
+
+    def __init__(self, tokenizer, question: str):
+        self.tokenizer, self.question = tokenizer, question
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, texts, *args, **kwargs):
+        if self.question in str(texts):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.tokenizer(texts, *args, **kwargs)
+
+
+def test_the_line_about_a_dead_worker_names_the_sample_that_it_was_decoding(tiny):
+    samples = [dataclasses.replace(prompt.sample, id=f"s{i}\n") for i, prompt in enumerate(tiny.prompts)]
+    samples[1] = dataclasses.replace(samples[1], turns=(("user", "<video>" * 3 + "deadly"),))
+    dataset = PromptDataset(samples, DeadlyTokenizer(tiny.tokenizer, "deadly"), 2, PromptOptions(OPTIONS))
+    batches = load_ahead(dataset, iter([[BatchItem(0, 0)], [BatchItem(0, 2)], [BatchItem(0, 1)]]), 1)
+    with pytest.raises(RuntimeError) as news:
+        list(batches)
+    line = worker_failure(news.value)
+    assert r". It was decoding sample 's1\n'. If memory ran out" in line and line.count("sample") == 1
+    idle = multiprocessing.get_context("fork").Process(target=dataset.__getitem__, args=(BatchItem(0, 0),))
+    idle.start()
+    idle.join()
+    for form in (f"(pid {idle.pid}) is killed by signal: Killed.", f"(pid(s) {idle.pid}, {idle.pid}) exited"):
+        assert "decoding" not in worker_failure(RuntimeError(f"DataLoader worker {form}"))
 
 
 def chained(error: Exception) -> Exception:

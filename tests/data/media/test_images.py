@@ -155,6 +155,17 @@ def assert_equal(ours, theirs):
     assert ours.second_per_grid_t == pytest.approx(theirs.second_per_grid_t)
 
 
+def test_the_hidden_files_of_macos_and_windows_are_no_frames(clip):
+    media = Media("video", str(clip / "frames"))
+    before = load_media(media, ALL)
+    for number in range(1, 11):
+        (clip / "frames" / f"._frame_{number}.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X".ljust(4096, b"\0"))
+    (clip / "frames" / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (clip / "frames" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    assert_equal(load_media(media, ALL), before)
+    assert media_grid(media, ALL) == before.grid_thw
+
+
 @pytest.mark.parametrize("options", [{"nframes": 4}, {"nframes": 10}, {"fps": 4.0}, {"fps": 2.0}, {"fps": 8.0}])
 def test_frames_in_a_folder_are_the_video_that_they_were_taken_from(clip, options):
     options = VideoOptions(resized_width=56, resized_height=56, **options)
