@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import compress
 from multiprocessing.util import Finalize
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -58,6 +59,13 @@ class Prompt:
         """Return the positions of the first `length` completion tokens, (3, C): from the prompt's maximum + 1 on."""
         start = self.position_ids.max() + 1
         return (start + torch.arange(length, device=start.device)).expand(3, -1)
+
+    def __getstate__(self) -> dict:
+        """Hand over arrays when a worker sends a prompt: of each tensor, torch would make a file in shared memory."""
+        return {name: v.numpy() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update({name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in state.items()})
 
     def to(self, device: torch.device) -> "Prompt":
         """Copy the tensors to `device`."""

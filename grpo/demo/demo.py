@@ -35,7 +35,7 @@ NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 80, 192
 WARM_START_STEPS = 800
 SUPERVISED = {"supervised": True, "global_batch_size": 8, "learning_rate": 1e-3, "warmup_ratio": 0.025}
 SUPERVISED |= {"weight_decay": 0.01}
-HIDDEN_SIZE, LAYERS = 128, 4  # of the model, which then has about 1 million parameters
+HIDDEN_SIZE, LAYERS = 128, 2  # of the model, which then has about 0.6 million parameters
 INIT_RANGE = 0.06  # standard deviation of the initial weights; with 0.02, learning starts late in such small layers
 # Words of the chat format, so that the tokenizer learns each as one token.
 CHAT_WORDS = "system\nYou are a helpful assistant.\nuser\nassistant\n" * 2
@@ -107,6 +107,8 @@ def prepare(config: Config, train: Callable[[Config], bool]) -> Config | None:
     raise_together(resolve_batch_sizes, config, dist.get_world_size())
     config = broadcast_object(raise_together(choose_folder, config))
     output = Path(config.output_dir)
+    if not config.frame_jitter:  # which reads other frames each time
+        config.frame_cache = config.frame_cache or str(output / "data" / "frames")
     if not broadcast_object(has_begun(output)):
         num_hearts = NUM_CARELESS + NUM_TRAIN + NUM_HELDOUT
         print_rank0(f"Drawing {num_hearts} hearts for a small Qwen2.5-VL, in {output}")

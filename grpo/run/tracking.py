@@ -106,8 +106,8 @@ class Tracker:
         self.start_step, self.counts = resume.step, Counter(resume.counts)
         self.evaluations, self.best_step = list(resume.evaluations), resume.best_step
         self.writer, self.is_full = None, False
-        # A contact sheet takes a tenth of a second and up to a megabyte: about a hundred per run.
-        self.sheet_steps = config.logging_steps * math.ceil(total_steps / (100 * config.logging_steps))
+        # A contact sheet takes a tenth of a second and up to a megabyte: about 25 per run.
+        self.sheet_steps = config.logging_steps * math.ceil(total_steps / (25 * config.logging_steps))
         raise_together(self.begin if self.is_main else lambda: None)
         # TensorBoard hides what earlier files hold from this step on; at step 0 also what was evaluated there.
         first = resume.step + 1 if resume.step else 0
