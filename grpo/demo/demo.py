@@ -35,7 +35,7 @@ NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 80, 192
 WARM_START_STEPS = 800
 SUPERVISED = {"supervised": True, "global_batch_size": 8, "learning_rate": 1e-3, "warmup_ratio": 0.025}
 SUPERVISED |= {"weight_decay": 0.01}
-HIDDEN_SIZE, LAYERS = 128, 2  # of the model, which then has about 0.6 million parameters
+HIDDEN_SIZE, LAYERS = 128, 4  # of the model, which then has about 1 million parameters
 INIT_RANGE = 0.06  # standard deviation of the initial weights; with 0.02, learning starts late in such small layers
 # Words of the chat format, so that the tokenizer learns each as one token.
 CHAT_WORDS = "system\nYou are a helpful assistant.\nuser\nassistant\n" * 2
