@@ -4,6 +4,7 @@
 | M | videos and images | S | vision patches |
 """
 
+import ctypes
 import dataclasses
 import gc
 import mmap
@@ -35,6 +36,7 @@ from data.media.patches import PATCH_VALUES
 from data.prompt import encode_prompt
 from data.sample import BadMedia, InputError, Sample, keep_media, named, read_system_prompt
 
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent ends
 NUM_NOTES, NOTE_BYTES = 4096, 256
 NOTES = mmap.mmap(-1, NUM_NOTES * NOTE_BYTES)  # shared with the workers, which are forked: the sample each decodes
 
@@ -234,7 +236,7 @@ def load_ahead(dataset: Dataset, batches: Iterator[list], num_workers: int) -> I
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=list,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=begin_worker,
         multiprocessing_context="fork" if num_workers else None,  # children that notice when their rank is killed
     )
     gc.freeze()
@@ -244,8 +246,13 @@ def load_ahead(dataset: Dataset, batches: Iterator[list], num_workers: int) -> I
         gc.unfreeze()
 
 
-def ignore_signals(worker: int) -> None:
-    """In a worker, ignore the signals that stop a run, because it still needs prompts to finish its current step."""
+def begin_worker(worker: int) -> None:
+    """In a worker, ignore the signals that stop a run, because it still needs prompts to finish its current step.
+
+    Only the end of its rank ends it, at once: it would wait for someone to read what it has in its pipe, and hold the
+    rank's connections open, by whose end the other ranks learn of it.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
