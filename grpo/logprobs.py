@@ -36,6 +36,7 @@ class ChosenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, ids, lm_head, temperature: float, suppress_tokens, keep: bool):
+        """hidden: (N, E), of the tokens before; ids: (N,), the tokens; lm_head: (V, E)."""
         logprobs = sampling_logprobs(hidden, lm_head, temperature, suppress_tokens)  # (N, V)
         entropy = torch.special.entr(logprobs.exp()).sum(dim=1)
         ctx.save_for_backward(hidden, ids, lm_head, suppress_tokens)
@@ -46,6 +47,7 @@ class ChosenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, *_):
+        """gradient: (N,), by the log-probabilities."""
         hidden, ids, lm_head, suppress_tokens = ctx.saved_tensors
         logprobs, ctx.kept = ctx.kept, None
         if logprobs is None:
