@@ -38,7 +38,8 @@ class ChosenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, ids, lm_head, temperature: float, suppress_tokens, keep: bool):
         """hidden: (N, E), of the tokens before; ids: (N,), the tokens; lm_head: (V, E)."""
         logprobs = sampling_logprobs(hidden, lm_head, temperature, suppress_tokens)  # (N, V)
-        entropy = torch.special.entr(logprobs.exp()).sum(dim=1)
+        probabilities = logprobs.exp()
+        entropy = torch.special.entr(probabilities, out=probabilities).sum(dim=1)  # in place: one (N, V) less
         ctx.save_for_backward(hidden, ids, lm_head, suppress_tokens)
         ctx.temperature, ctx.kept = temperature, logprobs if keep else None
         is_top = (logprobs.argmax(dim=1) == ids).float()

@@ -99,7 +99,7 @@ class SamplingModel:
             if not (is_sharded or module is policy):
                 continue
             if not (is_first or any(parameter.requires_grad for parameter in module.parameters())):
-                continue
+                continue  # frozen, so it has not changed
             if is_sharded:
                 module.unshard()
             targets, sources = [], []
@@ -110,7 +110,7 @@ class SamplingModel:
                 if kind == "weight":
                     weight = merged_weight(adapted[layer_name])
                 elif not (is_first or weight.requires_grad):
-                    continue  # frozen, so it has not changed
+                    continue
                 targets.append(weights[name.replace(".base_layer.", ".")])
                 sources.append(weight)
             if targets:
