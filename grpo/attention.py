@@ -43,20 +43,25 @@ def group_attention(query: Tensor, key: Tensor, value: Tensor, P: int, G: int) -
     query: (N, H, Q + G·C, D), the last Q prompt tokens and all completions; key, value: (N, K, P + G·C, D). Returns the
     shape of query.
     """
-    N, C = len(key), (key.shape[2] - P) // G
+    if G == 1:  # [prompt | c] is an ordinary sequence
+        return causal(query, key, value)
+    num_completion_tokens = key.shape[2] - P  # of a group
 
-    def completions(x: Tensor) -> Tensor:
-        x = x[:, :, -G * C :].unflatten(2, (G, C)).transpose(1, 2)
-        return x.flatten(0, 1)  # (N, heads, … + G·C, D) -> (N·G, heads, C, D)
+    # Splitting costs one copy in the backward pass; a slice would add to a tensor of zeros.
+    def parts(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Part (N, heads, n + G·C, D) into (N, heads, n, D) of the prompt and (N·G, heads, C, D)."""
+        prompt, completions = x.split([x.shape[2] - num_completion_tokens, num_completion_tokens], dim=2)
+        return prompt, completions.unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)
 
-    def with_prompt(x: Tensor) -> Tensor:
-        prompt = x[:, None, :, :P].expand(-1, G, -1, -1, -1).flatten(0, 1)
-        return torch.cat([prompt, completions(x)], dim=2)  # (N·G, K, P + C, D)
+    def with_prompt(prompt: Tensor, completions: Tensor) -> Tensor:
+        prompt = prompt[:, None].expand(-1, G, -1, -1, -1).flatten(0, 1)
+        return torch.cat([prompt, completions], dim=2)  # (N·G, K, P + C, D)
 
-    prompt_out = causal(query[:, :, : -G * C], key[:, :, :P], value[:, :, :P])  # (N, H, Q, D)
+    queries, keys, values = parts(query), parts(key), parts(value)
+    prompt_out = causal(queries[0], keys[0], values[0])  # (N, H, Q, D)
     # Completions shorter than C need no mask: padding comes last, and causal attention never looks ahead.
-    out = causal(completions(query), with_prompt(key), with_prompt(value))  # (N·G, H, C, D)
-    return torch.cat([prompt_out, out.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)], dim=2)
+    out = causal(queries[1], with_prompt(*keys), with_prompt(*values))  # (N·G, H, C, D)
+    return torch.cat([prompt_out, out.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)], dim=2)
 
 
 def packed(prompt_lengths: list[int], group_lengths: list[int], num_completions: int) -> AttentionFn:
