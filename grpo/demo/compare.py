@@ -142,11 +142,13 @@ def call(arguments: list[str], log: Path) -> None:
 def do(run: Run) -> None:
     """Train a model, let it answer the hearts of the test, and record the figures, unless that is done.
 
-    Before the warm start it draws the hearts, also those of the test, and makes the untrained model.
+    Before the warm start it draws the hearts, also those of the test, and makes the untrained model. A warm start that
+    another machine recorded is made again, since the others begin from it.
     """
-    if records_of(run):
-        return
     output, log = Path(run.config.output_dir), Path(f"{run.config.output_dir}.log")
+    is_recorded = bool(records_of(run))
+    if is_recorded and (run.row != BEFORE or (output / "final").exists()):
+        return
     data = output.parent / "data"
     if run.row == BEFORE and not (data / "test.json").exists():
         demo.make_start(output.parent, run.task, run.seed)
@@ -154,6 +156,8 @@ def do(run: Run) -> None:
     call(demo.command_of(run.config), log)
     if not (output / "final").exists():  # a signal ends train.py in order
         raise InputError(f"train.py was interrupted: {log}")
+    if is_recorded:
+        return
     progress = json.loads((output / "final" / "progress.json").read_text())
     lines = []
     for when, step in {"last": progress["step"], "best": progress["best_step"]}.items():

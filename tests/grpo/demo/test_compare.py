@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -84,6 +85,16 @@ def test_runs_are_trained_judged_at_their_last_and_best_step_recorded_and_not_do
     config.supervised_steps = 3  # another run, which is not done
     left = [records_of(run_of(config, "easy", 0, run.row)) == [] for run in runs]
     assert left == [False, True, False]
+
+
+def test_on_another_machine_the_warm_start_is_made_again_and_not_recorded_twice(config, small, tmp_path):
+    warm_start, other = run_of(config, "easy", 0, BEFORE), run_of(config, "easy", 0, OWN)
+    do(warm_start)
+    found = lines()
+    shutil.rmtree(config.output_dir)
+    for run in (warm_start, other):
+        do(run)
+    assert lines()[: len(found)] == found and {one["row"] for one in lines()[len(found) :]} == {OWN}
 
 
 @pytest.fixture
