@@ -45,7 +45,6 @@ WINDOWS = [64, 16, 64, 4, 16, 64]
 # Rounding to bfloat16 changes a number by at most 2^-8 of it. Probabilities, their gradients, the output and the
 # gradients are each rounded once; a wrong mask or head would be off by about 1.
 BFLOAT16_TOLERANCE = 4 * 2**-8
-KL_TOLERANCE = 1e-3
 RUN = "--max_steps 4 --global_batch_size 2 --learning_rate 1e-3".split()
 LORA = "--lora_enable --lora_rank 4".split()
 
@@ -165,7 +164,7 @@ def test_attention_is_computed_by_the_flash_kernel(started, head_size):
         assert found == {"ScaledDotProductFlashAttentionBackward0"}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)], ids=str)
 def test_windows_of_unequal_length_in_the_tower_equal_hugging_faces(tiny, dtype, tolerance):
     """140 x 140 pixels: windows of 16, 4 and 1 tokens. Hugging Face's own layers, in float32 on the CPU."""
     generator = torch.Generator().manual_seed(0)
@@ -311,7 +310,7 @@ def test_the_kl_term_compares_with_the_initial_policy(tiny, tmp_path, more):
     """A sharded copy of its own or, where only adapters are trained, the policy without them."""
     assert train.main(flags(tiny, tmp_path / "out", *RUN, "--beta", "0.1", *more)) == 0
     kl = curves(tmp_path / "out")["kl"]
-    assert kl[0] < KL_TOLERANCE < kl[-1]
+    assert kl[0] < 1e-3 < kl[-1]  # half the square of a difference, which rounding makes 0.02 at most
 
 
 def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(tiny, tmp_path):
@@ -323,8 +322,11 @@ def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(tiny, tmp_path):
     assert train.main(arguments) == 0
     assert (killed / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
     assert [each["step"] for each in read_evaluations(killed / "final")] == [0, 2, 4]
-    before, after = weights(whole / "checkpoint-3"), weights(whole / "final")
-    assert (weights(killed / "final") - after).norm() < 0.1 * (after - before).norm()
+    assert curves(killed)["grad_norm"] == pytest.approx(curves(whole)["grad_norm"], rel=0.01)
+    # Saved in bfloat16, in which the last bit of a weight is more than a step: those that it tips over count in full.
+    folders = whole / "checkpoint-3", whole / "final", killed / "final"
+    before, after, found = (weights(folder).float() for folder in folders)
+    assert (found - after).norm() < 0.3 * (after - before).norm()
 
 
 def test_an_evaluation_gives_the_figures_of_the_one_in_training(tiny, tmp_path):
