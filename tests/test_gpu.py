@@ -37,7 +37,7 @@ from tests.test_train import curves, flags, run_main, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 on_hardware = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a real GPU")
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
 SUPPRESSED = [1, 2, 3, 4]
 NUM_KEYS, HEAD_SIZES = 300, [80, 128]  # more keys than a block of the kernel; heads of the tower and of Qwen's layers
 NUM_QUERIES = {"square": NUM_KEYS, "lower right": 77}
