@@ -19,6 +19,9 @@ from data.loader import worker_failure
 from data.sample import InputError
 
 LAUNCHER_POLL_SECONDS = 5.0
+# Long, since ranks wait for the one that samples the longest completions or writes a large model. Nobody waits an hour
+# for a rank that died: connections to it break, and torchrun ends the others.
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
 
 
 def start_processes() -> torch.device:
@@ -31,11 +34,8 @@ def start_processes() -> torch.device:
         torch.cuda.set_device(device)
         # cuDNN's attention makes and keeps a plan for every prompt length. Flash attention takes its place.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    # Long, since ranks wait for the one that samples the longest completions or writes a large model. Nobody waits an
-    # hour for a rank that died: connections to it break, and torchrun ends the others.
-    timeout = timedelta(hours=1)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout, **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, **alone)
     return device
 
 

@@ -60,7 +60,7 @@ def add_adapters(model, config: Config) -> None:
 
     A layer's own weights move to its `base_layer`. peft freezes everything else, so call `freeze` after.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # else it would make a context on every GPU of the machine
         torch.manual_seed(config.seed)  # each rank keeps its shard of A, so all must draw the same A
         inject_adapter_in_model(peft_config(config, layers_to_adapt(model, config)), model)
 

@@ -24,15 +24,20 @@ from grpo.logprobs import completion_logprobs
 from grpo.model.layers import use_our_layers
 from grpo.model.lora import add_adapters, lora_layers, merged_weight, trains_only_adapters
 from grpo.model.optimizer import freeze
-from grpo.ranks import broadcast_object
+from grpo.ranks import COLLECTIVE_TIMEOUT, broadcast_object
 
 
 def device_mesh(device: torch.device) -> DeviceMesh:
     """Lay out the ranks: shard within a node, where links are fast, and replicate across nodes."""
     world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    if local < world:
-        return init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    if local == world:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    nodes = torch.arange(world).view(-1, local)
+    # `init_device_mesh` would give the groups of a rank's row and column torch's own time limit.
+    groups = [
+        dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=COLLECTIVE_TIMEOUT)[0] for ranks in (nodes.T, nodes)
+    ]
+    return DeviceMesh.from_group(groups, device.type, nodes, mesh_dim_names=("replicate", "shard"))
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -62,6 +67,13 @@ def apply_fsdp(model, device: torch.device, is_trained: bool = True):
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not is_trained)
     register_fsdp_forward_method(model, "completion_logprobs")  # the root gathers its weights around this call
     return model
+
+
+def checkpoint_activations(model) -> None:
+    """Let each layer recompute its activations in the backward pass, in place of keeping them; in place."""
+    # Its name before transformers 5.23 is the second one.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 class SamplingModel:
@@ -167,7 +179,7 @@ def build_models(loaded, config: Config, device: torch.device) -> Models:
     policy = without_weights(loaded)
     reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
     if config.gradient_checkpointing or (config.gradient_checkpointing is None and device.type == "cuda"):
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(policy)
     sampling = SamplingModel(policy)
     if config.lora_enable:
         add_adapters(policy, config)

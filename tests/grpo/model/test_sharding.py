@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -19,7 +20,7 @@ from grpo.logprobs import completion_logprobs
 from grpo.model import sharding
 from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import component_of, freeze, make_optimizer
-from grpo.ranks import full_tensor, raise_together, start_processes
+from grpo.ranks import COLLECTIVE_TIMEOUT, full_tensor, raise_together, start_processes
 from grpo.rollout import SamplingParams, ScoredRollout, generate
 from grpo.run.batches import resolve_batch_sizes
 from grpo.run.start import load_initial_model
@@ -83,7 +84,7 @@ def step(tiny: Tiny, device: torch.device, case: Case) -> dict:
         scored = [padded(one, 3) for one in reversed(scored)]
     model = copy.deepcopy(tiny.model).train()
     if case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        sharding.checkpoint_activations(model)
     sampling = sharding.SamplingModel(model)
     freeze(model, config)
     sharding.apply_fsdp(model, device)
@@ -164,6 +165,8 @@ CASES = {  # by the number of ranks and of those of a node
 def do_steps(data: dict[str, Tiny], path: str, cases: dict[str, Case]) -> None:
     device = start_processes()
     results = {name: step(data[case.data], device, case) for name, case in cases.items()}
+    groups = sharding.device_mesh(device).get_all_groups()
+    results["time limits"] = [group._get_backend(device).options._timeout.total_seconds() for group in groups]
     if dist.get_rank() == 0:
         torch.save(results, path)
     dist.destroy_process_group()
@@ -203,6 +206,22 @@ def assert_equal_steps(split: dict, whole: dict) -> None:
 )
 def test_a_step_does_not_depend_on_how_its_work_is_split(done, name, ranks):
     assert_equal_steps(done(name, ranks), done("dapo"))
+
+
+@pytest.mark.parametrize(("ranks", "num_groups"), [((2, 2), 1), ((4, 2), 2)], ids=["1 node", "2 nodes"])
+def test_every_group_of_ranks_has_our_time_limit(done, ranks, num_groups):
+    assert done("time limits", ranks) == [COLLECTIVE_TIMEOUT.total_seconds()] * num_groups
+
+
+def test_models_are_built_without_a_warning_on_a_machine_with_several_gpus(tiny, monkeypatch):
+    """Such as of a function that goes, or of random numbers of each GPU."""
+    device = start_processes()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    config = Config(gradient_checkpointing=True, lora_enable=True, lora_rank=2)
+    with warnings.catch_warnings(action="error"):
+        policy = sharding.build_models(copy.deepcopy(tiny.model), config, device).policy
+    dist.destroy_process_group()
+    assert policy.model.language_model.layers[0].gradient_checkpointing
 
 
 @pytest.mark.parametrize(
