@@ -29,7 +29,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from tests.conftest import ROOT
@@ -113,6 +112,21 @@ class Generator(torch.Generator):
     device = property(lambda self: PretendCuda.current.device)
 
 
+def mapped(function, kind: type, tree):
+    """Apply a function to everything of a kind in nested lists, tuples and dictionaries."""
+    if isinstance(tree, kind):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {name: mapped(function, kind, value) for name, value in tree.items()}
+    return type(tree)(mapped(function, kind, part) for part in tree) if type(tree) in (list, tuple) else tree
+
+
+def tensors_in(tree) -> list[Tensor]:
+    found = []
+    mapped(found.append, Tensor, tree)
+    return found
+
+
 class Graph:
     """A CUDA graph: the operators of a capture, and the memory that they allocated."""
 
@@ -122,12 +136,12 @@ class Graph:
     def record(self, func, args: tuple, kwargs: dict, results: list[Tensor]) -> None:
         own = {id(tensor) for *_, before in self.tape for tensor in before}
         # A graph keeps alive what it allocates, not what it was given.
-        arguments = tree_map_only(Tensor, lambda x: x if id(x) in own else weakref.ref(x), (args, kwargs))
+        arguments = mapped(lambda x: x if id(x) in own else weakref.ref(x), Tensor, (args, kwargs))
         self.tape.append((func, arguments, results))
 
     def replay(self) -> None:
         for func, arguments, results in self.tape:
-            args, kwargs = tree_map_only(weakref.ref, still_there, arguments)
+            args, kwargs = mapped(still_there, weakref.ref, arguments)
             for old, new in zip(results, tensors_in(func(*args, **kwargs)), strict=True):
                 if old.data_ptr() != new.data_ptr():  # neither a view nor in place
                     old.copy_(new)
@@ -138,10 +152,6 @@ def still_there(reference: weakref.ref) -> Tensor:
     if tensor is None:
         raise RuntimeError("the graph reads memory that was freed")
     return tensor
-
-
-def tensors_in(tree) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class PretendCuda(TorchDispatchMode):
@@ -174,7 +184,7 @@ class PretendCuda(TorchDispatchMode):
 
         if wanted is not None:
             kwargs["device"] = "cpu"
-        args, kwargs = tree_map_only(Pretend, lambda x: x.values, (args, kwargs))
+        args, kwargs = mapped(lambda x: x.values, Pretend, (args, kwargs))
         run = product if name in ("mm", "bmm") and len(args) == 3 else func
         out = run(*args, **kwargs)
         if self.graph is not None:
@@ -186,7 +196,7 @@ class PretendCuda(TorchDispatchMode):
                 return known[id(x)]
             return Pretend(x) if to_gpu else x
 
-        return tree_map_only(Tensor, result, out)
+        return mapped(result, Tensor, out)
 
     def refuse(self, func, name: str, on_gpu: list, on_cpu: list, args: tuple) -> None:
         """Raise RuntimeError for what CUDA refuses."""
