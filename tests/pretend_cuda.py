@@ -28,13 +28,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from tests.conftest import ROOT
 
 PINNED = next(line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith("torch=="))
-if PINNED != "torch==" + torch.__version__.partition("+")[0] or torch.cuda.is_available():
+if torch.__version__.partition("+")[0] != PINNED.removeprefix("torch==") or torch.cuda.is_available():
     pytest.skip(f"the pretended GPU is for {PINNED}, and for machines without one", allow_module_level=True)
 
 COLLECTIVE_SECONDS = 30
@@ -42,7 +43,6 @@ COLLECTIVE_SECONDS = 30
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 COPIES = {"copy_", "_to_copy"}
-RANDOM = {"rand", "randn", "randint", "bernoulli_", "native_dropout", "uniform_", "normal_"}
 
 
 class Hooks(torch._C._acc.PrivateUse1Hooks):
@@ -112,7 +112,7 @@ class Generator(torch.Generator):
     device = property(lambda self: PretendCuda.current.device)
 
 
-def mapped(function, kind: type, tree):
+def mapped(function, kind, tree):
     """Apply a function to everything of a kind in nested lists, tuples and dictionaries."""
     if isinstance(tree, kind):
         return function(tree)
@@ -154,6 +154,19 @@ def still_there(reference: weakref.ref) -> Tensor:
     return tensor
 
 
+class WithIndex(TorchFunctionMode):
+    """Gives `cuda` its index, for which C++ would ask CUDA."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.device:
+            args, kwargs = mapped(self.with_index, (torch.device, str), (args, kwargs))
+        return func(*args, **kwargs or {})
+
+    @staticmethod
+    def with_index(x: torch.device | str) -> torch.device | str:
+        return PretendCuda.current.device if x in ("cuda", torch.device("cuda")) else x
+
+
 class PretendCuda(TorchDispatchMode):
     """While it is active there is a GPU; `pretended` enters it."""
 
@@ -179,7 +192,7 @@ class PretendCuda(TorchDispatchMode):
         self.refuse(func, name, on_gpu, on_cpu, args)
         if what := self.wait_of(name, on_gpu, on_cpu, to_gpu, args, kwargs):
             self.waits[what, place()] += 1
-        if self.graph is not None and (what or name in RANDOM):
+        if self.graph is not None and (what or torch.Tag.nondeterministic_seeded in func.tags):
             raise RuntimeError(f"in a capture: {what or 'random numbers'} ({name}, {place()})")
 
         if wanted is not None:
@@ -204,7 +217,9 @@ class PretendCuda(TorchDispatchMode):
         # A single number on the CPU may take part in element-wise operators, unless it is to be written.
         others = [x for x in on_cpu if x.ndim or x is written or torch.Tag.pointwise not in func.tags]
         if on_gpu and others and name not in COPIES | INDEXING:
-            raise RuntimeError(f"{name}: tensors on {self.device} and the CPU {[*map(len, others)]}, {place()}")
+            raise RuntimeError(
+                f"{name}: tensors on {self.device} and the CPU {[tuple(x.shape) for x in others]}, {place()}"
+            )
 
     def wait_of(self, name: str, on_gpu: list, on_cpu: list, to_gpu: bool, args: tuple, kwargs: dict) -> str:
         """Say why the host waits for this operator; nothing if it does not."""
@@ -245,7 +260,7 @@ def product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
 
 def place() -> str:
     """Name the line of the project that is running, or of another program if none of the project's is."""
-    frame, outer = sys._getframe(1), None
+    frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(str(ROOT)) and file != __file__:
@@ -307,7 +322,7 @@ def pretended(rank: int = 0, timeout: float = COLLECTIVE_SECONDS) -> Iterator[Pr
             patch.setattr(dist, collective.__name__, without_average(collective))
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) begins on the CPU, and copies
         try:
-            with device:
+            with device, WithIndex():
                 yield device
         finally:
             torch._C._set_only_lift_cpu_tensors(False)

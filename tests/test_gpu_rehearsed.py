@@ -7,11 +7,13 @@ import pytest
 
 from tests.pretend_cuda import pretended
 from tests.test_gpu import *  # noqa: F403
+from tests.test_gpu import SIZES
 
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu():
-    with pretended() as gpu:
+    with pretended() as gpu, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "cpu", SIZES["tiny"])  # the same operators, on fewer numbers
         yield gpu
 
 

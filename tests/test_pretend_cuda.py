@@ -50,7 +50,7 @@ def ranks_rehearse(num_ranks: int, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("num_ranks", "more"),
-    [(1, [*LORA, *FROZEN, *KL]), (1, ["--supervised"]), (2, KL), (2, [*LORA, "--vision_lora"])],
+    [(1, [*LORA, *FROZEN, *KL]), (1, ["--supervised"]), (2, KL), (2, [*LORA, *FROZEN, "--vision_lora"])],
     ids=["adapters", "true answers", "two ranks", "two ranks' adapters"],
 )
 def test_a_run_with_all_forms_of_samples_trains_evaluates_and_resumes(mixed, tmp_path, num_ranks, more):
@@ -150,7 +150,7 @@ def test_a_collective_with_a_tensor_on_the_cpu_is_refused():
         (lambda x: x[x > 0], "a boolean index"),
         (lambda x: x.cpu(), "a copy to the CPU"),
         (lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0], device="cuda"), "a copy to the GPU"),
-        (lambda x: x.repeat_interleave(torch.ones(4, device="cuda").long()), "repeat_interleave"),
+        (lambda x: x.repeat_interleave(torch.ones(4, device="cuda").long(), dim=0), "repeat_interleave"),
         (lambda x: F.dropout(x, 0.5), "random numbers"),
         (lambda x: torch.rand_like(x), "random numbers"),
     ],
