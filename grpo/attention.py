@@ -27,24 +27,16 @@ from transformers import AttentionInterface
 # (query (N, H, L, D), key (N, K, L, D), value (N, K, L, D), layer index) -> (N, H, L, D)
 AttentionFn = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
-
-NO_NUMBERS = torch.empty(0)
-
-
-def lower_right(num_queries: int, num_keys: int) -> CausalBias:
-    """Return the bias of causal attention whose last query is that of the last key.
-
-    No kernel reads it; torch's `causal_lower_right` yet allocates queries x keys, and fails under a TorchDispatchMode.
-    """
-    bias = torch.Tensor._make_subclass(CausalBias, NO_NUMBERS)
-    bias.variant, bias.seq_len_q, bias.seq_len_kv = CausalVariant.LOWER_RIGHT, num_queries, num_keys
-    return bias
+NO_MEMORY = torch.empty(0)
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> Tensor:
     """Causal attention; the queries may be those of the last tokens only."""
-    is_square = query.shape[2] == key.shape[2]
-    bias = None if is_square else lower_right(query.shape[2], key.shape[2])
+    bias, is_square = None, query.shape[2] == key.shape[2]
+    if not is_square:
+        # As torch's `causal_lower_right`, which allocates queries x keys, and fails under a TorchDispatchMode.
+        bias = Tensor._make_subclass(CausalBias, NO_MEMORY)
+        bias.variant, bias.seq_len_q, bias.seq_len_kv = CausalVariant.LOWER_RIGHT, query.shape[2], key.shape[2]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=is_square, enable_gqa=True)
 
 

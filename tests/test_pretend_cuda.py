@@ -107,7 +107,6 @@ def waits_of_a_step(tiny, output, length: int) -> tuple[Counter, Counter]:
             gpu.waits.clear()
             scored = with_trial_advantages(rollouts)
             train.update_phase(run.models, run.optimizer, scored, tokens.suppress_tokens, config)
-        dist.destroy_process_group()
         return in_rollout, gpu.waits.copy()
 
 
@@ -147,7 +146,6 @@ def test_a_collective_with_a_tensor_on_the_cpu_is_refused():
     with pretended():
         start_processes()
         assert "tensors on cuda:0" in refused(lambda x: dist.all_gather_into_tensor(x, torch.ones(4, 4)))
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
