@@ -300,8 +300,6 @@ def pretended(rank: int = 0, timeout: float = COLLECTIVE_SECONDS) -> Iterator[Pr
             "get_device_name": lambda *_: properties.name,
             "get_device_capability": lambda *_: (properties.major, properties.minor),
             "get_device_properties": lambda *_: properties,
-            "get_rng_state": lambda *_: torch.get_rng_state(),
-            "set_rng_state": lambda *_: None,
             "empty_cache": lambda: None,
             "reset_peak_memory_stats": lambda: None,
             "max_memory_allocated": lambda *_: 2**30,
