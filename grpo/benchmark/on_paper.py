@@ -5,7 +5,7 @@ GB of each GPU. `tests/grpo/benchmark/test_on_paper.py` compares with what runs 
 lower bounds, which no run reaches.
 
 | P | prompt tokens | S | patches of its videos | G | completions | C | tokens of each | L | tokens of the packed row |
-| V | vocabulary | E | hidden size | K | size of all keys of a token | I | size of the MLP | W, J | E and I of the tower |
+| V | vocabulary | E | hidden size | MLP | its inner size | K | size of a token's keys | W, J | E and MLP of the tower |
 """
 
 from dataclasses import dataclass
@@ -89,12 +89,12 @@ class Parameters:
 
     @classmethod
     def of(cls, plan: Plan) -> "Parameters":
-        E, K, I, V = plan.text.hidden_size, plan.K, plan.text.intermediate_size, plan.text.vocab_size
+        E, K, MLP, V = plan.text.hidden_size, plan.K, plan.text.intermediate_size, plan.text.vocab_size
         W, J, merged = plan.vision.hidden_size, plan.vision.intermediate_size, MERGE_SIZE**2 * plan.vision.hidden_size
         return cls(
             # query and output, key and value (all but the output with a bias); gate, up and down; two norms
-            layer=(2 * E * E + E) + 2 * (E + 1) * K + 3 * E * I + 2 * E,
-            adapters=plan.lora_rank * (2 * (E + E) + 2 * (E + K) + 3 * (E + I)),  # A and B of these seven matrices
+            layer=(2 * E * E + E) + 2 * (E + 1) * K + 3 * E * MLP + 2 * E,
+            adapters=plan.lora_rank * (2 * (E + E) + 2 * (E + K) + 3 * (E + MLP)),  # A and B of these seven matrices
             block=4 * (W + 1) * W + (3 * W * J + 2 * J + W) + 2 * W,  # query, key, value, output; the MLP; two norms
             embedding=V * E,
             head=0 if plan.text.tie_word_embeddings else V * E,
@@ -132,15 +132,15 @@ def resident(plan: Plan) -> dict[str, float]:
 
 def layer_activations(plan: Plan, tokens: int, queries: int) -> float:
     """Return what a decoder layer keeps for its backward pass; the last one has fewer queries than tokens."""
-    E, K, I = plan.text.hidden_size, plan.K, plan.text.intermediate_size
+    E, K, MLP = plan.text.hidden_size, plan.K, plan.text.intermediate_size
     norm = 1 if plan.gpus else 2  # the input; on a CPU, where the norm is not one kernel, also the normalised input
     attention = tokens * (norm * E + E + 2 * K) + plan.G * (plan.P + plan.C) * 2 * K  # the prompt's, per completion
     attention += queries * 3 * E  # queries, and what is attended to, before and after groups are joined to a row
-    mlp = queries * (norm * E + E + 4 * I)  # gate, silu(gate), up, their product
+    mlp = queries * (norm * E + E + 4 * MLP)  # gate, silu(gate), up, their product
     if plan.lora_rank:  # frozen matrices do not need their inputs; adapters need each one's own, behind dropout
         copies = 1 + (1 / plan.bytes if plan.gpus else 1)  # and the mask: a byte, on a CPU a number
         attention += copies * E * (2 * tokens + 2 * queries) - E * (tokens + queries)
-        mlp += queries * (copies * (2 * E + I) - E - I)
+        mlp += queries * (copies * (2 * E + MLP) - E - MLP)
         mlp += queries * 7 * plan.lora_rank
     return plan.bytes * (attention + mlp)
 
@@ -151,15 +151,22 @@ def block_activations(plan: Plan, patches: int) -> float:
     return plan.bytes * patches * (2 * (norm + 1) * W + 6 * W + 4 * J)
 
 
+def patches_in_pass(plan: Plan) -> int:
+    """Return how many patches pass through an unsharded tower at a time: those of as many whole videos as fit."""
+    fitting = PATCHES_PER_PASS["cuda" if plan.gpus else "cpu"] // plan.patches_per_video
+    return min(plan.S, max(1, fitting) * plan.patches_per_video)
+
+
 def kept(plan: Plan, checkpointing: bool) -> dict[str, float]:
     """Return what is kept for the backward pass of text and vision, and what one layer or block needs in its own."""
     E, W, L, layers = plan.text.hidden_size, plan.vision.hidden_size, plan.L, plan.text.num_hidden_layers
     queries = 1 + plan.G * plan.C  # of the last layer
-    layer, block = layer_activations(plan, L, L), block_activations(plan, plan.S)
+    in_pass = plan.S if plan.gpus else patches_in_pass(plan)  # with FSDP there is only one
+    layer, block = layer_activations(plan, L, L), block_activations(plan, 1)  # of a patch
     if checkpointing:  # the input of each
         text, vision = layers * L * E * plan.bytes, plan.vision.depth * plan.S * W * plan.bytes
     else:
-        text, vision = (layers - 1) * layer + layer_activations(plan, L, queries), plan.vision.depth * block
+        text, vision = (layers - 1) * layer + layer_activations(plan, L, queries), plan.vision.depth * plan.S * block
     # The merger keeps in- and output of its norm, and of its gelu; the tower its pixels.
     merger = (4 if plan.gpus else 5) * plan.S * W * plan.bytes
     tower = vision + PATCH_VALUES * plan.S * plan.bytes if plan.trains_tower else 0
@@ -168,13 +175,18 @@ def kept(plan: Plan, checkpointing: bool) -> dict[str, float]:
         "vision": merger + tower,
         # On the way back there are two gradients of an MLP's tensors more than are freed, and those of in- and output.
         "layer": layer + 2 * L * (E + plan.text.intermediate_size) * plan.bytes,
-        "block": (block + 2 * plan.S * (W + plan.vision.intermediate_size) * plan.bytes) * plan.trains_tower,
+        "block": in_pass * (block + 2 * (W + plan.vision.intermediate_size) * plan.bytes) * plan.trains_tower,
     }
 
 
-def without_gradients(plan: Plan, tokens: int) -> float:
-    """Return the activations of a pass that keeps nothing: residual stream, norm, and three tensors of an MLP."""
-    return tokens * (2 * plan.text.hidden_size + 3 * plan.text.intermediate_size) * plan.bytes
+def without_gradients(plan: Plan, tokens: int, patches: int) -> float:
+    """Return the activations of a pass that keeps nothing: of text, or of so many patches at a time."""
+    E, MLP = plan.text.hidden_size, plan.text.intermediate_size
+    W, J = plan.vision.hidden_size, plan.vision.intermediate_size
+    text = tokens * (2 * E + 3 * MLP) * plan.bytes  # residual stream, norm, and three tensors of an MLP
+    tower = patches * (2 * W + 3 * J + PATCH_VALUES) * plan.bytes  # the same, and the pixels
+    normalise = patches * PATCH_VALUES * 2 * FLOAT32  # pixels, before and after
+    return max(text, PATCH_VALUES * plan.S + max(tower, normalise))  # all videos' pixels in a row of bytes
 
 
 def rollout_moments(plan: Plan) -> list[dict[str, float]]:
@@ -182,16 +194,10 @@ def rollout_moments(plan: Plan) -> list[dict[str, float]]:
     p = Parameters.of(plan)
     _, trained, _ = p.counts(plan)
     gradients = {"gradients": FLOAT32 * trained / plan.shards}  # those of the step before, until the update
-    device = "cuda" if plan.gpus else "cpu"
-    patches = min(plan.S, max(1, PATCHES_PER_PASS[device] // plan.patches_per_video) * plan.patches_per_video)
-    # Pixels as one row of bytes, and those of a pass as float32, before and after they are normalised.
-    pixels = PATCH_VALUES * (plan.S + 2 * FLOAT32 * patches)
-    tower = PATCH_VALUES * (plan.S + plan.bytes * patches)
-    tower += patches * (2 * plan.vision.hidden_size + 3 * plan.vision.intermediate_size) * plan.bytes
     # FSDP gathers a group into one buffer and copies the weights out of it.
     sync = {"gathered weights": 2 * plan.bytes * p.root(plan) if plan.gpus else 0}
-    moments = [sync, *({"activations": n} for n in (pixels, tower, without_gradients(plan, plan.P)))]
-    return [gradients | moment for moment in moments]
+    encode_and_prefill = {"activations": without_gradients(plan, plan.P, patches_in_pass(plan))}
+    return [gradients | moment for moment in (sync, encode_and_prefill)]
 
 
 def update_moments(plan: Plan, checkpointing: bool) -> list[dict[str, float]]:
@@ -245,7 +251,8 @@ def update_moments(plan: Plan, checkpointing: bool) -> list[dict[str, float]]:
     if plan.beta:  # between the policy's forward and backward pass
         moments.append(
             {
-                "activations": everything + without_gradients(plan, plan.L),
+                "activations": everything
+                + without_gradients(plan, plan.L, plan.S if plan.gpus else patches_in_pass(plan)),
                 "logits": 2 * FLOAT32 * num_logits,
                 "gathered weights": root_gathered + gathered,
             }
@@ -256,3 +263,106 @@ def update_moments(plan: Plan, checkpointing: bool) -> list[dict[str, float]]:
 def peak(plan: Plan, moments: list[dict[str, float]]) -> dict[str, float]:
     """Return the terms of the heaviest moment, in bytes per GPU."""
     return resident(plan) | max(moments, key=lambda moment: sum(moment.values()))
+
+
+def host_memory(plan: Plan) -> float:
+    """Return the bytes of a node's memory while rank 0 reads the weights; later there are prompts only."""
+    total, _, _ = Parameters.of(plan).counts(plan)
+    return FLOAT32 * total  # for all ranks, which get their shards from it
+
+
+def disk(plan: Plan) -> tuple[float, float]:
+    """Return the bytes of a saved model, or of its adapters and what else is trained, and of a checkpoint."""
+    total, trained, _ = Parameters.of(plan).counts(plan)
+    model = FLOAT32 * trained if plan.lora_rank else plan.bytes * total
+    return model, model + 3 * FLOAT32 * trained  # with weights and optimizer in float32, the model among them
+
+
+def decode_bytes(plan: Plan) -> float:
+    """Return what decoding reads for one token of all completions: layers, head, keys and values."""
+    p, layers = Parameters.of(plan), plan.text.num_hidden_layers
+    read = plan.P + plan.G * plan.C / 2  # tokens whose keys and values are read; completions are half done on average
+    return plan.bytes * (layers * p.layer + (p.head or p.embedding) + 2 * layers * plan.K * read)
+
+
+def operations(plan: Plan, tokens: int, predictions: int) -> tuple[float, float]:
+    """Return the operations of a forward pass, of text and vision: 2 per weight and row. Attention is not counted."""
+    p, layers = Parameters.of(plan), plan.text.num_hidden_layers
+    text = 2 * (layers * (p.layer + p.adapters) * tokens + (p.head or p.embedding) * predictions)
+    vision = 2 * (plan.vision.depth * p.block + p.patch_embed) * plan.S
+    return text, vision
+
+
+def update_operations(plan: Plan, checkpointing: bool) -> float:
+    """Return the operations of an update."""
+    text, vision = operations(plan, plan.L, plan.G * plan.C)
+    merger = 2 * Parameters.of(plan).merger * plan.S // MERGE_SIZE**2
+    # A backward pass is twice a forward pass: gradients of inputs, and of weights where they are trained.
+    work = (2 if plan.lora_rank else 3) * text + 3 * plan.trains_tower * vision + 3 * merger
+    again = checkpointing + (plan.beta > 0)  # forward passes once more: of layers that kept nothing, of the reference
+    return work + again * (text + vision * plan.trains_tower)
+
+
+def seconds(plan: Plan, bandwidth: float, flops: float) -> dict[str, float]:
+    """Return the least seconds of each part of a step; bandwidth: bytes per second; flops: operations per second.
+
+    Not counted: all-gathers, attention, the optimizer, and everything that is not a matrix product.
+    """
+    prefill = sum(operations(plan, plan.P, 1))
+    decode = max(decode_bytes(plan) / bandwidth, operations(plan, plan.G, plan.G)[0] / flops)
+    return {
+        "rollout": prefill / flops + (plan.C - 1) * decode,
+        "update": update_operations(plan, True) / flops,
+        "update without checkpointing": update_operations(plan, False) / flops,
+    }
+
+
+COLUMNS = ("rollout", "update", "update without checkpointing")
+TERMS = (
+    *("weights", "gradients", "Adam", "sampling copy", "reference model", "key-value cache", "pixels"),
+    *("gathered weights", "reduction", "activations", "logits"),
+)
+
+
+def on_paper(options) -> dict:
+    """Compute everything; return figures in GB (2**30 bytes) and seconds."""
+    plan, GB = Plan.of(options), 2**30
+    moments = rollout_moments(plan), update_moments(plan, checkpointing=True), update_moments(plan, checkpointing=False)
+    peaks = [peak(plan, of_column) for of_column in moments]
+    model, checkpoint = disk(plan)
+    return {
+        "prompt_tokens": plan.P,
+        "patches": plan.S,
+        "memory_gb": {
+            column: {term: terms.get(term, 0) / GB for term in TERMS} | {"total": sum(terms.values()) / GB}
+            for column, terms in zip(COLUMNS, peaks, strict=True)
+        },
+        "host_memory_gb": host_memory(plan) / GB,
+        "disk_gb": {"model": model / GB, "checkpoint": checkpoint / GB},
+        "seconds": seconds(plan, options.bandwidth_gb_per_second * 1e9, options.tflop_per_second * 1e12),
+    }
+
+
+def paper_table(options, figures: dict) -> str:
+    """Return the figures as a table, and as a row of Markdown."""
+    memory, least, disk_gb = figures["memory_gb"], figures["seconds"], figures["disk_gb"]
+    where = f"GB per GPU, of {options.gpus}" if options.gpus else "GB, on a CPU"
+    lines = [f"prompt: {figures['prompt_tokens']:,} tokens, {figures['patches']:,} patches"]
+    lines += ["computed, not measured".ljust(36) + "".join(f"{name:>12}" for name in ("rollout", "update", "update"))]
+    lines += [f"{where:36}{'':12}{'checkpoints':>12}{'without':>12}"]
+    for term in (*TERMS, "total"):
+        lines.append(f"{term:36}" + "".join(f"{memory[column][term]:12.2f}" for column in COLUMNS))
+    lines.append(f"{'seconds, at least':36}" + "".join(f"{least[column]:12.2f}" for column in COLUMNS))
+    lines.append(f"host: {figures['host_memory_gb']:.1f} GB while the weights are read, for all ranks of a node")
+    lines.append(f"disk: {disk_gb['model']:.1f} GB for a model, {disk_gb['checkpoint']:.1f} GB for a checkpoint")
+    cells = [options.size, f"{options.resolution}x{options.resolution}", f"{figures['prompt_tokens']:,}"]
+    cells += [f"{memory[column]['total']:.0f} GB" for column in COLUMNS]
+    cells += [f"{figures['host_memory_gb']:.0f} GB", f"{disk_gb['model']:.0f} GB", f"{disk_gb['checkpoint']:.0f} GB"]
+    cells += [f"{least['rollout']:.1f} s", f"{least['update']:.2f} s"]
+    return "\n".join([*lines, "", MARKDOWN, "|---" * len(cells) + "|", f"| {' | '.join(cells)} |"])
+
+
+MARKDOWN = (
+    "| model | frames | prompt tokens | rollout | update | without checkpointing | host | model | checkpoint "
+    "| rollout at least | update at least |"
+)
