@@ -268,12 +268,13 @@ def table(figures: dict) -> str:
 
 def check_flags(options: Options) -> None:
     """Raise InputError for a flag that is given but has no effect."""
-    of_paper = {"gpus", "bandwidth_gb_per_second", "tflop_per_second"}
-    of_measuring = {"runs", "baseline", "gradient_checkpointing"}  # on paper both ways are shown
-    useless, why = (of_measuring, "go without") if options.on_paper else (of_paper, "are for")
-    found = [f"--{field.name}" for field in fields(options) if getattr(options, field.name) != default_of(field)]
-    if found := [name for name in found if name[2:] in useless]:
-        raise InputError(f"{', '.join(found)} {why} --on_paper: leave out one or the other")
+    given = [field.name for field in fields(options) if getattr(options, field.name) != default_of(field)]
+    useless, why = ("gpus", "bandwidth_gb_per_second", "tflop_per_second"), "is for --on_paper: add it"
+    if options.on_paper:  # where both are shown, with checkpointing and without
+        useless = ("runs", "baseline", "gradient_checkpointing")
+        why = "is for what is measured: leave out this or --on_paper"
+    if found := [name for name in given if name in useless]:
+        raise InputError(f"--{found[0]}: {why}")
 
 
 def benchmark(argv: list[str]) -> None:
