@@ -3,6 +3,7 @@
 Builds a Qwen2.5-VL with random weights and a prompt with random pixels, and times the trainer's own rollout and update,
 in turn with a baseline in the same precision and sharding, in which nothing is shared (`repeated_rows.py`). All
 completions have `--completion_length` tokens. Under torchrun every rank has one prompt, as in training.
+With `--on_paper` nothing is measured: what a step needs on GPUs is computed from the sizes alone (`on_paper.py`).
 """
 
 import ctypes
@@ -11,7 +12,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -20,11 +21,12 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from data.flags import parse_flags
+from data.flags import default_of, parse_flags
 from data.loader import Prompt
-from data.media.patches import MERGE_SIZE, PATCH_SIZE, PATCH_VALUES, SIZE_FACTOR, TEMPORAL_PATCH_SIZE
+from data.media.patches import MERGE_SIZE, PATCH_VALUES
 from data.prompt import mrope_positions
 from data.sample import InputError, Sample
+from grpo.benchmark.on_paper import Plan, decode_bytes, on_paper, paper_table, update_operations, video_grid
 from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update
 from grpo.config import Config
 from grpo.decoding import DECODERS
@@ -32,11 +34,12 @@ from grpo.model.layers import use_hugging_faces_layers, use_our_layers
 from grpo.model.load import SpecialTokens
 from grpo.model.optimizer import init_optimizer_state, make_optimizer
 from grpo.model.random_model import SIZES, TOKENS_PER_SECOND, random_model
-from grpo.model.sharding import build_models, compute_dtype
+from grpo.model.sharding import Models, build_models, compute_dtype
 from grpo.ranks import abort_rank, exit_code, start_processes
+from grpo.rollout import Rollout
 from grpo.run.preflight import with_trial_advantages
 from grpo.run.tracking import peak_memory_gb
-from reward.flags import POSITIVE, Bounds, flag
+from reward.flags import NOT_NEGATIVE, POSITIVE, Bounds, flag
 from train import rollout_phase, update_phase
 
 PROG = "python -m grpo.benchmark"
@@ -62,19 +65,25 @@ class Options:
     num_generations: int = flag(8, "completions per prompt (G)", AT_LEAST_2)
     completion_length: int = flag(32, "tokens of every completion", AT_LEAST_2)
     freeze_vision_tower: bool = flag(False, "do not train the vision tower")
+    lora_enable: bool = flag(False, "train adapters on the language model")
+    lora_rank: int = flag(64, "rank of the adapters", POSITIVE)
+    beta: float = flag(0.0, "above 0: with a reference model, which the baseline leaves out", NOT_NEGATIVE)
     gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory (on a GPU: on)")
     runs: int = flag(3, "measured runs, whose medians are shown, each after one for its peak memory", POSITIVE)
     baseline: bool = flag(True, "also measure the baseline: one copy of the prompt per completion")
     json: str = flag("", "file to write the figures to")
+    on_paper: bool = flag(False, "compute from the sizes what a step needs on GPUs; measure nothing")
+    gpus: int = flag(8, "--on_paper: GPUs of a node, which share the weights; 0: a CPU, in float32", NOT_NEGATIVE)
+    bandwidth_gb_per_second: float = flag(3350.0, "--on_paper: memory bandwidth of a GPU (H100)", POSITIVE)
+    tflop_per_second: float = flag(989.0, "--on_paper: matrix products of a GPU (H100, bfloat16)", POSITIVE)
 
 
 def random_prompt(options: Options) -> Prompt:
     """Make a prompt with random pixels."""
-    side = max(1, round(options.resolution / SIZE_FACTOR)) * SIZE_FACTOR // PATCH_SIZE
-    t, video_token = options.frames // TEMPORAL_PATCH_SIZE, IDS["video_token_id"]
-    grid = torch.tensor([[t, side, side]] * options.num_videos)
+    (t, h, w), video_token = video_grid(options), IDS["video_token_id"]
+    grid = torch.tensor([[t, h, w]] * options.num_videos)
     seconds = torch.ones(options.num_videos)
-    placeholders = [video_token] * (t * side * side // MERGE_SIZE**2)
+    placeholders = [video_token] * (t * h * w // MERGE_SIZE**2)
     video = [IDS["vision_start_token_id"], *placeholders, IDS["vision_end_token_id"]]
     ids = torch.tensor([5] * 20 + video * options.num_videos + [6] * 20)
     positions = mrope_positions(ids == video_token, grid, seconds, TOKENS_PER_SECOND)
@@ -123,7 +132,7 @@ def best_of_five(function) -> float:
     return min(timed(function)[0] for _ in range(5))
 
 
-def shares_of_the_machine(model, prompt: Prompt, options: Options, figures: dict) -> dict:
+def shares_of_the_machine(model, options: Options, figures: dict) -> dict:
     """Return what share of the memory bandwidth decoding reaches, and of the matrix products the update.
 
     model: unsharded. Attention and recomputation are not counted as work.
@@ -134,67 +143,78 @@ def shares_of_the_machine(model, prompt: Prompt, options: Options, figures: dict
     square = words[: side * side].view(side, side)
     flops = 2 * side**3 / best_of_five(lambda: square @ square)
 
-    def size(module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    G, C = options.num_generations, options.completion_length
-    P, S = len(prompt.prompt_ids), len(prompt.patches)
-    decode_seconds = figures["decode_seconds"] / (C - 1)  # per token
-    text, visual, merger = model.config.text_config, model.model.visual, size(model.model.visual.merger)
-    layers, head = size(model.model.language_model.layers), model.lm_head.weight.numel()
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    read = (layers + head + per_token * (P + G * C // 2)) * model.dtype.itemsize  # bytes per decoding step
-    tower = 0 if options.freeze_vision_tower else size(visual) - merger
-    work = 6 * (layers * (P + G * C) + head * G * C + tower * S + merger * S // MERGE_SIZE**2)
+    plan = Plan.of(replace(options, gpus=dist.get_world_size() if model.device.type == "cuda" else 0))
+    decode_seconds = figures["decode_seconds"] / (options.completion_length - 1)  # per token
     return {
-        "decode_tokens_per_second": G / decode_seconds,
-        "decode_share_of_bandwidth": read / decode_seconds / bandwidth,
-        "update_share_of_flops": work / figures["update_seconds"] / flops,
+        "decode_tokens_per_second": options.num_generations / decode_seconds,
+        "decode_share_of_bandwidth": decode_bytes(plan) / decode_seconds / bandwidth,
+        "update_share_of_flops": update_operations(plan, checkpointing=False) / figures["update_seconds"] / flops,
         "machine": {"bandwidth_gb_per_second": bandwidth / 1e9, "tflop_per_second": flops / 1e12},
     }
 
 
-def run(options: Options, device: torch.device) -> dict:
-    """Measure, ours and the baseline in turn; return all figures of this rank."""
-    G, C = options.num_generations, options.completion_length
+@dataclass
+class Step:
+    """A step's phases, and what they work with."""
+
+    models: Models
+    optimizer: torch.optim.Optimizer
+    prompt: Prompt
+    tokens: SpecialTokens
+    config: Config
+
+    def rollout(self, length: int | None = None) -> list[Rollout]:
+        """Sample completions of this length, by default that of the flags."""
+        config = replace(self.config, max_completion_length=length or self.config.max_completion_length)
+        return rollout_phase(self.models.sampling.sync(self.models.policy), [self.prompt], self.tokens, config, step=1)
+
+    def update(self, rollouts: list[Rollout]) -> None:
+        """Train on the result of `rollout`."""
+        scored = with_trial_advantages(rollouts)
+        update_phase(self.models, self.optimizer, scored, self.tokens.suppress_tokens, self.config)
+
+
+def prepare(options: Options, device: torch.device) -> Step:
+    """Build the model and its optimizer; collective."""
     config = Config(
-        num_generations=G,
-        max_completion_length=C,
+        num_generations=options.num_generations,
+        max_completion_length=options.completion_length,
         temperature=1.0,
         per_device_train_batch_size=1,
         per_device_generation_batch_size=1,
         freeze_vision_tower=options.freeze_vision_tower,
+        lora_enable=options.lora_enable,
+        lora_rank=options.lora_rank,
+        beta=options.beta,
         gradient_checkpointing=options.gradient_checkpointing,
     )
     torch.manual_seed(0)
     with device:
         loaded = random_model(*SIZES[options.size], IDS) if dist.get_rank() == 0 else None
     models = build_models(loaded, config, device)
-    del loaded
-    policy, sampling_model = models.policy, models.sampling.model
-    optimizer, _ = make_optimizer(policy, config, total_steps=1)
+    optimizer, _ = make_optimizer(models.policy, config, total_steps=1)
     init_optimizer_state(optimizer)  # else the peak memory of the first step would lack it
-    suppressed = torch.tensor(VISION_TOKENS, device=device)
-    tokens = SpecialTokens(torch.tensor([-1], device=device), suppressed)  # no token ends a completion
-    prompt, advantages = random_prompt(options), torch.linspace(-1, 1, G, device=device)
+    # No token ends a completion.
+    tokens = SpecialTokens(torch.tensor([-1], device=device), torch.tensor(VISION_TOKENS, device=device))
+    return Step(models, optimizer, random_prompt(options), tokens, config)
 
-    def rollout(length: int = C):
-        settings = replace(config, max_completion_length=length)
-        return rollout_phase(models.sampling.sync(policy), [prompt], tokens, settings, step=1)
 
-    def update(rollouts):
-        return update_phase(models, optimizer, with_trial_advantages(rollouts), suppressed, config)
-
+def run(options: Options, device: torch.device) -> dict:
+    """Measure, ours and the baseline in turn; return all figures of this rank."""
+    step, G, C = prepare(options, device), options.num_generations, options.completion_length
+    policy, sampling_model = step.models.policy, step.models.sampling.model
+    prompt, advantages = step.prompt, torch.linspace(-1, 1, G, device=device)
+    suppressed = step.tokens.suppress_tokens
     baseline = (
         lambda: repeated_rollout(sampling_model, prompt.to(device), G, C, suppressed),
-        lambda ids: repeated_update(policy, optimizer, prompt.to(device), ids, advantages, suppressed),
+        lambda ids: repeated_update(policy, step.optimizer, prompt.to(device), ids, advantages, suppressed),
     )
     ours, theirs = [], []
     for _ in range(options.runs):  # in turn, so that a machine that becomes slower slows both down
-        ours.append(measure(rollout, update))
+        ours.append(measure(step.rollout, step.update))
         if options.baseline:
             DECODERS.clear()  # free our cache
-            models.sampling.sync(policy)  # not part of the baseline's time
+            step.models.sampling.sync(policy)  # not part of the baseline's time
             for module in (policy, sampling_model):
                 use_hugging_faces_layers(module)
             theirs.append(measure(*baseline))
@@ -204,10 +224,10 @@ def run(options: Options, device: torch.device) -> dict:
     ours, theirs = (
         {name: median(run[name] for run in runs) for name in FIGURES} if runs else None for runs in (ours, theirs)
     )
-    prefill_seconds = best_of_five(lambda: rollout(1))
+    prefill_seconds = best_of_five(lambda: step.rollout(1))
     decode_seconds = ours["rollout_seconds"] - prefill_seconds
     figures = ours | {"prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds, "baseline": theirs}
-    return figures | shares_of_the_machine(sampling_model, prompt, options, figures)
+    return figures | shares_of_the_machine(sampling_model, options, figures)
 
 
 def run_what_fits(options: Options, device: torch.device) -> dict:
@@ -246,11 +266,29 @@ def table(figures: dict) -> str:
     )
 
 
+def check_flags(options: Options) -> None:
+    """Raise InputError for a flag that is given but has no effect."""
+    given = [field.name for field in fields(options) if getattr(options, field.name) != default_of(field)]
+    useless, why = ("gpus", "bandwidth_gb_per_second", "tflop_per_second"), "is for --on_paper: add it"
+    if options.on_paper:  # where both are shown, with checkpointing and without
+        useless = ("runs", "baseline", "gradient_checkpointing")
+        why = "is for what is measured: leave out this or --on_paper"
+    if found := [name for name in given if name in useless]:
+        raise InputError(f"--{found[0]}: {why}")
+
+
 def benchmark(argv: list[str]) -> None:
     """Measure; print a table and write the JSON file on rank 0. Raises InputError."""
     options = parse_flags(Options, argv, PROG)
     if options.json and not os.access(Path(options.json).absolute().parent, os.W_OK):
         raise InputError(f"--json {options.json!r} cannot be written: name a file in a folder that is yours")
+    check_flags(options)
+    if options.on_paper:
+        figures = {"options": asdict(options), **on_paper(options)}
+        print(paper_table(options, figures))
+        if options.json:
+            Path(options.json).write_text(json.dumps(figures, indent=2))
+        return
     device = start_processes()
     figures = {
         "options": asdict(options),
