@@ -1,6 +1,6 @@
 """What is computed from sizes is what runs on a CPU need.
 
-`python -m tests.grpo.benchmark.test_on_paper` compares more of them, in two minutes.
+`python -m tests.grpo.benchmark.test_on_paper` compares more of them, in some minutes.
 """
 
 import gc
