@@ -32,6 +32,7 @@ from tests.conftest import ROOT
 from tests.grpo.evaluate.test_evaluate import metrics
 from tests.grpo.run.test_resume import stopped_after
 from tests.grpo.test_packed import hf_twin, relative
+from tests.grpo.test_rollout import hf_greedy
 from tests.kill_and_resume import evaluating, read_evaluations
 from tests.test_train import curves, flags, run_main, weights
 
@@ -45,7 +46,7 @@ WINDOWS = [64, 16, 64, 4, 16, 64]
 # Rounding to bfloat16 changes a number by at most 2^-8 of it. Probabilities, their gradients, the output and the
 # gradients are each rounded once; a wrong mask or head would be off by about 1.
 BFLOAT16_TOLERANCE = 4 * 2**-8
-RUN = "--max_steps 4 --global_batch_size 2 --learning_rate 1e-3".split()
+RUN = "--max_steps 3 --global_batch_size 2 --learning_rate 1e-3".split()
 LORA = "--lora_enable --lora_rank 4".split()
 
 
@@ -246,19 +247,8 @@ def test_greedy_tokens_in_float32_are_those_of_hugging_faces_generate(tiny, with
     model = copy.deepcopy(tiny.model).to(CUDA)
     twin, prompts = hf_twin(model), [prompt.to(CUDA) for prompt in tiny.prompts[:2]]
     for prompt, rollout in zip(prompts, sample(model, prompts, 8), strict=True):
-        ids = prompt.prompt_ids[None]
-        out = twin.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            position_ids=prompt.position_ids[:, None],
-            pixel_values_videos=normalise(prompt.patches),
-            video_grid_thw=prompt.grid_thw,
-            min_new_tokens=8,
-            max_new_tokens=8,
-            do_sample=False,
-            suppress_tokens=SUPPRESSED,
-        )
-        assert rollout.completion_ids[0].tolist() == out[0, ids.shape[1] :].tolist()
+        expected = hf_greedy(twin, prompt, 8, SUPPRESSED, min_new_tokens=8)
+        assert rollout.completion_ids[0].tolist() == expected
 
 
 def test_greedy_tokens_in_bfloat16_are_hugging_faces_most_probable_ones_but_for_rounding(tiny):
@@ -318,13 +308,13 @@ def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(tiny, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     more = [*RUN, "--beta", "0.1", "--save_steps", "1", *evaluating(tiny.folder)]
     assert train.main(flags(tiny, whole, *more)) == 0
-    arguments = flags(tiny, stopped_after(3, whole, killed), *more, "--resume_from_checkpoint", "auto")
+    arguments = flags(tiny, stopped_after(2, whole, killed), *more, "--resume_from_checkpoint", "auto")
     assert train.main(arguments) == 0
     assert (killed / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
-    assert [each["step"] for each in read_evaluations(killed / "final")] == [0, 2, 4]
+    assert [each["step"] for each in read_evaluations(killed / "final")] == [0, 2, 3]
     assert curves(killed)["grad_norm"] == pytest.approx(curves(whole)["grad_norm"], rel=0.01)
     # Saved in bfloat16, in which the last bit of a weight is more than a step: those that it tips over count in full.
-    folders = whole / "checkpoint-3", whole / "final", killed / "final"
+    folders = whole / "checkpoint-2", whole / "final", killed / "final"
     before, after, found = (weights(folder).float() for folder in folders)
     assert (found - after).norm() < 0.3 * (after - before).norm()
 

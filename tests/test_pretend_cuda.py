@@ -53,26 +53,25 @@ def run_of(num_ranks: int, arguments: list[str], output) -> dict[str, list[float
     return found
 
 
-@pytest.mark.parametrize(("num_ranks", "more"), [(1, [*LORA, *FROZEN]), (2, [])], ids=["one rank", "two ranks"])
-def test_a_run_with_a_kl_term_evaluates_and_resumes(mixed, tmp_path, num_ranks, more):
-    """On one rank adapters are trained, on two all weights; some samples are text only."""
+def test_two_ranks_with_a_kl_term_evaluate_and_resume(mixed, tmp_path):
+    """All weights are trained; some samples are text only. One rank resumes in `test_gpu_rehearsed.py`."""
     output = tmp_path / "out"
-    run = [*flags(mixed, output, *RUN, *KL, *more), *evaluating(mixed.folder)]
-    run_of(num_ranks, [*run, "--max_steps", "1"], output)
-    found = run_of(num_ranks, [*run, "--max_steps", "2", *AUTO], output)
+    run = [*flags(mixed, output, *RUN, *KL), *evaluating(mixed.folder)]
+    run_of(2, [*run, "--max_steps", "1"], output)
+    found = run_of(2, [*run, "--max_steps", "2", *AUTO], output)
     assert found["kl"][0] < found["kl"][1] and len(found["loss"]) == 2
     assert [each["step"] for each in read_evaluations(output / "final")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
     ("num_ranks", "more"),
-    [(1, ["--supervised"]), (2, [*LORA, *FROZEN, "--vision_lora"])],
-    ids=["true answers", "adapters of both towers"],
+    [(1, ["--supervised"]), (1, [*KL, *LORA, *FROZEN]), (2, [*LORA, *FROZEN, "--vision_lora"])],
+    ids=["true answers", "adapters and a KL term", "adapters of both towers"],
 )
-def test_a_run_without_a_kl_term(mixed, tmp_path, num_ranks, more):
+def test_a_run_of_two_steps(mixed, tmp_path, num_ranks, more):
     output = tmp_path / "out"
     found = run_of(num_ranks, flags(mixed, output, *RUN, *more, "--max_steps", "2"), output)
-    assert len(found["loss"]) == 2
+    assert len(found["loss"]) == 2 and ("kl" in found) == ("--beta" in more)
 
 
 def test_evaluate_answers_as_on_a_gpu(mixed, tmp_path):

@@ -26,8 +26,9 @@ from data.loader import Prompt
 from data.media.patches import MERGE_SIZE, PATCH_VALUES
 from data.prompt import mrope_positions
 from data.sample import InputError, Sample
-from grpo.benchmark.on_paper import Plan, decode_bytes, on_paper, paper_table, update_operations, video_grid
+from grpo.benchmark.on_paper import decode_bytes, on_paper, paper_table, update_operations
 from grpo.benchmark.repeated_rows import repeated_rollout, repeated_update
+from grpo.benchmark.sizes import Plan, video_grid
 from grpo.config import Config
 from grpo.decoding import DECODERS
 from grpo.model.layers import use_hugging_faces_layers, use_our_layers
@@ -275,6 +276,8 @@ def check_flags(options: Options) -> None:
         why = "is for what is measured: leave out this or --on_paper"
     if found := [name for name in given if name in useless]:
         raise InputError(f"--{found[0]}: {why}")
+    if "lora_rank" in given and not options.lora_enable:
+        raise InputError("--lora_rank: is about adapters: add --lora_enable, or leave it out")
 
 
 def benchmark(argv: list[str]) -> None:

@@ -28,21 +28,28 @@ def sample(tiny, prompts, G=4, C=12, temperature=0.7, eos_token_ids=None, seed=0
 OFTEN = list(range(0, 300, 6))  # end-of-sequence ids that end some completions early and leave others running
 
 
+def hf_greedy(twin, prompt, C, suppress_tokens, **more) -> list[int]:
+    """The tokens that Hugging Face's `generate` finds most probable, one after the other."""
+    ids = prompt.prompt_ids[None]
+    out = twin.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=prompt.position_ids[:, None],
+        pixel_values_videos=normalise(prompt.patches),
+        video_grid_thw=prompt.grid_thw,
+        max_new_tokens=C,
+        do_sample=False,
+        suppress_tokens=suppress_tokens,
+        **more,
+    )
+    return out[0, ids.shape[1] :].tolist()
+
+
 def test_greedy_completions_equal_those_of_hugging_faces_generate(tiny):
-    twin = hf_twin(tiny.model)
+    twin, suppressed = hf_twin(tiny.model), tiny.suppress_tokens.tolist()
     for prompt, rollout in zip(tiny.prompts, sample(tiny, tiny.prompts, G=1, seed=None), strict=True):
-        full = prompt.prompt_ids[None]
-        out = twin.generate(
-            input_ids=full,
-            attention_mask=torch.ones_like(full),
-            position_ids=prompt.position_ids[:, None],
-            pixel_values_videos=normalise(prompt.patches),
-            video_grid_thw=prompt.grid_thw,
-            max_new_tokens=12,
-            do_sample=False,
-            suppress_tokens=tiny.suppress_tokens.tolist(),
-        )[0, full.shape[1] :]
-        assert rollout.completion_ids[0][rollout.completion_mask[0]].tolist() == out.tolist()
+        ours = rollout.completion_ids[0][rollout.completion_mask[0]].tolist()
+        assert ours == hf_greedy(twin, prompt, 12, suppressed)
 
 
 def test_logprobs_recorded_while_sampling_agree_with_the_update(tiny):

@@ -13,9 +13,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import grpo.benchmark.__main__ as benchmark
-from grpo.benchmark import on_paper
+from grpo.benchmark import memory, on_paper
 from grpo.benchmark.__main__ import IDS, SIZES, Options, prepare, random_model, random_prompt
-from grpo.benchmark.on_paper import Parameters, Plan, peak, rollout_moments, update_moments
+from grpo.benchmark.memory import peak, rollout_moments, update_moments
+from grpo.benchmark.sizes import Parameters, Plan
 from grpo.decoding import DECODERS
 from grpo.ranks import start_processes
 from grpo.run.checkpoint import trainer_state
@@ -103,7 +104,7 @@ def test_what_is_trained_and_saved_with_adapters_is_what_a_run_trains_and_saves(
     assert trained == sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert frozen == sum(p.numel() for p in policy.parameters() if not p.requires_grad)
     state = trainer_state(policy, step.optimizer)
-    model, checkpoint = on_paper.disk(plan)
+    model, checkpoint = memory.disk(plan)
     assert model == 4 * trained
     assert checkpoint - model == sum(t.nbytes for name, t in state.items() if not name.endswith(".step"))
 
@@ -117,14 +118,14 @@ def test_prompt_has_the_size_of_the_one_that_is_measured():
 def test_states_of_7b_on_8_gpus():
     """8,292,166,656 parameters: of 4 bytes each and 8 for Adam a GPU has an eighth; and a copy of 2 bytes each."""
     plan = Plan.of(Options(size="7b", beta=0.1))
-    terms = on_paper.resident(plan)
+    terms = memory.resident(plan)
     assert terms["weights"] == 8_292_166_656 * 4 / 8 and terms["Adam"] == 2 * terms["weights"]
     assert terms["sampling copy"] == 8_292_166_656 * 2 and terms["reference model"] == terms["sampling copy"] / 8
     # Keys and values of 28 layers with 4 heads of 128, for 2,048 prompt tokens, the least room, and 8 x 32 others.
     assert terms["key-value cache"] == 2 * 28 * 4 * 128 * (2048 + 8 * 32) * 2
     adapters = Plan.of(Options(size="7b", lora_enable=True))
     _, trained, frozen = Parameters.of(adapters).counts(adapters)
-    assert on_paper.resident(adapters)["weights"] == (4 * trained + 2 * frozen) / 8
+    assert memory.resident(adapters)["weights"] == (4 * trained + 2 * frozen) / 8
 
 
 def test_times_are_those_of_bytes_and_operations():
@@ -159,6 +160,7 @@ def test_table_and_row_and_file_are_written(tmp_path, capsys):
     "flags, words",
     [
         ("--gpus 4", "--gpus: is for --on_paper"),
+        ("--on_paper --lora_rank 8", "--lora_rank: is about adapters"),
         ("--on_paper --runs 2", "--runs: is for what is measured"),
         ("--on_paper --gpus -1", "--gpus -1: must lie between"),
         ("--on_paper --tflop_per_second 0", "--tflop_per_second 0.0: must be above 0"),
