@@ -4,7 +4,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import grpo  # noqa: E402, F401  first of all, since it sets how torch's threads
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
@@ -131,10 +131,17 @@ def mixed(tmp_path_factory) -> Tiny:
     return make_mixed(tmp_path_factory.mktemp("mixed") / "mixed")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+STORES = []
+
+
+def new_store() -> int:
+    """Make a store in which the ranks of one process group find each other, as torchrun's agent does; return its port.
+
+    It is kept to the end of the tests, and its port with it: a port that is only looked for may be another's once it
+    is used.
+    """
+    STORES.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    return STORES[-1].port
 
 
 def as_rank(rank: int, function, world_size: int, local_world_size: int, port: int, arguments: tuple) -> None:
@@ -147,6 +154,7 @@ def as_rank(rank: int, function, world_size: int, local_world_size: int, port: i
         "LOCAL_WORLD_SIZE": str(local_world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     function(*arguments)
 
@@ -154,7 +162,7 @@ def as_rank(rank: int, function, world_size: int, local_world_size: int, port: i
 def run_ranks(function, world_size: int, *arguments, local_world_size: int | None = None) -> None:
     """Call a module-level function in `world_size` new processes that find each other as under torchrun."""
     local = local_world_size or world_size
-    arguments = (function, world_size, local, free_port(), arguments)
+    arguments = (function, world_size, local, new_store(), arguments)
     mp.start_processes(as_rank, arguments, nprocs=world_size, start_method="forkserver")
 
 

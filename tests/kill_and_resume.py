@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from grpo.run import rollout_log  # noqa: E402
 from grpo.run.checkpoint import PROGRESS, checkpoints  # noqa: E402
-from tests.conftest import FLAGS, as_rank, free_port, make_mixed  # noqa: E402
+from tests.conftest import FLAGS, as_rank, make_mixed, new_store  # noqa: E402
 
 REWARDS = Path(__file__).parent / "grpo" / "rewards.py"
 
@@ -76,7 +76,7 @@ def run_to_the_end(arguments: list[str], log: str) -> None:
 
 def start(world_size: int, arguments: list[str], log: Path) -> list:
     """Start the ranks of a run; what they print goes to `log`, what the reward function sees to `log`.rewards."""
-    port, context = free_port(), mp.get_context("forkserver")
+    port, context = new_store(), mp.get_context("forkserver")
     ranks = [
         context.Process(
             target=as_rank, args=(rank, run_to_the_end, world_size, world_size, port, (arguments, str(log)))

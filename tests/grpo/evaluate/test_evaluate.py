@@ -22,7 +22,7 @@ from grpo.export import load_merged
 from grpo.model.load import load_model
 from grpo.ranks import start_processes
 from reward.numerical import numerical_video_reward
-from tests.conftest import FLAGS, free_port, make_tiny, run_ranks
+from tests.conftest import FLAGS, make_tiny, new_store, run_ranks
 from tests.grpo.rewards import named
 from tests.kill_and_resume import read_evaluations
 from tests.test_train import flags
@@ -140,7 +140,7 @@ def test_the_number_of_ranks_changes_nothing(tiny, answered, sampled, tmp_path):
     ways = {"greedy": ([], answered), "sampled": (SAMPLED, sampled[0])}
     for ranks in (2, 3):
         several = [by_hand(tiny, tmp_path / way / f"{ranks}", *more) for way, (more, _) in ways.items()]
-        run_ranks(on_a_rank, ranks, several, [free_port() for _ in ways], str(tmp_path / "log"))
+        run_ranks(on_a_rank, ranks, several, [new_store() for _ in ways], str(tmp_path / "log"))
     for way, (_, whole) in ways.items():
         one = predictions(whole)
         assert len(one) == 11 and len(one[0]["answers"]) == (4 if way == "sampled" else 1)
