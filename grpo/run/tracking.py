@@ -27,7 +27,7 @@ from grpo.run import rollout_log
 from grpo.run.checkpoint import explained
 from grpo.run.records import GroupRecord, StepRecords, completion_lines, distributions, rollout_metrics
 from grpo.run.resume import ResumeState
-from grpo.run.show import completions_table, contact_sheet
+from grpo.run.show import add_jpeg, completions_table, contact_sheet
 
 ZERO_STD_STEPS = 20  # warn after this many steps in a row in which nearly all groups have equal rewards
 
@@ -106,7 +106,7 @@ class Tracker:
         self.start_step, self.counts = resume.step, Counter(resume.counts)
         self.evaluations, self.best_step = list(resume.evaluations), resume.best_step
         self.writer, self.is_full = None, False
-        # A contact sheet takes a tenth of a second and up to a megabyte: about 25 per run.
+        # A contact sheet takes some hundredths of a second and some 200 KB: about 25 per run.
         self.sheet_steps = config.logging_steps * math.ceil(total_steps / (25 * config.logging_steps))
         raise_together(self.begin if self.is_main else lambda: None)
         # TensorBoard hides what earlier files hold from this step on; at step 0 also what was evaluated there.
@@ -186,7 +186,7 @@ class Tracker:
             writer.add_text("completions", completions_table(groups, self.config.log_completions), step)
         own = next((group for group in groups if group.position == prompt.position), None)
         if not prompt.is_padding and (step % self.sheet_steps == 0 or step == self.config.logging_steps):
-            writer.add_image("contact_sheet", contact_sheet(prompt, own, step), step, dataformats="HWC")
+            add_jpeg(writer, "contact_sheet", contact_sheet(prompt, own, step), step)
 
     def is_evaluation_due(self, step: int) -> bool:
         """Say whether the policy is to be evaluated after this step and has not been yet."""

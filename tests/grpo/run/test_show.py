@@ -1,6 +1,7 @@
 """What TensorBoard shows of completions and frames: whole for 1 and for 30 videos, and unbroken by any text."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
@@ -89,7 +90,10 @@ def test_a_run_shows_a_contact_sheet_and_histograms(tiny, tmp_path):
         train.main(flags(tiny, tmp_path / "out", *"--max_steps 3 --logging_steps 2 --log_completions 1".split())) == 0
     )
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
-    assert [image.step for image in events.Images("contact_sheet")] == [2]
+    (sheet,) = events.Images("contact_sheet")
+    image = Image.open(io.BytesIO(sheet.encoded_image_string))
+    assert sheet.step == 2 and image.size == (sheet.width, sheet.height) and sheet.width == WIDTH
+    assert np.asarray(image)[-8:].min() > 250  # the margin: drawn the right way up
     tags = {f"histograms/{name}" for name in ("reward", "advantage", "completion_length")}
     assert tags <= set(events.Tags()["histograms"])
     assert len((tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()) == 3 * 8  # all steps, not only logged
