@@ -4,7 +4,7 @@ import math
 from collections import Counter
 
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from grpo.config import Config
 
@@ -60,10 +60,13 @@ def make_optimizer(model, config: Config, total_steps: int):
     """Return AdamW over the `parameter_groups`, and its schedule: linear warm-up, then a cosine to 0."""
     optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)
     warmup = math.ceil(config.warmup_ratio * total_steps)
-    # The first step's learning rate is not 0: its rollouts cost as much as any other's.
-    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=max(warmup, 1))
-    fall = CosineAnnealingLR(optimizer, T_max=max(total_steps - warmup, 1))
-    return optimizer, SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+
+    def share(step: int) -> float:
+        if step < warmup:  # not 0 at first: the first step's rollouts cost as much as any other's
+            return (step + 1) / (warmup + 1)
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(total_steps - warmup, 1))
+
+    return optimizer, LambdaLR(optimizer, share)
 
 
 @torch.no_grad()
