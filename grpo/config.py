@@ -140,7 +140,7 @@ class HeldOutFlags:
 
     heading = "evaluation"
     per_device_eval_batch_size: int = flag(
-        8, "held-out prompts of a rank that are answered together", POSITIVE, demo=16, may_change=True, decides=True
+        8, "held-out prompts of a rank that are answered together", POSITIVE, demo=32, may_change=True, decides=True
     )
     cuts: list[float] = flag(
         [35.0, 40.0, 50.0],

@@ -119,8 +119,11 @@ def prepare(config: Config, train: Callable[[Config], bool]) -> Config | None:
         print_rank0("The warm start: supervised training on careless answers")
         warm_start, ranks = flags_of_warm_start(config), dist.get_world_size()
         size = math.ceil(warm_start.global_batch_size / ranks) * ranks  # any number of ranks may have a part
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # its steps are so small that sharing them out takes longer than they do
         if not train(dataclasses.replace(warm_start, global_batch_size=size)):
             return None
+        torch.set_num_threads(threads)
     config = flags_of_grpo(config)
     again = shlex.join(["python", *command_of(dataclasses.replace(config, output_dir="output/again"))])
     print_rank0("GRPO from its answers; the same run by hand:", f"  {again}", "Its curves:")
