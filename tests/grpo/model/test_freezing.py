@@ -61,7 +61,7 @@ def test_the_parts_are_all_of_the_model(tiny):
 
 
 def groups(tiny, *, total_steps=4, **settings):
-    config = Config(learning_rate=1e-3, weight_decay=0.1, warmup_ratio=0, **settings)
+    config = Config(**{"learning_rate": 1e-3, "weight_decay": 0.1, "warmup_ratio": 0} | settings)
     model = copy.deepcopy(tiny.model)
     if config.lora_enable:
         add_adapters(model, config)
@@ -96,6 +96,20 @@ def test_every_part_has_the_learning_rate_of_its_flag_throughout(tiny, settings,
         for _ in range(2):
             optimizer.step()
             schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("warmup_ratio", "shares"),
+    [(0.5, [0.25, 0.5, 0.75, 1, 0.75, 0.25, 0]), (0, [1, 0.9330127, 0.75, 0.5, 0.25, 0.0669873, 0])],
+)
+def test_the_learning_rate_rises_evenly_and_falls_as_a_cosine_to_0(tiny, warmup_ratio, shares):
+    _, optimizer, schedule = groups(tiny, total_steps=6, warmup_ratio=warmup_ratio)
+    found = []
+    for _ in shares:
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert found == pytest.approx([1e-3 * share for share in shares], abs=1e-10)
 
 
 CHOICES = [
