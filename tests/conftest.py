@@ -78,7 +78,7 @@ def make_tiny(folder: Path, num_videos=(1, 3, 2, 1), size=56) -> Tiny:
     tokenizer = build_tokenizer(
         [CHAT_WORDS, "What is the ejection fraction of this patient?", "The ejection fraction is"]
     )
-    model = build_model(tokenizer, seed=1, hidden_size=64, layers=2)
+    model = build_model(tokenizer, seed=1, hidden_size=64, layers=2, blocks=2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)

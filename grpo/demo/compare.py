@@ -56,7 +56,8 @@ GRPO_ROWS = {
 }
 SUPERVISED_ROWS = {f"supervised, {rate:g}": {"learning_rate": rate} for rate in RATES}
 # What decides a result: of the demo's start, and all flags but those that say where something lies.
-START = ("NUM_CARELESS", "NUM_TRAIN", "NUM_HELDOUT", "WARM_START_STEPS", "SUPERVISED")
+START = ("HIDDEN_SIZE", "LAYERS", "BLOCKS", "NUM_CARELESS", "NUM_TRAIN", "NUM_HELDOUT", "WARM_START_STEPS")
+START += ("SUPERVISED",)
 NOT_DECISIVE = {"model_id", *(field.name for field in dataclasses.fields(Config) if field.metadata["may_change"])}
 NOT_DECISIVE -= {"max_steps", "eval_steps"}
 

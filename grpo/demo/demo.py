@@ -1,8 +1,8 @@
 """`python train.py --demo`: everything a run needs, made on the spot, and what the run achieved.
 
-Draws beating hearts (`synthetic_echo.py`), and builds a Qwen2.5-VL of the real class with a million parameters and its
-own tokenizer. Two ordinary runs follow: supervised training on careless answers, after which the model answers in the
-right form, and badly; and GRPO, so that everything it gains from there is learned from rewards only.
+Draws beating hearts (`synthetic_echo.py`), and builds a small Qwen2.5-VL of the real class and its own tokenizer. Two
+ordinary runs follow: supervised training on careless answers, after which the model answers in the right form, and
+badly; and GRPO, so that everything it gains from there is learned from rewards only.
 """
 
 import dataclasses
@@ -35,13 +35,14 @@ NUM_CARELESS, NUM_TRAIN, NUM_HELDOUT = 640, 80, 192
 WARM_START_STEPS = 800
 SUPERVISED = {"supervised": True, "global_batch_size": 8, "learning_rate": 1e-3, "warmup_ratio": 0.025}
 SUPERVISED |= {"weight_decay": 0.01}
-HIDDEN_SIZE, LAYERS = 128, 4  # of the model, which then has about 1 million parameters
+# Of the model, which then has 0.7 million parameters: its decoder layers, and the blocks of its vision tower.
+HIDDEN_SIZE, LAYERS, BLOCKS = 128, 3, 1
 INIT_RANGE = 0.06  # standard deviation of the initial weights; with 0.02, learning starts late in such small layers
 # Words of the chat format, so that the tokenizer learns each as one token.
 CHAT_WORDS = "system\nYou are a helpful assistant.\nuser\nassistant\n" * 2
 
 
-def build_model(tokenizer, seed: int, hidden_size: int, layers: int) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(tokenizer, seed: int, hidden_size: int, layers: int, blocks: int) -> Qwen2_5_VLForConditionalGeneration:
     """Make a small Qwen2.5-VL of the real class with random weights."""
     words = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "eos_token_id": "<|im_end|>"}
     words |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
@@ -49,7 +50,7 @@ def build_model(tokenizer, seed: int, hidden_size: int, layers: int) -> Qwen2_5_
     ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in words.items()}
     heads = hidden_size // 32
     text = TextSize(hidden_size, layers, heads, heads // 2, 2 * hidden_size, len(tokenizer), True, [4, 6, 6])
-    vision = VisionSize(hidden_size // 2, 2, heads // 2, hidden_size, [1])
+    vision = VisionSize(hidden_size // 2, blocks, heads // 2, hidden_size, [blocks - 1])
     torch.manual_seed(seed)
     return use_our_layers(random_model(text, vision, ids, rope_theta=1e4, initializer_range=INIT_RANGE))
 
@@ -60,7 +61,7 @@ def make_start(folder: Path, task: DemoTask, seed: int) -> None:
     write_samples(folder / "data", "train", NUM_TRAIN, seed, task)
     write_samples(folder / "data", "heldout", NUM_HELDOUT, seed, task)
     tokenizer = build_tokenizer([QUESTION, ANSWER.format(0), CHAT_WORDS])
-    build_model(tokenizer, seed, HIDDEN_SIZE, LAYERS).save_pretrained(folder / "untrained")
+    build_model(tokenizer, seed, HIDDEN_SIZE, LAYERS, BLOCKS).save_pretrained(folder / "untrained")
     tokenizer.save_pretrained(folder / "untrained")
 
 
