@@ -22,7 +22,7 @@ from reward.extract import extract_number
 from tests.conftest import hold
 
 SMALL = {"NUM_CARELESS": 160, "NUM_TRAIN": 32, "NUM_HELDOUT": 48, "WARM_START_STEPS": 300}
-SMALL |= {"HIDDEN_SIZE": 64, "LAYERS": 2}
+SMALL |= {"HIDDEN_SIZE": 64, "LAYERS": 2, "BLOCKS": 2}
 
 
 @pytest.fixture(scope="session")
