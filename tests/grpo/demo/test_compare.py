@@ -155,6 +155,14 @@ def test_the_table_has_no_empty_cell_and_keeps_what_was_written_by_hand(config, 
         records_of(done[0])
 
 
+@pytest.mark.parametrize("name", ["HIDDEN_SIZE", "LAYERS", "BLOCKS", "NUM_CARELESS", "NUM_TRAIN", "WARM_START_STEPS"])
+def test_what_another_model_or_start_has_reached_is_not_taken_for_done(config, done, monkeypatch, name):
+    run = run_of(config, "easy", 0, BEFORE)
+    assert records_of(run)
+    monkeypatch.setattr(compare.demo, name, getattr(compare.demo, name) + 1)
+    assert not records_of(run)
+
+
 def test_an_interrupted_run_does_not_count_as_trained(config, monkeypatch):
     """A signal ends train.py in order, with exit code 0."""
     monkeypatch.setattr(compare, "call", lambda arguments, log: None)
